@@ -1,0 +1,41 @@
+# make demo   sets everything up in .venv and finds the salient instances of the photographs in samples/
+# make test   sets everything up, checks the style and runs the tests
+# make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*)
+
+.PHONY: setup demo test clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
+
+demo: setup
+	$(BIN)/python infer.py --img samples --out output
+	@echo; echo "The pictures:"; ls -1 "$(CURDIR)"/output/*_overlay.png
+
+test: setup $(VENV)/requirements-test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build output
+
+$(VENV)/requirements.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"Python 3.10 or newer is needed; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/requirements-test.stamp: requirements-test.txt $(VENV)/requirements.stamp
+	$(BIN)/python -m pip install -r requirements-test.txt
+	@touch $@
+
+# Without a compiler everything still works, on the plain PyTorch operators; the next make tries again.
+$(VENV)/operators.stamp: $(VENV)/requirements.stamp $(OPERATOR_SOURCES)
+	@if $(BIN)/python setup.py build_ext --inplace; then touch $@; else \
+		echo; echo "WARNING: the compiled operators could not be built (see above)."; \
+		echo "WARNING: the slower PyTorch operators are used instead."; echo; fi

@@ -1,0 +1,1 @@
+"""Everything the four scripts share that is not the method itself."""

@@ -1,0 +1,53 @@
+"""What every script needs at its edge: clear errors, the device, the output folder."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+
+class InputError(Exception):
+    """Input the user can mend. The message is one sentence naming the file and the remedy."""
+
+
+def run(main):
+    """Call ``main()`` and exit with its return code (None counts as 0).
+
+    An InputError prints its sentence and exits with 2, Ctrl-C exits with 130; anything else is a bug of
+    ours and keeps its traceback.
+    """
+    try:
+        sys.exit(main() or 0)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+def select_device(gpu):
+    """Return the torch.device for ``--gpu``: -1 is the CPU, n the n-th CUDA device.
+
+    Raises InputError when that GPU is not there.
+    """
+    if gpu < 0:
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpu >= found:
+        raise InputError(f"--gpu {gpu} was asked for but {found} CUDA devices are visible; use --gpu -1 for the CPU")
+    return torch.device("cuda", gpu)
+
+
+def make_folder(path):
+    """Create ``path`` (and its parents) and return it as a Path; InputError when it cannot be written to."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {path} ({error.strerror}); choose another with --out") from error
+    return path
