@@ -1,0 +1,147 @@
+"""Masks on disk: instance masks, saliency maps, and run-length encoded (RLE) predictions."""
+
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask
+from PIL import Image, UnidentifiedImageError
+
+from datasets.images import FORMATS, list_images
+from utils.cli import InputError
+
+VOID = 255  # pixels that nobody judged: they count for nothing
+VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
+
+
+def list_masks(folder):
+    """Return {stem: Path} of the mask pictures directly inside ``folder``, sorted by stem.
+
+    InputError when the folder is missing or holds no picture, or when two pictures share a stem.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; name the folder that holds the mask pictures")
+    masks = {}
+    for path in sorted(list_images(folder), key=lambda path: path.stem):
+        if path.stem in masks:
+            raise InputError(f"{path} and {masks[path.stem].name} are masks of one image; remove one of them")
+        masks[path.stem] = path
+    return masks
+
+
+def read_instance_mask(path):
+    """Read an instance mask as uint8 [H, W]: 0 background, 1..254 instances, 255 void.
+
+    Read are grey and palette pictures (the stored index is the label; labels may have gaps) and colour
+    pictures, where black is background, white and VOC's (224, 224, 192) are void and every other colour is
+    one instance. InputError when the file is missing, broken, lossy, or holds more than 254 instances.
+    """
+    picture = _read(path)
+    if picture.format in ("JPEG", "MPO"):
+        raise InputError(f"{path} is a JPEG, which blurs instance labels; save the mask as PNG")
+    if len(picture.getbands()) > 1:
+        colours = np.asarray(picture.convert("RGB"))
+        grey = (colours == colours[..., :1]).all()
+        labels = colours[..., 0] if grey else _labels_of_colours(colours, path)
+    else:
+        labels = np.asarray(picture)
+    if labels.min() < 0 or labels.max() > VOID or (labels != labels.astype(np.uint8)).any():
+        raise InputError(f"{path} holds labels outside 0..255; use 0 background, 1..254 instances, 255 void")
+    return labels.astype(np.uint8)
+
+
+def read_saliency_mask(path):
+    """Read a saliency map as float32 [H, W] in 0..1 (8-bit values / 255, 16-bit values / 65535).
+
+    Colour pictures are turned grey, alpha is dropped. InputError when the file is missing, broken, or holds
+    floating-point values outside 0..1.
+    """
+    picture = _read(path)
+    if picture.mode.startswith("I"):
+        saliency = np.asarray(picture).astype(np.float32) / 65535
+    elif picture.mode == "F":
+        saliency = np.asarray(picture)
+    else:
+        saliency = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+    if not (saliency.min() >= 0 and saliency.max() <= 1):  # written so that NaN fails too
+        raise InputError(f"{path} holds values outside 0..1; save the saliency map as an 8-bit grey PNG")
+    return saliency
+
+
+def encode_rle(mask):
+    """Encode a bool mask [H, W] as COCO RLE: {"size": [H, W], "counts": str}, ready for JSON."""
+    rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_rle(rle):
+    """Decode COCO RLE, compressed (counts is a str) or not (a list of ints), to a bool mask [H, W].
+
+    ValueError, with the reason, when the runs do not fill the mask exactly: pycocotools itself returns
+    uninitialised memory for such input.
+    """
+    height, width = rle["size"]
+    runs = _runs_of_string(rle["counts"]) if isinstance(rle["counts"], str) else np.array(rle["counts"])
+    if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any():
+        raise ValueError("its RLE counts are not run lengths")
+    filled = sum(runs.tolist())  # Python integers cannot overflow
+    if filled != height * width:
+        raise ValueError(f"its RLE counts fill {filled} pixels of {height} x {width}")
+    values = np.arange(len(runs)) % 2 == 1  # runs alternate, beginning with background
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def prediction_records(image_id, masks, scores):
+    """COCO result records (a list of dicts ready for JSON) of masks [n, H, W] with scores [n] in (0, 1]."""
+    return [
+        {"image_id": image_id, "category_id": 1, "segmentation": encode_rle(mask), "score": float(score)}
+        for mask, score in zip(masks, scores, strict=True)
+    ]
+
+
+def _read(path):
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the name of the mask") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is not a picture; save the mask as PNG") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path} has too many pixels; use masks of the size of their photographs") from None
+    except Exception as error:  # Pillow answers broken files with OSError, SyntaxError, ValueError, ...
+        raise InputError(f"{path} cannot be read ({error}); save the mask again as PNG") from error
+
+
+def _labels_of_colours(colours, path):
+    codes = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
+    found, labels = np.unique(codes, return_inverse=True)
+    void = [(red << 16) + (green << 8) + blue for red, green, blue in VOID_COLOURS]
+    instance = (found != 0) & ~np.isin(found, void)
+    if instance.sum() >= VOID:
+        raise InputError(f"{path} holds more than 254 colours; save one plain colour or index per instance")
+    names = np.where(instance, np.cumsum(instance), np.where(found == 0, 0, VOID))
+    return names[labels.reshape(codes.shape)]
+
+
+def _runs_of_string(counts):
+    """Decode COCO's compressed counts, 5 bits a character, to run lengths int64 [n]."""
+    try:
+        codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        codes = np.array([-1])
+    if codes.size and (codes.min() < 0 or codes.max() > 63 or codes[-1] & 32):
+        raise ValueError("its RLE counts are not a COCO string")
+    last = np.flatnonzero((codes & 32) == 0)  # the character that ends each number
+    first = np.concatenate([[0], last[:-1] + 1]).astype(np.int64)[: len(last)]
+    lengths = last - first + 1
+    if codes.size and lengths.max() > 7:
+        raise ValueError("its RLE counts hold a number too large")
+    place = np.arange(len(codes)) - np.repeat(first, lengths)
+    numbers = np.add.reduceat((codes & 31) << (5 * place), first) if len(first) else np.zeros(0, np.int64)
+    numbers -= np.where(codes[last] & 16, 1 << (5 * lengths), 0)  # the sign
+    # From the fourth number on, each is the difference to the run two before it.
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
