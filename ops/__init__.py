@@ -1,0 +1,103 @@
+"""The three operators at the core of the method: where pixels point to, what separates them, how labels spread.
+
+All maps live on the same grid, stride 4 of the network input; offsets are (dy, dx) and points (y, x) in its pixels.
+"""
+
+import torch
+
+from . import reference
+from .reference import path_offsets
+
+__all__ = ["boundary_affinity", "converge_centroids", "path_offsets", "random_walk"]
+
+
+def _check(name, tensor, dims, channels=None):
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != dims:
+        raise ValueError(f"{name} must be a tensor with {dims} dimensions, not {_shape(tensor)}")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be float32 or float64, not {tensor.dtype}")
+    if channels is not None and tensor.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, not {_shape(tensor)}")
+
+
+def _shape(value):
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _check_radius(radius):
+    if not 1 <= radius <= 64 or radius != int(radius):
+        raise ValueError(f"radius must be an integer in 1..64, not {radius}")
+    return int(radius)
+
+
+def _full_precision(*tensors):
+    """Autocast hands over half precision; these operators count in pixels and powers, so they run in float32."""
+    half = (torch.float16, torch.bfloat16)
+    return [t.float() if isinstance(t, torch.Tensor) and t.dtype in half else t for t in tensors]
+
+
+def converge_centroids(offsets, max_iters=300, tol=1e-3):
+    """Follow the offset field from every pixel until it rests: Eq. 1 of the paper (Sec. 3.1).
+
+    c_0 = p, then c <- clip(c + V(c)) with V sampled bilinearly from the field, which stays fixed. A pixel stops
+    after the first move shorter than `tol` (that move is still made), or after `max_iters` moves.
+
+    offsets: float32 or float64 [N, 2, H, W], (dy, dx) in grid pixels, any N, H, W including 0; half precision is
+        computed in float32.
+    max_iters: moves at most, >= 0. tol: length in grid pixels, >= 0.
+    Returns the points (y, x) as [N, 2, H, W], 0..H-1 and 0..W-1; no gradient. A move that is NaN or infinite is not
+    made and ends that pixel's way.
+    Raises ValueError for another shape or type.
+    """
+    (offsets,) = _full_precision(offsets)
+    _check("offsets", offsets, 4, channels=2)
+    if max_iters < 0 or not tol >= 0:
+        raise ValueError(f"max_iters and tol must not be negative, but are {max_iters} and {tol}")
+    return reference.converge_centroids(offsets.detach(), int(max_iters), float(tol))
+
+
+def boundary_affinity(boundary, radius):
+    """How freely each pixel is connected to its neighbours: a(p, q) = 1 - max of B over the path (Sec. 3.2).
+
+    boundary: float32 or float64 [N, H, W], boundary strength, normally 0..1; half precision is computed in float32.
+    radius: integer 1..64, neighbours are less than this many grid pixels away.
+    Returns [N, K, H, W] for the K offsets of `path_offsets(radius)`: entry k at pixel p belongs to the pair
+    (p, p + offsets[k]), in 0..1 for boundaries in 0..1, and is 0 where p + offsets[k] is outside the image.
+    Differentiable once: the gradient goes to the pixel that holds the maximum, the first on the path when several
+    do. NaN counts as +infinity: every path that touches it has affinity -infinity.
+    Raises ValueError for another shape, type or radius.
+    """
+    (boundary,) = _full_precision(boundary)
+    _check("boundary", boundary, 3)
+    return reference.boundary_affinity(boundary, _check_radius(radius))
+
+
+def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
+    """Spread maps over the image as random walks that boundaries hold back: M^steps x (Sec. 4.2).
+
+    M = D^-1 H^power: H is the symmetric affinity of `boundary_affinity`, 1 on the diagonal, 0 outside the image,
+    raised element by element; D holds the row sums. The rows of M sum to 1, so constants stay constant.
+
+    x: float32 or float64 [N, C, H, W], one map per instance, any values; any N, C, H, W including 0.
+    affinity: [N, K, H, W] of the same radius and precision, 0..1. radius: as given to `boundary_affinity`.
+    power: > 0. steps: integer >= 0.
+    method: "power" applies M step by step; "chebyshev" evaluates the same power as a Chebyshev series in the
+        symmetric matrix similar to M, whose degree is about sqrt(steps); "auto" takes the cheaper one.
+    tol: error of the series: at most tol x the norm of x in the root mean square weighted with D, and in practice at
+        any pixel, relative to max |x|; float rounding comes on top.
+    Returns [N, C, H, W]; no gradient. NaN and infinity spread to the pixels that the walk reaches from them.
+    Raises ValueError for other shapes or types, a negative number of steps or an unknown method.
+    """
+    x, affinity = _full_precision(x, affinity)
+    _check("x", x, 4)
+    radius = _check_radius(radius)
+    _check("affinity", affinity, 4, channels=len(path_offsets(radius)[0]))
+    if affinity.shape[0] != x.shape[0] or affinity.shape[2:] != x.shape[2:]:
+        raise ValueError(f"x {_shape(x)} and affinity {_shape(affinity)} must agree in images, height and width")
+    if affinity.dtype != x.dtype or affinity.device != x.device:
+        raise ValueError("x and affinity must have the same precision and live on the same device")
+    if method not in ("auto", "power", "chebyshev"):
+        raise ValueError(f"method must be auto, power or chebyshev, not {method}")
+    if steps != int(steps) or steps < 0 or not power > 0 or not tol > 0:
+        raise ValueError(f"steps must be an integer >= 0, power and tol > 0, but are {steps}, {power} and {tol}")
+    return reference.random_walk(x.detach(), affinity.detach(), radius, power, int(steps), method, tol)

@@ -1,0 +1,316 @@
+"""The operators against dense float64 algebra and brute-force loops on small maps, and the properties they promise."""
+
+import math
+
+import pytest
+import torch
+
+import ops
+
+
+def brute_affinity(boundary, radius):
+    """[H, W] -> [K, H, W], one Python loop per entry; the path is written out anew from its definition."""
+    height, width = boundary.shape
+    offsets = [(0, dx) for dx in range(1, radius)]
+    offsets += [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius) if dy**2 + dx**2 < radius**2]
+    result = torch.zeros(len(offsets), height, width, dtype=boundary.dtype)
+    for k, (dy, dx) in enumerate(offsets):
+        path = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)
+                if (dy * x - dx * y) ** 2 / (dy**2 + dx**2) < 1]
+        for py in range(height - dy):
+            for px in range(max(0, -dx), width - max(0, dx)):
+                result[k, py, px] = 1 - max(boundary[py + y, px + x] for y, x in path)
+    return result
+
+
+def dense_transition(affinity, radius, power):
+    """[K, H, W] -> M [HW, HW] in float64."""
+    _, height, width = affinity.shape
+    h = torch.eye(height * width, dtype=torch.float64).numpy()
+    affinity = affinity.double().numpy() ** power
+    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0].tolist()):
+        for py in range(height - dy):
+            for px in range(max(0, -dx), width - max(0, dx)):
+                p, q = py * width + px, (py + dy) * width + px + dx
+                h[p, q] = h[q, p] = affinity[k, py, px]
+    return torch.from_numpy(h / h.sum(1, keepdims=True))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, dtype=torch.float64, seed=0):
+    return torch.rand(*shape, generator=generator(seed), dtype=dtype)
+
+
+def centre_field(height, width, centre, dtype=torch.float32):
+    """V = c - p, as [1, 2, H, W]."""
+    y, x = torch.meshgrid(torch.arange(height, dtype=dtype), torch.arange(width, dtype=dtype), indexing="ij")
+    return torch.stack([centre[0] - y, centre[1] - x])[None]
+
+
+# ---- paths -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius, count, pixels", [(5, 34, 242), (10, 152, 2134), (1, 0, 0)])
+def test_path_counts(radius, count, pixels):
+    offsets, paths = ops.path_offsets(radius)
+    assert offsets.shape == (count, 2) and sum(map(len, paths)) == pixels
+
+
+def test_path_order_and_ends():
+    offsets, paths = ops.path_offsets(5)
+    assert offsets[:5].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4], [1, -4]]
+    for offset, path in zip(offsets, paths):
+        assert path[0].tolist() == [0, 0] and (path[-1] == offset).all()
+        assert len({tuple(p) for p in path.tolist()}) == len(path)
+
+
+# ---- centroids ---------------------------------------------------------------------------------------------------
+
+
+def brute_centroid(field, y, x, max_iters, tol):
+    """One pixel of [2, H, W], in Python floats."""
+    _, height, width = field.shape
+    for _ in range(max_iters):
+        y0, x0 = math.floor(y), math.floor(x)
+        y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+        wy, wx = y - y0, x - x0
+        move = (1 - wy) * ((1 - wx) * field[:, y0, x0] + wx * field[:, y0, x1])
+        move += wy * ((1 - wx) * field[:, y1, x0] + wx * field[:, y1, x1])
+        ny, nx = min(max(y + move[0].item(), 0), height - 1), min(max(x + move[1].item(), 0), width - 1)
+        moved = math.hypot(ny - y, nx - x)
+        y, x = ny, nx
+        if moved < tol:
+            break
+    return y, x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("centre", [(3, 5), (0, 0), (10.5, 2.25)])
+def test_pointing_field_converges_exactly(dtype, centre):
+    points = ops.converge_centroids(centre_field(12, 17, centre, dtype))
+    assert points.dtype == dtype
+    assert torch.equal(points[0], torch.tensor(centre, dtype=dtype)[:, None, None].expand(2, 12, 17))
+
+
+def test_centroids_against_loop():
+    field = torch.randn(2, 2, 9, 11, generator=generator(), dtype=torch.float64)
+    for iterations in (0, 1, 7):
+        points = ops.converge_centroids(field, max_iters=iterations)
+        for n in range(2):
+            for y in range(9):
+                for x in range(11):
+                    expected = brute_centroid(field[n], y, x, iterations, 1e-3)
+                    assert points[n, :, y, x].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_centroids_stop_after_a_short_move():
+    """A steady drift of 0.5: with tol above it one move is made, with tol below it the border stops it."""
+    field = torch.zeros(1, 2, 4, 20)
+    field[:, 1] = 0.5
+    columns = torch.arange(20.0).expand(4, 20)
+    assert torch.equal(ops.converge_centroids(field, tol=0.6)[0, 1], (columns + 0.5).clamp(max=19))
+    assert torch.equal(ops.converge_centroids(field, tol=0.4)[0, 1], torch.full((4, 20), 19.0))
+    assert torch.equal(ops.converge_centroids(field, max_iters=4, tol=0.4)[0, 1], (columns + 2).clamp(max=19))
+
+
+def test_centroids_stay_inside_and_ignore_broken_moves():
+    field = torch.full((1, 2, 6, 7), 1e30)
+    assert torch.equal(ops.converge_centroids(field)[0].amax((1, 2)), torch.tensor([5.0, 6.0]))
+    assert torch.equal(ops.converge_centroids(-field)[0].amax((1, 2)), torch.zeros(2))
+    still = ops.converge_centroids(torch.zeros(1, 2, 6, 7))
+    for value in (math.nan, math.inf, -math.inf):
+        assert torch.equal(ops.converge_centroids(torch.full((1, 2, 6, 7), value)), still)
+        mixed = torch.zeros(1, 2, 6, 7)
+        mixed[0, 0, 2, 3] = value
+        assert torch.equal(ops.converge_centroids(mixed), still)
+
+
+# ---- affinity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius, height, width", [(5, 9, 12), (10, 13, 12), (5, 3, 4), (10, 1, 20), (5, 20, 1), (1, 3, 3)])
+def test_affinity_against_loop(radius, height, width):
+    boundary = rand(2, height, width)
+    affinity = ops.boundary_affinity(boundary, radius)
+    for n in range(2):
+        assert torch.equal(affinity[n], brute_affinity(boundary[n], radius))
+    assert torch.equal(ops.boundary_affinity(boundary.float(), radius), 1 - (1 - affinity.float().double()).float()) or (
+        ops.boundary_affinity(boundary.float(), radius).double() - affinity).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("radius, height, width, fast", [(5, 6, 7, True), (10, 5, 11, True), (3, 2, 4, False)])
+def test_affinity_gradcheck(radius, height, width, fast):
+    # A shuffled ramp keeps all values further apart than gradcheck's step.
+    order = torch.randperm(2 * height * width, generator=generator()).double().reshape(2, height, width)
+    boundary = (order / order.numel()).requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: ops.boundary_affinity(b, radius), boundary, fast_mode=fast)
+
+
+def test_affinity_gradient_of_ties_goes_to_the_first_on_the_path():
+    boundary = torch.full((1, 4, 6), 0.5, dtype=torch.float64, requires_grad=True)
+    affinity = ops.boundary_affinity(boundary, 5)
+    affinity.sum().backward()
+    inside = torch.ones(1, 4, 6, dtype=torch.float64)
+    inside = ops.boundary_affinity(inside * 0, 5).sum(1)  # number of partners of each pixel
+    assert torch.equal(boundary.grad, -inside)
+
+
+def test_affinity_nan_counts_as_infinity():
+    boundary = torch.zeros(1, 3, 9)
+    boundary[0, 0, 4] = math.nan
+    affinity = ops.boundary_affinity(boundary, 3)
+    row = affinity[0, 1, 0]  # offset (0, 2)
+    assert row.tolist() == [1, 1, -math.inf, -math.inf, -math.inf, 1, 1, 0, 0]
+
+
+def test_affinity_flip_equivariance():
+    """Mirrored left to right, the pair (p, p + (dy, dx)) becomes (p', p' + (dy, -dx))."""
+    radius, boundary = 5, rand(1, 8, 10)
+    offsets = ops.path_offsets(radius)[0].tolist()
+    plain, flipped = ops.boundary_affinity(boundary, radius)[0], ops.boundary_affinity(boundary.flip(2), radius)[0]
+    for k, (dy, dx) in enumerate(offsets):
+        if dy:
+            assert torch.equal(flipped[offsets.index([dy, -dx])], plain[k].flip(1))
+        else:
+            assert torch.equal(flipped[k][:, : 10 - dx], plain[k][:, : 10 - dx].flip(1))
+
+
+# ---- random walk -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["auto", "power", "chebyshev"])
+@pytest.mark.parametrize("radius, height, width", [(5, 12, 14), (3, 9, 9), (5, 3, 2), (10, 6, 13), (1, 4, 4), (5, 1, 1)])
+def test_walk_against_dense(method, radius, height, width):
+    affinity = ops.boundary_affinity(rand(2, height, width, dtype=torch.float32) ** 3, radius)
+    x = rand(2, 3, height, width, seed=1, dtype=torch.float32)
+    transitions = [dense_transition(a, radius, 10) for a in affinity]
+    for steps in (0, 1, 5, 256):
+        expected = [torch.linalg.matrix_power(m, steps) @ maps.double().flatten(1).T
+                    for m, maps in zip(transitions, x)]
+        expected = torch.stack([e.T.reshape(3, height, width) for e in expected])
+        result = ops.random_walk(x.double(), affinity.double(), radius, 10, steps, method=method)
+        assert (result - expected).abs().max() < (1e-11 if method == "power" else 1e-4)
+        single = ops.random_walk(x, affinity, radius, 10, steps, method=method)
+        assert (single.double() - expected).abs().max() < (2e-5 if method == "power" else 1e-4)
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-8, 1e-12])
+def test_chebyshev_keeps_its_bound(tol):
+    """For any map: x is the sign pattern that the error matrix amplifies most, found from the dense matrices."""
+    radius, side, steps = 5, 16, 100
+    for boundary in (torch.zeros(1, side, side, dtype=torch.float64), rand(1, side, side) * 0.5, rand(1, side, side).round()):
+        affinity = ops.boundary_affinity(boundary, radius)
+        unit = torch.eye(side * side, dtype=torch.float64).reshape(1, -1, side, side)
+        exact = torch.linalg.matrix_power(dense_transition(affinity[0], radius, 10), steps)
+        series = ops.random_walk(unit, affinity, radius, 10, steps, method="chebyshev", tol=tol)
+        error = (series[0].flatten(1).T - exact).abs().sum(1).max()
+        assert error < tol + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["power", "chebyshev"])
+def test_constants_are_preserved(dtype, method):
+    """Rows of the transition sum to one."""
+    affinity = ops.boundary_affinity(rand(1, 20, 30, dtype=dtype), 5)
+    x = torch.tensor([1.0, -3.0], dtype=dtype).reshape(1, 2, 1, 1).expand(1, 2, 20, 30)
+    for steps in (1, 256):
+        result = ops.random_walk(x, affinity, 5, 10, steps, method=method)
+        assert torch.allclose(result, x, rtol=1e-4 if method == "chebyshev" and steps > 1 else 2e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["power", "chebyshev"])
+def test_full_boundary_is_the_identity(method):
+    x = rand(1, 2, 7, 9)
+    affinity = ops.boundary_affinity(torch.ones(1, 7, 9, dtype=torch.float64), 5)
+    result = ops.random_walk(x, affinity, 5, 10, 256, method=method)
+    assert (result - x).abs().max() < (1e-12 if method == "power" else 1e-4)
+
+
+@pytest.mark.parametrize("method", ["power", "chebyshev"])
+def test_closed_wall_never_leaks(method):
+    boundary = torch.zeros(1, 12, 15, dtype=torch.float64)
+    boundary[:, 3:9, 4] = boundary[:, 3:9, 11] = boundary[:, 3, 4:12] = boundary[:, 8, 4:12] = 1
+    inside = torch.zeros(1, 1, 12, 15, dtype=torch.float64)
+    inside[:, :, 4:8, 5:11] = 1
+    affinity = ops.boundary_affinity(boundary, 5)
+    result = ops.random_walk(inside * rand(1, 1, 12, 15), affinity, 5, 10, 256, method=method)
+    assert (result[inside == 0] == 0).all() and (result[inside == 1] > 0).all()
+
+
+@pytest.mark.parametrize("method", ["power", "chebyshev"])
+def test_walk_flip_and_transpose_equivariance(method):
+    boundary, x = rand(1, 10, 13), rand(1, 2, 10, 13, seed=1)
+
+    def walk(b, v):
+        return ops.random_walk(v, ops.boundary_affinity(b, 5), 5, 10, 64, method=method)
+
+    expected = walk(boundary, x)
+    for turn in (lambda t: t.flip(-1), lambda t: t.flip(-2), lambda t: t.transpose(-1, -2)):
+        assert torch.allclose(walk(turn(boundary), turn(x)), turn(expected), rtol=0, atol=1e-12)
+
+
+def test_walk_passes_broken_values_on_without_crashing():
+    affinity = ops.boundary_affinity(torch.zeros(1, 6, 30), 3)
+    x = torch.zeros(1, 1, 6, 30)
+    x[0, 0, 2, 3] = math.nan
+    result = ops.random_walk(x, affinity, 3, 10, 2)
+    assert result[0, 0, 2, 3].isnan() and (result[..., 8:] == 0).all()
+
+
+# ---- all three ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_empty_inputs(dtype):
+    assert ops.converge_centroids(torch.zeros(0, 2, 4, 5, dtype=dtype)).shape == (0, 2, 4, 5)
+    assert ops.converge_centroids(torch.zeros(2, 2, 0, 5, dtype=dtype)).shape == (2, 2, 0, 5)
+    for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
+        boundary = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        affinity = ops.boundary_affinity(boundary, 5)
+        assert affinity.shape == (shape[0], 34, *shape[1:])
+        affinity.sum().backward()
+        assert boundary.grad.shape == shape
+        x = torch.zeros(shape[0], 3, *shape[1:], dtype=dtype)
+        assert ops.random_walk(x, affinity, 5, 10, 256).shape == x.shape
+    x = torch.zeros(1, 0, 4, 5, dtype=dtype)
+    assert ops.random_walk(x, torch.zeros(1, 34, 4, 5, dtype=dtype), 5, 10, 256).shape == x.shape
+
+
+def test_non_contiguous_inputs():
+    field = torch.randn(2, 9, 8, 2, generator=generator()).permute(0, 3, 2, 1)
+    assert torch.equal(ops.converge_centroids(field, 5), ops.converge_centroids(field.contiguous(), 5))
+    boundary = rand(8, 9, 4)[:, :, ::2].permute(2, 1, 0)
+    affinity = ops.boundary_affinity(boundary, 5)
+    assert torch.equal(affinity, ops.boundary_affinity(boundary.contiguous(), 5))
+    x = rand(2, 9, 8, 3).permute(0, 3, 1, 2)
+    strided = affinity.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    assert torch.equal(ops.random_walk(x, strided, 5, 10, 20), ops.random_walk(x.contiguous(), affinity, 5, 10, 20))
+
+
+def test_half_precision_is_computed_in_float32():
+    boundary = rand(1, 6, 6).half()
+    affinity = ops.boundary_affinity(boundary, 4)
+    assert torch.equal(affinity, ops.boundary_affinity(boundary.float(), 4))
+    x = rand(1, 1, 6, 6).bfloat16()
+    assert ops.random_walk(x, affinity.bfloat16(), 4, 10, 5).dtype == torch.float32
+    assert ops.converge_centroids(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("call", [
+    lambda: ops.converge_centroids(torch.zeros(1, 3, 4, 4)),
+    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, dtype=torch.int64)),
+    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4), max_iters=-1),
+    lambda: ops.boundary_affinity(torch.zeros(1, 1, 4, 4), 5),
+    lambda: ops.boundary_affinity(torch.zeros(1, 4, 4), 0),
+    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
+    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 5), 5, 10, 5),
+    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
+    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, -1),
+    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, 5, method="magic"),
+])
+def test_wrong_arguments_are_named(call):
+    with pytest.raises(ValueError):
+        call()
