@@ -1,10 +1,18 @@
 """What every script needs at its edge: clear errors, the device, the output folder."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help with the script's own description as it stands, and with default values but no 'default: None'."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class InputError(Exception):

@@ -1,0 +1,82 @@
+"""Pseudo masks from class activation maps: what the branches are trained on in place of masks (Sec. 4.2).
+
+Runs in worker processes, one photograph at a time, and writes 8-bit PNGs of the training square:
+``saliency/<stem>.png``, foreground probability 0..255, and ``classes/<stem>.png``, 0 background, 1..20 class,
+255 undecided.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from datasets.crf import refine_labels, refine_saliency
+from datasets.training import load_square, resize
+from utils import checkpoint
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class CamThresholds:
+    """Where an activation in 0..1 counts as what.
+
+    even: the activation at which foreground and background are equally likely, for the saliency mask [ours:
+    of .15 to .4, .25 gave the best masks on the validation split];
+    foreground, background: the confident thresholds of the class labels [IRN].
+    """
+
+    even: float = 0.25
+    foreground: float = 0.30
+    background: float = 0.05
+
+
+def foreground_probability(activation, even):
+    """Activation [..] in 0..1 -> probability in 0..1, one half at ``even``: the odds are activation / even."""
+    return activation / (activation + even)
+
+
+def saliency_mask(image, cams, even, use_crf=True):
+    """The saliency pseudo mask: maximum over the image's own classes, as a unary, refined by the CRF (Sec. 4.2).
+
+    image: uint8 RGB [S,S,3]; cams: float [C,S,S] in 0..1, one per class of the image. Returns float32 [S,S].
+    """
+    if not len(cams):
+        return np.zeros(image.shape[:2], np.float32)
+    foreground = foreground_probability(cams.max(0), even)
+    return refine_saliency(image, foreground) if use_crf else foreground.astype(np.float32)
+
+
+def class_labels(image, cams, classes, thresholds):
+    """Class labels that two CRF runs agree on: a confident-foreground one and a confident-background one [IRN].
+
+    classes: the 0..19 index of each map. Returns uint8 [S,S]: 0 background, class + 1, 255 where they disagree.
+    """
+    names = np.array([0, *(index + 1 for index in classes)], np.uint8)
+
+    def refined(threshold):
+        scores = np.concatenate([np.full((1, *image.shape[:2]), threshold, np.float32), cams])
+        return names[refine_labels(image, scores.argmax(0), len(names))]
+
+    foreground, background = refined(thresholds.foreground), refined(thresholds.background)
+    labels = foreground.copy()
+    labels[foreground == 0] = IGNORE
+    labels[(foreground == 0) & (background == 0)] = 0
+    return labels
+
+
+def is_done(folder, stem):
+    """Whether both maps of a photograph are written."""
+    return all((Path(folder) / kind / f"{stem}.png").exists() for kind in ("saliency", "classes"))
+
+
+def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf=True):
+    """Make and write both maps of the photograph at ``path``; cams: float [C,h,w] in 0..1 on any grid."""
+    cv2.setNumThreads(0)
+    image = load_square(path, size)
+    cams = np.stack([resize(cam.astype(np.float32), size) for cam in cams]) if len(cams) else np.zeros((0, size, size))
+    saliency = saliency_mask(image, cams, thresholds.even, use_crf)
+    # The class labels come first: is_done looks for both, so a kill in between only repeats this photograph.
+    checkpoint.save_png(class_labels(image, cams, classes, thresholds), Path(folder) / "classes" / f"{path.stem}.png")
+    checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{path.stem}.png")

@@ -1,0 +1,146 @@
+"""Photographs and their pseudo labels as square training tensors.
+
+Every random choice comes from (seed, epoch, index), never from a generator that runs along: a training that
+was killed and started again sees exactly the images it would have seen.
+"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datasets.images import read_image
+from datasets.labels import read_labels
+from utils.cli import InputError
+
+cv2.setNumThreads(0)  # the loader's processes are the parallelism
+
+
+def read_samples(folders):
+    """The labelled samples of one or several data folders; InputError when two share an image name."""
+    samples = [sample for folder in folders for sample in read_labels(folder)]
+    seen = {}
+    for sample in samples:
+        if sample.stem in seen:
+            raise InputError(f"{sample.path} and {seen[sample.stem]} share a name; rename one of them")
+        seen[sample.stem] = sample.path
+    return samples
+
+
+def load_square(path, size):
+    """The photograph at ``path`` as uint8 RGB [size,size,3], the aspect ratio given up as in the paper (Sec. 4.1)."""
+    return resize(read_image(path), size)
+
+
+def resize(array, size):
+    """[H,W] or [H,W,C] to [size,size] by area averaging when shrinking, bilinearly when growing."""
+    shrinks = array.shape[0] > size or array.shape[1] > size
+    return cv2.resize(array, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def to_tensor(image):
+    """uint8 RGB [H,W,3] -> float32 RGB [3,H,W] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+
+
+class TrainingImages(Dataset):
+    """Square crops of photographs, mirrored at random, together with whatever label maps go with them.
+
+    samples: Samples. size: pixels of the square. crop: the smallest share of each side that a random crop
+    keeps (1 = no cropping, which the count label needs). maps: {name: folder} of 8-bit label maps named
+    ``<stem>.png``; a name ending in ``_classes`` is resized by nearest neighbour, others are resized
+    smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast.
+
+    Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20], "count" float32 scalar,
+    and per map float32 [size,size] (smooth) or int64 [size,size] (classes).
+    """
+
+    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, maps=None, seed=0):
+        self.samples, self.size, self.crop, self.jitter, self.seed = samples, size, crop, jitter, seed
+        self.maps = {name: Path(folder) for name, folder in (maps or {}).items()}
+        self.epoch = 0
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = self.samples[index]
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        share = rng.uniform(self.crop, 1.0, 2)
+        corner = rng.uniform(0, 1 - share)
+        mirror = rng.random() < 0.5
+        gain, bias = 1 + self.jitter * rng.uniform(-1, 1), 255 * self.jitter * rng.uniform(-0.5, 0.5)
+
+        def window(array):
+            (top, left), (bottom, right) = (
+                np.round(corner * array.shape[:2]).astype(int),
+                np.round((corner + share) * array.shape[:2]).astype(int),
+            )
+            array = array[top : max(bottom, top + 1), left : max(right, left + 1)]
+            return array[:, ::-1] if mirror else array
+
+        image = resize(np.ascontiguousarray(window(read_image(sample.path))), self.size)
+        if self.jitter:
+            image = np.clip(image * gain + bias, 0, 255).astype(np.uint8)
+        classes = torch.zeros(20)
+        classes[list(sample.classes)] = 1
+        item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(sample.count))}
+        for name, folder in self.maps.items():
+            labels = np.ascontiguousarray(window(read_map(folder / f"{sample.stem}.png")))
+            if name.endswith("_classes"):
+                labels = cv2.resize(labels, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
+                item[name] = torch.from_numpy(labels).long()
+            else:
+                item[name] = torch.from_numpy(resize(labels, self.size)).float() / 255
+        return item
+
+
+def read_map(path):
+    """An 8-bit label map as uint8 [H,W]; InputError when it is missing or broken."""
+    labels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    if labels is None:
+        raise InputError(f"the label map {path} is missing or broken; run the labels stage again")
+    return labels
+
+
+class ResumableSampler:
+    """Batches of indices from iteration ``start`` on: the shuffles of all epochs, each a function of (seed, epoch).
+
+    Sets ``dataset.epoch`` through the indices it hands out, so that it also reaches the loader's processes.
+    """
+
+    def __init__(self, length, batch_size, epochs, seed, start=0):
+        if length < 1:
+            raise InputError("there is no image to train on; check --data")
+        self.length, self.batch_size, self.epochs, self.seed, self.start = length, batch_size, epochs, seed, start
+        self.per_epoch = max(1, length // batch_size)
+
+    def __len__(self):
+        return self.per_epoch * self.epochs - self.start
+
+    def __iter__(self):
+        for epoch in range(self.start // self.per_epoch, self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            for step in range(self.per_epoch):
+                if epoch * self.per_epoch + step >= self.start:
+                    batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                    yield [(epoch, int(index)) for index in batch]
+
+
+class _ByEpoch(Dataset):
+    """Lets the sampler say which epoch an item is drawn for."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        self.dataset.epoch, index = key
+        return self.dataset[index]
+
+
+def training_loader(dataset, *, batch_size, epochs, workers, start=0):
+    """A DataLoader over all epochs of ``dataset`` from iteration ``start`` on."""
+    sampler = ResumableSampler(len(dataset), batch_size, epochs, dataset.seed, start)
+    return DataLoader(_ByEpoch(dataset), batch_sampler=sampler, num_workers=workers)

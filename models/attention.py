@@ -1,0 +1,156 @@
+"""Cross-layer attention: the CFM unit, shared by both branches, and one MA unit per level and branch (Sec. 3.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LEVELS = 5
+GRID_STRIDE = 4
+
+
+def conv_block(channels_in, channels_out, kernel=1, stride=1):
+    """Convolution, group normalisation, ReLU: the block IRN's heads are made of."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False),
+        nn.GroupNorm(4, channels_out),
+        nn.ReLU(inplace=True),
+    )
+
+
+def to_grid(feature, grid):
+    """[N,C,h,w] -> [N,C,*grid], bilinearly."""
+    if feature.shape[-2:] == tuple(grid):
+        return feature
+    return F.interpolate(feature, grid, mode="bilinear", align_corners=False)
+
+
+class Reduction(nn.Module):
+    """f1..f5 to one width with 1x1 convolutions, each at its own resolution: f1'..f5' (Fig. 7, left).
+
+    f1, finer than the stride-4 grid, is averaged down to it first.
+    """
+
+    def __init__(self, channels_in, channels):
+        super().__init__()
+        self.reduce = nn.ModuleList(conv_block(width, channels) for width in channels_in)
+
+    def forward(self, features, grid):
+        """list of [N,C_l,h_l,w_l] -> list of [N,channels,h,w], none finer than ``grid``."""
+        features = [F.adaptive_avg_pool2d(f, grid) if f.shape[-1] > grid[1] else f for f in features]
+        return [reduce(feature) for reduce, feature in zip(self.reduce, features, strict=True)]
+
+
+class CrossLayerFeatureMixing(nn.Module):
+    """CFM: lets the five levels talk to each other through a channel shuffle (Sec. 3.3.1, Fig. 7).
+
+    The paper brings f1'..f5' to one resolution, concatenates them (5C channels), shuffles the channels as
+    [5,C] -> [C,5], concatenates before and after (10C) and maps that with 1x1 convolutions to f1''..f5''.
+    ``forward_literal`` does just that. ``forward`` gives the same numbers for a fraction of the work: the
+    shuffle is a permutation, so the convolution over [before; after] is one 5C -> 5C convolution with folded
+    weights, and a 1x1 convolution commutes with bilinear upsampling, so each level's share is computed at
+    that level's own resolution.
+    """
+
+    def __init__(self, channels_in, channels=256):
+        super().__init__()
+        self.channels = channels
+        self.reduction = Reduction(channels_in, channels)
+        self.mix = nn.Conv2d(2 * LEVELS * channels, LEVELS * channels, 1, bias=False)
+        self.norm = nn.GroupNorm(4 * LEVELS, LEVELS * channels)
+
+    def forward(self, features, grid):
+        """list f1..f5 of [N,C_l,h_l,w_l] -> list f1''..f5'' of [N,channels,*grid]."""
+        before, after = self.mix.weight.chunk(2, dim=1)
+        # Channel j of the shuffled stack is channel order[j] of the plain one.
+        order = torch.arange(LEVELS * self.channels, device=before.device).view(LEVELS, -1).t().flatten()
+        folded = before + torch.empty_like(after).index_copy(1, order, after)
+        reduced = self.reduction(features, grid)
+        shares = [F.conv2d(f, weight) for f, weight in zip(reduced, folded.chunk(LEVELS, 1), strict=True)]
+        # Levels of one resolution are summed first, so each resolution is upsampled once.
+        sums = {}
+        for share in shares:
+            size = share.shape[-2:]
+            sums[size] = sums[size] + share if size in sums else share
+        return self._activate(sum(to_grid(share, grid) for share in sums.values()))
+
+    def forward_literal(self, features, grid):
+        """The same as ``forward``, computed the way Fig. 7 draws it: the yardstick of the tests."""
+        stack = torch.cat([to_grid(f, grid) for f in self.reduction(features, grid)], 1)
+        n, _, height, width = stack.shape
+        shuffled = stack.view(n, LEVELS, self.channels, height, width).transpose(1, 2).reshape(stack.shape)
+        return self._activate(self.mix(torch.cat([stack, shuffled], 1)))
+
+    def _activate(self, mixed):
+        return list(self.norm(mixed).relu().chunk(LEVELS, 1))
+
+
+class MutualAttention(nn.Module):
+    """MA: channel-wise and spatial-wise attention on one level (Sec. 3.3.2, Eq. 5-7, Fig. 8).
+
+    order: "parallel", f* = f'' Fc + f'' Fs (the paper); "s-c" or "c-s", one attention on the output of the
+    other; "none", f* = f'' (Table 3).
+    """
+
+    ORDERS = ("parallel", "s-c", "c-s", "none")
+
+    def __init__(self, channels, order="parallel", reduction=16):
+        super().__init__()
+        self.order = order
+        if order == "none":
+            return
+        hidden = max(8, channels // reduction)
+        self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1))
+        self.spatial = nn.Conv2d(2, 1, 7, padding=3)
+
+    def channel_attention(self, feature):
+        """Eq. 5: [N,C,H,W] -> Fc [N,C,1,1] in 0..1."""
+        return (self.mlp(feature.mean((2, 3), keepdim=True)) + self.mlp(feature.amax((2, 3), keepdim=True))).sigmoid()
+
+    def spatial_attention(self, feature):
+        """Eq. 6: [N,C,H,W] -> Fs [N,1,H,W] in 0..1."""
+        return self.spatial(torch.cat([feature.mean(1, keepdim=True), feature.amax(1, keepdim=True)], 1)).sigmoid()
+
+    def forward(self, feature):
+        """Eq. 7: f'' [N,C,H,W] -> f* [N,C,H,W]."""
+        if self.order == "none":
+            return feature
+        if self.order == "parallel":
+            return feature * (self.channel_attention(feature) + self.spatial_attention(feature))
+        first, second = self.channel_attention, self.spatial_attention
+        if self.order == "s-c":
+            first, second = second, first
+        feature = feature * first(feature)
+        return feature * second(feature)
+
+
+class CrossLayerAttention(nn.Module):
+    """The CA module: f1..f5 -> f1*..f5* for the boundary branch and for the centroid branch (Fig. 6).
+
+    mixing=False leaves the CFM unit out (f'' = f'); attention="none" leaves the MA units out. Both together
+    is the network without CA: plain 1x1 reductions, one set per branch, as in IRN.
+    """
+
+    def __init__(self, channels_in, channels=256, *, mixing=True, attention="parallel"):
+        super().__init__()
+        self.shared = mixing or attention != "none"
+        self.mixing = mixing
+        if mixing:
+            self.cfm = CrossLayerFeatureMixing(channels_in, channels)
+        else:
+            self.reductions = nn.ModuleList(Reduction(channels_in, channels) for _ in range(1 if self.shared else 2))
+        self.ma = nn.ModuleList(
+            nn.ModuleList(MutualAttention(channels, attention) for _ in range(LEVELS)) for _ in range(2)
+        )
+
+    def forward(self, features, grid):
+        """list f1..f5 of [N,C_l,h_l,w_l] -> (boundary features, centroid features), each a list of five
+        [N,channels,*grid]."""
+        if self.mixing:
+            stacks = [self.cfm(features, grid)]
+        else:
+            stacks = [[to_grid(f, grid) for f in reduction(features, grid)] for reduction in self.reductions]
+        stacks = stacks * 2 if self.shared else stacks
+        return tuple(
+            [unit(feature) for unit, feature in zip(units, stack, strict=True)]
+            for units, stack in zip(self.ma, stacks, strict=True)
+        )

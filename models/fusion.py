@@ -1,0 +1,114 @@
+"""Fusion: saliency, boundary and offsets to one soft map per salient instance (Sec. 3.1.1, 4.2; Fig. 2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+import ops
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The settings of the fusion; lengths in pixels of the stride-4 grid.
+
+    theta: share of a cluster that must be salient (Sec. 3.1.1). sink: |V| below which a pixel is at rest.
+    radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
+    background: share of an instance's peak below which a pixel is background. smallest: share of the image
+    under which an instance is dropped.
+    """
+
+    theta: float = 0.5
+    sink: float = 2.5
+    radius: int = 5
+    power: float = 10.0
+    steps: int = 256
+    salient: float = 0.5
+    background: float = 0.25
+    smallest: float = 0.002
+
+
+def find_clusters(offsets, sink=2.5):
+    """Pixels grouped by where their offsets lead them (Eq. 1, 2).
+
+    offsets: V [2,H,W] in stride-4 pixels. Sinks are the 4-connected components of |V| < sink; a pixel belongs
+    to the sink nearest the point it converges to. Returns (labels int [H,W] in 0..n, 0 only when there is no
+    sink at all; centroids float [n,2], the (y, x) centres of the sinks).
+    """
+    points = ops.converge_centroids(offsets[None])[0]
+    at_rest = (offsets.square().sum(0) < sink**2).cpu().numpy()
+    sinks, count = ndimage.label(at_rest)
+    if not count:
+        return np.zeros(at_rest.shape, np.int64), np.zeros((0, 2))
+    nearest = ndimage.distance_transform_edt(sinks == 0, return_distances=False, return_indices=True)
+    y, x = points.round().long().cpu().numpy()
+    labels = sinks[nearest[0], nearest[1]][y, x]
+    centroids = np.array(ndimage.center_of_mass(at_rest, sinks, range(1, count + 1))).reshape(-1, 2)
+    return labels, centroids
+
+
+def salient_clusters(labels, saliency, centroids, settings):
+    """The clusters of which more than theta is salient (Sec. 3.1.1): (bool masks [n,H,W], centroids [n,2])."""
+    salient = saliency > settings.salient
+    size = np.bincount(labels.ravel(), minlength=len(centroids) + 1)
+    inside = np.bincount(labels[salient], minlength=len(centroids) + 1)
+    keep = np.flatnonzero((inside > settings.theta * size) & (size >= settings.smallest * labels.size))
+    keep = keep[keep > 0]
+    return keep[:, None, None] == labels, centroids[keep - 1]
+
+
+def connected_components(saliency, settings):
+    """The naive alternative to centroids: 4-connected components of the salient region, as ``salient_clusters``."""
+    labels, count = ndimage.label(saliency > settings.salient)
+    size = np.bincount(labels.ravel(), minlength=count + 1)
+    keep = np.flatnonzero(size >= settings.smallest * labels.size)
+    keep = keep[keep > 0]
+    centroids = np.array(ndimage.center_of_mass(labels > 0, labels, keep)).reshape(-1, 2)
+    return keep[:, None, None] == labels, centroids
+
+
+def fuse(saliency, boundary, offsets, settings):
+    """One soft map per salient instance: SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
+
+    saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid.
+    Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
+    """
+    labels, centroids = find_clusters(offsets, settings.sink)
+    clusters, centroids = salient_clusters(labels, saliency.cpu().numpy(), centroids, settings)
+    if not len(clusters):
+        return saliency.new_zeros(0, *saliency.shape), centroids
+    start = torch.from_numpy(clusters).to(saliency) * saliency * (1 - boundary)
+    affinity = ops.boundary_affinity(boundary[None], settings.radius)
+    return ops.random_walk(start[None], affinity, settings.radius, settings.power, settings.steps)[0], centroids
+
+
+def instance_masks(maps, saliency, size, settings):
+    """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
+
+    maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
+    share of its own peak. The score, in (0, 1], is the mean of S over the mask [ours]: weak saliency is the
+    commonest reason for a wrong instance. Returns (masks bool [n',H,W], scores float32 [n'], kept int [n'],
+    the index of each into maps), best first; instances that end up smaller than ``smallest`` are dropped.
+    """
+    empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
+    if not len(maps):
+        return empty
+    maps = torch.as_tensor(maps, dtype=saliency.dtype, device=saliency.device)
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    # The winner is decided on the network's grid blown up row by row of instances: n full-size maps at once.
+    stack = torch.cat([maps, saliency[None]])[None]
+    stack = torch.nn.functional.interpolate(stack, size, mode="bilinear", align_corners=False)[0]
+    value, winner = stack[:-1].max(0)
+    winner = torch.where(value > settings.background, winner, -1).cpu().numpy()
+    full_saliency = stack[-1].cpu().numpy()
+    found = []
+    for index in range(len(maps)):
+        mask = winner == index
+        if mask.sum() > settings.smallest * mask.size:
+            found.append((float(np.clip(full_saliency[mask].mean(), 1e-3, 1)), index, mask))
+    if not found:
+        return empty
+    found.sort(key=lambda entry: -entry[0])
+    scores, kept, masks = zip(*found, strict=True)
+    return np.stack(masks), np.array(scores, np.float32), np.array(kept)

@@ -1,0 +1,94 @@
+"""The losses of the boundary and centroid branches, on pairs of nearby pixels of the stride-4 grid (Sec. 3.1, 4.2)."""
+
+import torch
+import torch.nn.functional as F
+
+import ops
+
+IGNORE = 255
+
+
+def pair_labels(labels, radius):
+    """Which pairs (p, p + d) of pixels belong together, for the K offsets d of ``ops.path_offsets(radius)``.
+
+    labels: int64 [N,H,W] on the stride-4 grid: 0 background, 1..20 class, 255 ignore.
+    Returns three bool [N,K,H,W]: both background, both of one class, of different labels. Pairs that touch an
+    ignored pixel or leave the image are in none.
+    """
+    height, width = labels.shape[-2:]
+    padded = F.pad(labels, (radius, radius, 0, radius), value=IGNORE)
+    other = torch.stack(
+        [padded[:, dy : dy + height, radius + dx : radius + dx + width] for dy, dx in ops.path_offsets(radius)[0]], 1
+    )
+    here = labels[:, None]
+    valid = (here != IGNORE) & (other != IGNORE)
+    same = valid & (here == other)
+    return same & (here == 0), same & (here > 0), valid & (here != other)
+
+
+def _mean(values, mask):
+    return (values * mask).sum() / (mask.sum() + 1e-5)
+
+
+def boundary_loss(boundary, pairs, radius):
+    """L_B: pairs of one label should see no boundary between them, pairs of different labels should [IRN].
+
+    boundary: B [N,1,H,W] in 0..1; pairs: what ``pair_labels`` returns. L_B = (L+ + L-) / 2 with
+    L+ = 1/2 mean_bg -log(a + 1e-5) + 1/2 mean_fg -log(a + 1e-5) and L- = mean_neg -log(1 + 1e-5 - a).
+    """
+    background, foreground, different = pairs
+    affinity = ops.boundary_affinity(boundary[:, 0], radius)
+    together, apart = -torch.log(affinity + 1e-5), -torch.log(1 + 1e-5 - affinity)
+    positive = (_mean(together, background) + _mean(together, foreground)) / 2
+    return (positive + _mean(apart, different)) / 2
+
+
+def centroid_loss(offsets, pairs, radius):
+    """L_V: two pixels of one object point to one place, background points nowhere in particular [IRN].
+
+    offsets: V [N,2,H,W] in stride-4 pixels; pairs: what ``pair_labels`` returns. With delta = V(p) - V(q), which
+    should equal q - p in the foreground and 0 in the background:
+    L_V = (sum_fg |delta - (q - p)| / 2 #fg + sum_bg |delta| / 2 #bg) / 2.
+    """
+    background, foreground, _ = pairs
+    height, width = offsets.shape[-2:]
+    padded = F.pad(offsets, (radius, radius, 0, radius))
+    inside = outside = 0
+    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0]):  # one at a time: K times less memory than all at once
+        delta = offsets - padded[:, :, dy : dy + height, radius + dx : radius + dx + width]
+        step = offsets.new_tensor([dy, dx]).view(1, 2, 1, 1)
+        inside = inside + ((delta - step).abs() * foreground[:, k, None]).sum()
+        outside = outside + (delta.abs() * background[:, k, None]).sum()
+    return (inside / (2 * foreground.sum() + 1e-5) + outside / (2 * background.sum() + 1e-5)) / 2
+
+
+def centroid_count(points, bandwidth):
+    """A differentiable number of clusters: T~ = sum_i 1 / sum_j exp(-|c_i - c_j|^2 / 2 h^2).
+
+    points: (y, x) [M,2] in stride-4 pixels; bandwidth: h, in the same pixels. Every pixel counts for one over
+    the number of pixels that share its centroid, so T~ is the number of clusters when the points of each
+    coincide and the clusters lie several h apart. 0 for M = 0.
+    """
+    distance = (points[:, None] - points[None]).square().sum(2)
+    return (1 / torch.exp(-distance / (2 * bandwidth**2)).sum(1)).sum()
+
+
+def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, generator=None):
+    """L_su = MSE(T*, T): as many centroids in the salient region as the count label says (Eq. 3, 4).
+
+    offsets: V [N,2,H,W] in stride-4 pixels; salient: bool [N,H,W], the region whose offsets count and alone are
+    updated; counts: T [N]; bandwidth: h of ``centroid_count``. T* is an integer without a gradient, so the soft
+    count T~ over the points p + V(p) stands in for it; of each region a random ``subset`` of pixels is used, which
+    bounds the quadratic cost and hardly changes T~. Images without salient pixels are left out.
+    What keeps each cluster tight is L_V, with which this loss is trained.
+    """
+    losses = []
+    for field, region, count in zip(offsets, salient, counts, strict=True):
+        place = region.nonzero()
+        if not len(place) or count < 1:
+            continue
+        chosen = torch.randperm(len(place), generator=generator, device="cpu")[:subset].to(place.device)
+        place = place[chosen]
+        points = place + field[:, place[:, 0], place[:, 1]].t()
+        losses.append((centroid_count(points, bandwidth) - count).square())
+    return torch.stack(losses).mean() if losses else offsets.sum() * 0

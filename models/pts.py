@@ -1,0 +1,36 @@
+"""The progressive training scheme: what Algorithm 1 adds to plain training (Sec. 3.4)."""
+
+import numpy as np
+import torch
+
+from datasets.crf import refine_saliency
+from models.fusion import fuse, instance_masks
+
+
+def refresh(previous, current, iteration):
+    """Model refreshing, Eq. 8: alpha w_{r-1} + (1 - alpha) w_r with alpha = r / (r + 1), from iteration r = 3 on.
+
+    previous, current: state dicts of one network. Returns a new state dict; before r = 3 it equals ``current``.
+    """
+    if iteration <= 2:
+        return dict(current)
+    alpha = iteration / (iteration + 1)
+    return {
+        key: alpha * previous[key] + (1 - alpha) * value if value.is_floating_point() else value
+        for key, value in current.items()
+    }
+
+
+def pseudo_label(image, saliency, boundary, offsets, settings):
+    """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
+
+    image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid.
+    The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
+    Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
+    """
+    maps, _ = fuse(saliency, boundary, offsets, settings)
+    masks, _, _ = instance_masks(maps, saliency, image.shape[:2], settings)
+    if not len(masks):
+        return None
+    soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
+    return refine_saliency(image, (masks.any(0) + np.clip(soft, 0, 1)) / 2)

@@ -1,0 +1,75 @@
+"""WSID-Net: the saliency net and the boundary-centroid net together, and the file they travel in (Fig. 2)."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from models.branches import BoundaryCentroidNet, SaliencyNet
+from utils import checkpoint
+from utils.cli import InputError
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    """What the two networks are made of; stored with their weights.
+
+    size: the input square in pixels. channels: width of the CA module and the ASPP. mixing: the CFM unit;
+    attention: the MA unit, "parallel", "s-c", "c-s" or "none"; enhancement: the BE module; canny: its edges.
+    """
+
+    backbone: str = "resnet50"
+    output_stride: int = 16
+    size: int = 512
+    channels: int = 256
+    mixing: bool = True
+    attention: str = "parallel"
+    enhancement: bool = True
+    canny: str = "auto"
+
+    def boundary_centroid_net(self):
+        return BoundaryCentroidNet(
+            self.backbone, self.output_stride, self.channels, mixing=self.mixing, attention=self.attention,
+            enhancement=self.enhancement, canny=self.canny,
+        )  # fmt: skip
+
+    def saliency_net(self):
+        return SaliencyNet(self.backbone, self.output_stride, self.channels)
+
+
+class WSIDNet(nn.Module):
+    """S, B and V of a batch of images."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.branches = config.boundary_centroid_net()
+        self.saliency = config.saliency_net()
+
+    def forward(self, image, edges):
+        """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
+
+        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid.
+        """
+        boundary, offsets = self.branches(image, edges)
+        return self.saliency(image)[:, 0], boundary[:, 0], offsets
+
+
+def save_weights(net, path, note=""):
+    """Write a WSIDNet to ``path`` in half precision, with its configuration and a line on its origin."""
+    state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    checkpoint.save({"config": asdict(net.config), "state": state, "note": note}, path)
+
+
+def load_weights(path, device="cpu"):
+    """Read what ``save_weights`` wrote as a WSIDNet in evaluation mode, float32.
+
+    Raises InputError when the file is missing, damaged or of another kind.
+    """
+    saved = checkpoint.load(path, device)
+    try:
+        net = WSIDNet(NetConfig(**saved["config"]))
+        net.load_state_dict(saved["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
+    return net.to(device).eval().to(memory_format=torch.channels_last)

@@ -1,0 +1,43 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from utils import checkpoint
+
+torch.set_num_threads(int(os.environ.get("WSID_TEST_THREADS", "2")))
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A data folder of six small photographs of one or two coloured discs on noise, labelled."""
+    return make_data(tmp_path / "data")
+
+
+def make_data(folder, count=6, size=(72, 96)):
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    rows = ["image,classes,count"]
+    yy, xx = np.mgrid[: size[0], : size[1]]
+    for i in range(count):
+        image = rng.integers(60, 120, (*size, 3)).astype(np.uint8)
+        for k in range(i % 2 + 1):
+            image[(yy - 36) ** 2 + (xx - 25 - 45 * k) ** 2 < 300] = (200, 40 + 100 * (i % 3), 30)
+        checkpoint.save_png(image, folder / "images" / f"photo{i}.png")
+        rows.append(f"photo{i}.png,{('cat', 'dog', 'person cat')[i % 3]},{i % 2 + 1}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def python(*args, timeout=240, **kwargs):
+    """Run one of the scripts as a user would; returns the finished process with its output as text."""
+    import subprocess
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, os.path.join(root, args[0]), *map(str, args[1:])],
+        capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL, **kwargs,
+    )  # fmt: skip

@@ -1,0 +1,124 @@
+"""Clusters, the salience filter and instance masks on fields whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets.crf import crf, refine_labels, refine_saliency
+from datasets.pseudo_labels import CamThresholds, class_labels, foreground_probability, saliency_mask
+from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks
+from models.pts import pseudo_label
+
+HEIGHT, WIDTH = 32, 48
+POINTS = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij"))
+CENTRES = [(16.0, 13.5), (16.0, 31.5)]
+
+
+def scene():
+    """Two touching squares of 18x18 pixels, each pointing to its own centre; the background rests."""
+    saliency, boundary, offsets = torch.zeros(32, 48), torch.zeros(32, 48), torch.zeros(2, 32, 48)
+    truth = []
+    for y, x in CENTRES:
+        inside = (POINTS[0] - y).abs().le(8.5) & (POINTS[1] - x).abs().le(8.5)  # columns 5..22 and 23..40
+        truth.append(inside)
+        saliency[inside] = 0.9
+        offsets[:, inside] = (torch.tensor([y, x]).view(2, 1, 1) - POINTS)[:, inside]
+    union = truth[0] | truth[1]
+    boundary[:, 22] = union[:, 22].float() * 0.95
+    rim = torch.nn.functional.max_pool2d(union[None].float(), 3, 1, 1)[0].bool() & ~union
+    boundary[rim] = 0.95
+    return saliency, boundary, offsets, torch.stack(truth).numpy()
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_touching_objects_are_told_apart_by_their_centroids():
+    saliency, boundary, offsets, truth = scene()
+    maps, centroids = fuse(saliency, boundary, offsets, Fusion())
+    masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion())
+    assert len(masks) == 2 and not (masks[0] & masks[1]).any()
+    truth = truth.repeat(4, 1).repeat(4, 2)
+    assert min(max(iou(mask, t) for t in truth) for mask in masks) > 0.85
+    assert ((0 < scores) & (scores <= 1)).all() and scores[0] >= scores[1]
+    found = centroids[kept]
+    for centre in CENTRES:
+        assert np.abs(found - centre).sum(1).min() < 1
+    components, _ = connected_components(saliency, Fusion())
+    assert len(components) == 1, "one connected component: what the centroids are for"
+
+
+def test_every_pixel_has_a_cluster():
+    _, _, offsets, _ = scene()
+    labels, centroids = find_clusters(offsets)
+    assert labels.min() >= 1 and labels.max() == len(centroids)
+    for y, x in CENTRES:
+        assert (labels[int(y) - 7 : int(y) + 8, int(x) - 7 : int(x) + 8] == labels[int(y), int(x)]).all()
+
+
+def test_no_sink_and_no_salience_are_valid_answers():
+    saliency, boundary, offsets, _ = scene()
+    empty, centroids = fuse(saliency, boundary, torch.full_like(offsets, 9.0), Fusion())
+    assert empty.shape == (0, 32, 48) and len(centroids) == 0
+    empty, _ = fuse(saliency * 0, boundary, offsets, Fusion())
+    masks, scores, kept = instance_masks(empty, saliency, (60, 70), Fusion())
+    assert masks.shape == (0, 60, 70) and scores.shape == kept.shape == (0,)
+
+
+@pytest.mark.parametrize("share, kept", [(0.4, 0), (0.6, 1)])
+def test_theta_is_the_salient_share_of_a_cluster(share, kept):
+    saliency, boundary, offsets, truth = scene()
+    saliency[:] = 0
+    rows = np.argwhere(truth[0])
+    chosen = rows[: round(share * len(rows))]
+    saliency[chosen[:, 0], chosen[:, 1]] = 0.9
+    assert len(fuse(saliency, boundary, offsets, Fusion(theta=0.5))[0]) == kept
+
+
+def test_crf_snaps_to_the_image():
+    rng = np.random.default_rng(0)
+    image = np.full((96, 96, 3), 40, np.uint8)
+    image[24:72, 24:72] = 200
+    image += rng.integers(0, 8, image.shape).astype(np.uint8)
+    truth = np.zeros((96, 96), bool)
+    truth[24:72, 24:72] = True
+    coarse = np.full((96, 96), 0.2)
+    coarse[27:75, 21:69] = 0.8
+    refined = refine_saliency(image, coarse)
+    assert refined.dtype == np.float32 and 0 <= refined.min() and refined.max() <= 1
+    assert iou(refined > 0.5, truth) > 0.95 > 0.8 > iou(coarse > 0.5, truth)
+    labels = refine_labels(image, (coarse > 0.5).astype(int), 2)
+    assert iou(labels > 0, truth) > 0.95
+    both = crf(image, np.stack([1 - coarse, coarse]))
+    assert np.allclose(both.sum(0), 1, atol=1e-4)
+
+
+def test_class_labels_ignore_what_the_thresholds_disagree_on():
+    image = np.full((64, 64, 3), 90, np.uint8)
+    cam = np.full((1, 64, 64), 0.01, np.float32)
+    cam[0, :, 20:40] = 0.15  # between the confident thresholds .05 and .30
+    cam[0, :, 40:] = 0.9
+    image[:, 20:40], image[:, 40:] = 140, 200
+    labels = class_labels(image, cam, (7,), CamThresholds())
+    assert (labels[:, 4:16] == 0).all() and (labels[:, 24:36] == 255).all() and (labels[:, 44:60] == 8).all()
+
+
+def test_saliency_mask_takes_the_maximum_over_classes():
+    image = np.full((32, 32, 3), 90, np.uint8)
+    cams = np.zeros((2, 32, 32), np.float32)
+    cams[0, :16], cams[1, 16:] = 1.0, 0.25
+    plain = saliency_mask(image, cams, even=0.25, use_crf=False)
+    assert np.allclose(plain[:16], 0.8) and np.allclose(plain[16:], 0.5)
+    assert foreground_probability(np.array([0.0, 0.25]), 0.25).tolist() == [0.0, 0.5]
+    assert saliency_mask(image, cams[:0], 0.25).max() == 0, "no class, nothing salient"
+
+
+def test_pseudo_label_is_the_union_of_instances():
+    saliency, boundary, offsets, truth = scene()
+    image = np.full((128, 192, 3), 60, np.uint8)
+    union = truth.any(0).repeat(4, 0).repeat(4, 1)
+    image[union] = 180
+    label = pseudo_label(image, saliency, boundary, offsets, Fusion())
+    assert iou(label > 0.5, union) > 0.95
+    assert pseudo_label(image, saliency * 0, boundary, offsets, Fusion()) is None

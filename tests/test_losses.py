@@ -1,0 +1,126 @@
+"""L_B, L_V and L_su against their formulas, and what the subitizing loss does to a free offset field."""
+
+import math
+
+import pytest
+import torch
+
+import ops
+from models.losses import boundary_loss, centroid_count, centroid_loss, pair_labels, subitizing_loss
+
+POINTS = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij"))
+
+
+def pairs_by_hand(labels, radius):
+    """All three kinds of pairs as sets of ((y, x), (y, x)), the slow way."""
+    height, width = labels.shape
+    kinds = (set(), set(), set())
+    for y in range(height):
+        for x in range(width):
+            for dy, dx in ops.path_offsets(radius)[0].tolist():
+                v, u = y + dy, x + dx
+                if not (0 <= v < height and 0 <= u < width):
+                    continue
+                a, b = labels[y, x].item(), labels[v, u].item()
+                if 255 in (a, b):
+                    continue
+                kinds[2 if a != b else 0 if a == 0 else 1].add(((y, x), (v, u)))
+    return kinds
+
+
+def test_pair_labels_against_the_slow_way():
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 0, 1, 2, 255])[torch.randint(0, 5, (7, 6))]
+    offsets = ops.path_offsets(4)[0].tolist()
+    for mask, expected in zip(pair_labels(labels[None], 4), pairs_by_hand(labels, 4)):
+        found = {((y, x), (y + offsets[k][0], x + offsets[k][1])) for k, y, x in mask[0].nonzero().tolist()}
+        assert found == expected and expected
+
+
+def test_boundary_loss_by_hand():
+    # Radius 2 on 1x3: the pairs (0,1) and (1,2) only. Labels 1 1 0: one foreground pair, one different pair.
+    labels = torch.tensor([[[1, 1, 0]]])
+    boundary = torch.tensor([[[[0.1, 0.2, 0.7]]]])
+    pairs = pair_labels(labels, 2)
+    together, apart = -math.log(0.8 + 1e-5), -math.log(1 + 1e-5 - 0.3)
+    expected = (together / 2 + apart) / 2
+    assert boundary_loss(boundary, pairs, 2).item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_centroid_loss_vanishes_on_the_ideal_field_only():
+    labels = torch.zeros(1, 32, 40, dtype=torch.long)
+    labels[0, 8:20, 10:30] = 3
+    ideal = torch.where(labels[:, None] > 0, torch.tensor([14.0, 20.0]).view(1, 2, 1, 1) - POINTS, 0)
+    pairs = pair_labels(labels, 5)
+    assert centroid_loss(ideal, pairs, 5).item() < 1e-6
+    assert centroid_loss(ideal + 3.0, pairs, 5).item() < 1e-4, "the loss fixes V only up to a constant"
+    # V = 0: |delta - (q - p)| = |q - p|, averaged over foreground pairs; nothing in the background.
+    steps = torch.tensor(ops.path_offsets(5)[0]).abs().sum(1).view(1, -1, 1, 1)
+    expected = (steps * pairs[1]).sum() / (2 * pairs[1].sum()) / 2
+    assert centroid_loss(torch.zeros(1, 2, 32, 40), pairs, 5).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_centroid_loss_ignores_what_is_undecided():
+    labels = torch.full((1, 8, 8), 255)
+    assert centroid_loss(torch.randn(1, 2, 8, 8), pair_labels(labels, 3), 3).item() == 0
+
+
+@pytest.mark.parametrize("centres", [[(16, 20)], [(8, 10), (22, 28)], [(6, 8), (6, 32), (26, 20)]])
+def test_soft_count_is_the_number_of_centroids_on_ideal_fields(centres):
+    centres = torch.tensor(centres, dtype=torch.float)
+    nearest = (POINTS.flatten(1).t()[:, None] - centres).square().sum(2).argmin(1)
+    points = centres[nearest] + 0.2 * torch.randn(len(nearest), 2, generator=torch.Generator().manual_seed(0))
+    assert centroid_count(points, 3.0).item() == pytest.approx(len(centres), rel=0.05)
+
+
+def test_subitizing_loss_touches_the_salient_region_only():
+    torch.manual_seed(0)
+    field = torch.randn(2, 2, 32, 40, requires_grad=True)
+    region = torch.zeros(2, 32, 40, dtype=torch.bool)
+    region[0, 5:15, 5:15] = True
+    subitizing_loss(field, region, torch.tensor([2.0, 1.0]), 3.0).backward()
+    touched = field.grad.abs().sum(1) > 0
+    assert touched[0].any() and not touched[0][~region[0]].any()
+    assert not touched[1].any(), "a photograph without a salient region teaches nothing"
+
+
+def two_discs():
+    discs = [((POINTS - torch.tensor([16.0, x]).view(2, 1, 1)).square().sum(0) <= 36) for x in (14.0, 26.0)]
+    return discs[0] | discs[1]
+
+
+def field_towards(*columns):
+    """Every pixel points to the nearest of the centres (16, column)."""
+    columns = torch.tensor(columns)
+    nearest = columns[(POINTS[1][..., None] - columns).abs().argmin(-1)]
+    return torch.stack([torch.full_like(nearest, 16.0), nearest]) - POINTS
+
+
+@pytest.mark.parametrize("start, count", [((20.0,), 2), ((14.0, 26.0), 1), ((20.0,), 1), ((14.0, 26.0), 2)])
+def test_subitizing_loss_splits_and_merges_touching_discs(start, count):
+    """A free field over two touching discs goes to the asked number of centroids, from merged and split starts.
+
+    A mean-shift term keeps clusters tight, the part that L_V plays in training.
+    """
+    torch.manual_seed(0)
+    region = two_discs()
+    field = (field_towards(*start) + 0.3 * torch.randn(2, 32, 40)).requires_grad_()
+    optimizer = torch.optim.Adam([field], lr=0.05)
+    for step in range(400):
+        bandwidth = 6.0 if step < 200 else 3.0
+        points = (POINTS + field)[:, region].t()
+        kernel = torch.exp(-(points[:, None] - points).square().sum(2) / (2 * bandwidth**2)).detach()
+        means = kernel @ points.detach() / kernel.sum(1, keepdim=True)
+        tight = (points - means).square().sum(1).mean()
+        loss = subitizing_loss(field[None], region[None], torch.tensor([float(count)]), bandwidth, subset=1000)
+        optimizer.zero_grad()
+        (loss + 0.05 * tight).backward()
+        optimizer.step()
+    points = (POINTS + field.detach())[:, region].t()
+    assert centroid_count(points, 3.0).item() == pytest.approx(count, rel=0.05)
+    # Counted plainly: groups of points more than 3 pixels apart.
+    groups = []
+    for point in points:
+        if all((point - other).norm() > 3 for other in groups):
+            groups.append(point)
+    assert len(groups) == count

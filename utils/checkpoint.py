@@ -1,0 +1,72 @@
+"""Files that are whole or absent, never half: everything is written beside its place and renamed into it."""
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import torch
+
+from utils.cli import InputError
+
+
+def _replace(path, write):
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); free some space or choose another --out") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(state, path):
+    """torch.save ``state`` to ``path`` atomically."""
+    _replace(path, lambda file: torch.save(state, file))
+
+
+def load(path, device="cpu"):
+    """What ``save`` wrote; InputError when the file is missing, damaged or holds more than tensors and plain values."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"no weights at {path}; check the path") from error
+    except Exception as error:  # a damaged file shows as any of pickle's, zipfile's and torch's errors
+        raise InputError(f"{path} is not a readable weights file; train or copy it again") from error
+
+
+def save_json(value, path):
+    """Write ``value`` as JSON to ``path`` atomically."""
+    _replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save_png(array, path):
+    """Write uint8 [H,W] or RGB [H,W,3] as a PNG to ``path`` atomically."""
+    bgr = array if array.ndim == 2 else array[..., ::-1]
+    _replace(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
+
+
+def claim(folder, config):
+    """Bind ``folder`` to ``config``: results of two settings never mix in it.
+
+    Raises InputError, naming what differs, when the folder was made with another configuration.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        save_json(config, path)
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not readable; delete the folder {folder} to start it anew") from error
+    now = json.loads(json.dumps(config))
+    differs = [f"{key} {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
+    if differs:
+        raise InputError(
+            f"{folder} was made with other settings ({'; '.join(differs)}); give those, another --out, or delete it"
+        )

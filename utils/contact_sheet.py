@@ -1,0 +1,46 @@
+"""Pictures in rows of equal height, as one file: the figure of the README.
+
+    python -m utils.contact_sheet output/*_overlay.png docs/results.jpg
+"""
+
+import sys
+
+import cv2
+import numpy as np
+
+from datasets.images import read_image
+from utils.cli import InputError, run
+
+HEIGHT, WIDTH, GAP = 220, 1400, 6
+
+
+def contact_sheet(pictures):
+    """uint8 RGB pictures [H,W,3] of any size -> one, WIDTH pixels wide, rows filled from left to right."""
+    rows, row = [], []
+    for picture in pictures:
+        width = round(picture.shape[1] * HEIGHT / picture.shape[0])
+        row.append(cv2.resize(picture, (width, HEIGHT), interpolation=cv2.INTER_AREA))
+        if sum(p.shape[1] for p in row) >= WIDTH * 0.8:
+            rows.append(row)
+            row = []
+    rows += [row] if row else []
+    return np.concatenate([_fill(row) for row in rows])
+
+
+def _fill(row):
+    strip = np.concatenate([np.pad(p, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for p in row], 1)
+    if strip.shape[1] < WIDTH * 0.8:  # the last row: padded, not blown up
+        return np.pad(strip, ((0, 0), (0, WIDTH - strip.shape[1]), (0, 0)), constant_values=255)
+    return cv2.resize(strip, (WIDTH, round(strip.shape[0] * WIDTH / strip.shape[1])), interpolation=cv2.INTER_AREA)
+
+
+def main():
+    if len(sys.argv) < 3:
+        raise InputError("give the pictures and then the file to write, as in the description of this module")
+    sheet = contact_sheet([read_image(path) for path in sys.argv[1:-1]])
+    if not cv2.imwrite(sys.argv[-1], sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88]):
+        raise InputError(f"cannot write {sys.argv[-1]}; check the folder")
+
+
+if __name__ == "__main__":
+    run(main)

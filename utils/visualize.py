@@ -1,0 +1,129 @@
+"""Pictures: of results for people, and of every intermediate map for TensorBoard. Arrays are uint8 RGB [H,W,3]."""
+
+import colorsys
+
+import cv2
+import numpy as np
+import torch
+
+from datasets.training import load_square, to_tensor
+from models.classifier import class_activation_maps
+from models.enhancement import canny_edges
+from models.fusion import find_clusters
+
+
+def instance_colours(count):
+    """``count`` well separated colours, uint8 [count,3]: hues a golden section apart."""
+    hues = [(0.02 + 0.618034 * i) % 1 for i in range(count)]
+    return np.array([colorsys.hsv_to_rgb(hue, 0.75, 1.0) for hue in hues]).reshape(-1, 3) * 255
+
+
+def heat(values, image=None):
+    """A map [H,W] in 0..1 as colours, over ``image`` at half strength where one is given."""
+    colour = cv2.applyColorMap(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    return colour.copy() if image is None else cv2.addWeighted(image, 0.4, np.ascontiguousarray(colour), 0.6, 0)
+
+
+def grey(values):
+    """A map [H,W] in 0..1 as grey."""
+    return np.repeat(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)[..., None], 3, 2)
+
+
+def colour_wheel(offsets, reach=None):
+    """Offsets [2,H,W] (dy, dx): direction as hue, length as saturation, full at ``reach`` (default: the longest)."""
+    dy, dx = offsets
+    length = np.hypot(dy, dx)
+    hsv = np.full((*length.shape, 3), 255, np.uint8)
+    hsv[..., 0] = np.round((np.arctan2(dy, dx) / (2 * np.pi) % 1) * 179)
+    hsv[..., 1] = np.round(255 * np.clip(length / (reach or max(length.max(), 1e-6)), 0, 1))
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def mark(picture, points):
+    """Draw (y, x) points, in pixels of ``picture``, as ringed dots; returns a new picture."""
+    picture = np.ascontiguousarray(picture).copy()
+    radius = max(2, round(max(picture.shape) / 100))
+    for y, x in np.asarray(points).reshape(-1, 2):
+        centre = (round(float(x)), round(float(y)))
+        cv2.circle(picture, centre, radius + 1, (255, 255, 255), -1, cv2.LINE_AA)
+        cv2.circle(picture, centre, radius, (20, 20, 20), -1, cv2.LINE_AA)
+    return picture
+
+
+def overlay(image, masks, scores, centroids):
+    """A photograph with its instances tinted, outlined, and labelled with their scores at their centroids.
+
+    image: uint8 RGB [H,W,3]; masks: bool [n,H,W]; scores: n values in 0..1; centroids: (y, x) in image pixels
+    [n,2]. What is no instance keeps its shades but loses colour, so that the instances stand out.
+    """
+    height, width = image.shape[:2]
+    rest = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    picture = cv2.addWeighted(image, 0.35, rest, 0.45, 0)
+    thickness = max(1, round(max(height, width) / 300))
+    colours = instance_colours(len(masks))
+    for mask, colour in zip(masks, colours, strict=True):
+        picture[mask] = 0.65 * image[mask] + 0.35 * colour
+    for mask, colour in zip(masks, colours, strict=True):
+        contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+        cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness + 2, cv2.LINE_AA)
+        cv2.drawContours(picture, contours, -1, colour.tolist(), thickness, cv2.LINE_AA)
+    picture = mark(picture, centroids)
+    scale = max(0.35, max(height, width) / 1100)
+    for score, colour, (y, x) in zip(scores, colours, centroids, strict=True):
+        text = f"{score:.2f}"
+        (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+        left = int(np.clip(x + 8 * scale, 0, max(0, width - w - 4)))
+        top = int(np.clip(y - 8 * scale, h + 4, max(h + 4, height - base)))
+        cv2.rectangle(picture, (left - 2, top - h - 3), (left + w + 2, top + base), colour.tolist(), -1)
+        cv2.putText(picture, text, (left, top), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
+    return picture
+
+
+def _add_rows(writer, tag, rows, step):
+    """Rows of equally sized pictures as one TensorBoard image."""
+    sheet = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
+    writer.add_image(tag, sheet, step, dataformats="HWC")
+
+
+def _shrink(picture, side=192):
+    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def show_cams(model, writer, step, samples, args, device):
+    """TensorBoard: photographs beside the maximum of their classes' activation maps."""
+    rows = []
+    for sample in samples:
+        image = load_square(sample.path, args.size)
+        cams = class_activation_maps(model, to_tensor(image)[None].to(device), args.cam_scales)[0]
+        cam = cams[list(sample.classes)].amax(0) if sample.classes else cams[0] * 0
+        image = _shrink(image)
+        rows.append([image, heat(_shrink(cam.cpu().numpy()), image)])
+    _add_rows(writer, "cam", rows, step)
+
+
+def show_branches(model, writer, step, samples, args, device):
+    """TensorBoard: photograph, pseudo labels, B, and V as a colour wheel with the centroids pixels converge to."""
+    rows = []
+    for sample in samples:
+        image = load_square(sample.path, args.size)
+        edges = torch.from_numpy(canny_edges(image, args.canny))[None, None].to(device)
+        boundary, offsets = model(to_tensor(image)[None].to(device), edges)
+        boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
+        wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
+        labels = cv2.imread(str(args.out / "labels" / "classes" / f"{sample.stem}.png"), cv2.IMREAD_GRAYSCALE)
+        tints = instance_colours(256)
+        tints[0], tints[255] = 0, 255
+        wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
+        rows.append([_shrink(image), _shrink(tints[labels].astype(np.uint8)), grey(_shrink(boundary)), wheel])
+    _add_rows(writer, "boundary and centroids", rows, step)
+
+
+def show_saliency(model, writer, step, samples, args, device, labels=None):
+    """TensorBoard: photograph, the pseudo mask it is trained on, S. labels: the folder of the masks."""
+    rows = []
+    for sample in samples:
+        image = load_square(sample.path, args.size)
+        saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
+        mask = cv2.imread(str((labels or args.out / "labels" / "saliency") / f"{sample.stem}.png"))
+        rows.append([_shrink(image), _shrink(mask), grey(_shrink(saliency))])
+    _add_rows(writer, "saliency", rows, step)
