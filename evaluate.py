@@ -19,19 +19,12 @@ from tqdm import tqdm
 
 from datasets.images import list_images, read_image
 from datasets.masks import decode_rle, list_masks, prediction_records, read_instance_mask, read_saliency_mask
-from utils.cli import InputError, run, select_device
+from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the commands as they stand above, and default values, but no 'default: None'."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     files = parser.add_argument_group("evaluate a file of predictions")
     files.add_argument("--pred", type=Path, metavar="FILE", help="COCO result records (predictions.json)")
     files.add_argument("--gt", type=Path, metavar="DIR", help="instance masks: 0, 1..N, 255 void; all count")

@@ -24,7 +24,7 @@ from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.classifier import Classifier, class_activation_maps
 from models.enhancement import canny_edges, parse_canny
-from models.losses import boundary_loss, centroid_loss, pair_labels, subitizing_loss
+from models.losses import anchored_centroid_loss, boundary_loss, centroid_loss, pair_labels, subitizing_loss
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, visualize
 from utils.cli import Help, InputError, make_folder, run, select_device
@@ -75,6 +75,8 @@ def get_args_parser():
                         help="activation at which saliency is even odds")  # fmt: skip
     labels.add_argument("--radius", type=int, default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels")
     labels.add_argument("--lsu-weight", type=float, default=0.1, help="of L_su beside L_B and L_V")
+    labels.add_argument("--anchor-weight", type=float, default=0.2,
+                        help="of the targets where count and mask agree; 0 is the paper's L_su alone")  # fmt: skip
     return parser
 
 
@@ -195,11 +197,11 @@ def edges_of(images, mode):
 
 
 def bandwidth(progress, size):
-    """h of the soft centroid count, coarse to fine: 12, 6, then 3 pixels of a 128x128 grid, the same share of others.
+    """h of the soft centroid count, coarse to fine: 12 then 6 pixels of a 128x128 grid, the same share of others.
 
-    Before V has formed, a fine h would count dozens of centroids and drown the other losses.
+    Finer than that it counts the scatter of V, not its centroids.
     """
-    return (12.0, 6.0, 3.0)[min(2, int(3 * progress))] * size / 512
+    return (12.0 if progress < 0.5 else 6.0) * size / 512
 
 
 def train_branches(args, samples, device):
@@ -227,9 +229,11 @@ def train_branches(args, samples, device):
                 offsets, salient, batch["count"], bandwidth(progress, args.size), generator=seed
             )
             terms["subitizing"] = args.lsu_weight * count
+            terms["anchored"] = args.anchor_weight * anchored_centroid_loss(offsets, salient, batch["count"])
         return terms
 
-    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight")
+    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
+                "anchor_weight")  # fmt: skip
     folder = run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
     )

@@ -14,6 +14,7 @@ class Fusion:
     """The settings of the fusion; lengths in pixels of the stride-4 grid.
 
     theta: share of a cluster that must be salient (Sec. 3.1.1). sink: |V| below which a pixel is at rest.
+    region: "salient" looks for centroids among the salient pixels, "image" everywhere.
     radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
     background: share of an instance's peak below which a pixel is background. smallest: share of the image
     under which an instance is dropped.
@@ -21,6 +22,7 @@ class Fusion:
 
     theta: float = 0.5
     sink: float = 2.5
+    region: str = "salient"
     radius: int = 5
     power: float = 10.0
     steps: int = 256
@@ -29,23 +31,26 @@ class Fusion:
     smallest: float = 0.002
 
 
-def find_clusters(offsets, sink=2.5):
+def find_clusters(offsets, sink=2.5, region=None):
     """Pixels grouped by where their offsets lead them (Eq. 1, 2).
 
     offsets: V [2,H,W] in stride-4 pixels. Sinks are the 4-connected components of |V| < sink; a pixel belongs
-    to the sink nearest the point it converges to. Returns (labels int [H,W] in 0..n, 0 only when there is no
+    to the sink nearest the point it converges to. region: bool [H,W], where sinks may lie and pixels are
+    grouped; default everywhere. Returns (labels int [H,W] in 0..n, 0 outside the region and where there is no
     sink at all; centroids float [n,2], the (y, x) centres of the sinks).
     """
-    points = ops.converge_centroids(offsets[None])[0]
     at_rest = (offsets.square().sum(0) < sink**2).cpu().numpy()
+    if region is not None:
+        at_rest &= region
     sinks, count = ndimage.label(at_rest)
     if not count:
         return np.zeros(at_rest.shape, np.int64), np.zeros((0, 2))
     nearest = ndimage.distance_transform_edt(sinks == 0, return_distances=False, return_indices=True)
-    y, x = points.round().long().cpu().numpy()
+    y, x = ops.converge_centroids(offsets[None])[0].round().long().cpu().numpy()
     labels = sinks[nearest[0], nearest[1]][y, x]
-    centroids = np.array(ndimage.center_of_mass(at_rest, sinks, range(1, count + 1))).reshape(-1, 2)
-    return labels, centroids
+    if region is not None:
+        labels = np.where(region, labels, 0)
+    return labels, np.array(ndimage.center_of_mass(at_rest, sinks, range(1, count + 1))).reshape(-1, 2)
 
 
 def salient_clusters(labels, saliency, centroids, settings):
@@ -74,8 +79,10 @@ def fuse(saliency, boundary, offsets, settings):
     saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid.
     Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
     """
-    labels, centroids = find_clusters(offsets, settings.sink)
-    clusters, centroids = salient_clusters(labels, saliency.cpu().numpy(), centroids, settings)
+    seen = saliency.cpu().numpy()
+    region = seen > settings.salient if settings.region == "salient" else None
+    labels, centroids = find_clusters(offsets, settings.sink, region)
+    clusters, centroids = salient_clusters(labels, seen, centroids, settings)
     if not len(clusters):
         return saliency.new_zeros(0, *saliency.shape), centroids
     start = torch.from_numpy(clusters).to(saliency) * saliency * (1 - boundary)

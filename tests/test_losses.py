@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import ops
-from models.losses import boundary_loss, centroid_count, centroid_loss, pair_labels, subitizing_loss
+from models.losses import (
+    agreed_instances,
+    anchored_centroid_loss,
+    boundary_loss,
+    centroid_count,
+    centroid_loss,
+    pair_labels,
+    subitizing_loss,
+)
 
 POINTS = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(40.0), indexing="ij"))
 
@@ -82,6 +90,28 @@ def test_subitizing_loss_touches_the_salient_region_only():
     touched = field.grad.abs().sum(1) > 0
     assert touched[0].any() and not touched[0][~region[0]].any()
     assert not touched[1].any(), "a photograph without a salient region teaches nothing"
+
+
+def test_anchors_only_where_count_and_components_agree():
+    region = torch.zeros(32, 40, dtype=torch.bool)
+    region[4:14, 4:14] = region[20:30, 24:38] = True
+    region[0, 39] = True  # noise, no instance
+    assert agreed_instances(region, torch.tensor(1.0)) is None
+    assert agreed_instances(region, torch.tensor(3.0)) is None
+    assert agreed_instances(region & False, torch.tensor(0.0)) is None
+    labels = agreed_instances(region, torch.tensor(2.0))
+    assert labels.max() == 2 and labels[0, 39] == 0
+    assert (labels[4:14, 4:14] == labels[4, 4]).all() and labels[4, 4] != labels[20, 24]
+    ideal = torch.zeros(2, 2, 32, 40)
+    for number in (1, 2):
+        place = labels == number
+        ideal[:, :, place] = (POINTS[:, place].mean(1, keepdim=True) - POINTS[:, place])[None]
+    both, counts = torch.stack([region, region]), torch.tensor([2.0, 1.0])
+    assert anchored_centroid_loss(ideal, both, counts).item() < 1e-5
+    # Off by (3, -1) in the photograph that agrees: |3| + |-1| at every pixel; the other one does not speak.
+    shifted = ideal + torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
+    assert anchored_centroid_loss(shifted, both, counts).item() == pytest.approx(4.0, rel=1e-5)
+    assert anchored_centroid_loss(shifted, both, torch.tensor([7.0, 7.0])).item() == 0
 
 
 def two_discs():

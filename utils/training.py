@@ -36,13 +36,18 @@ class Schedule:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
+CENTROID_LR = 10.0  # times lr for the centroid branch, whose outputs are tens of pixels [IRN]
+
+
 def parameter_groups(model, backbone_lr):
-    """SGD groups: trainable modules under the name ``backbone`` learn at backbone_lr times the rate of the rest."""
-    groups = {1.0: [], backbone_lr: []}
+    """SGD groups of the trainable parameters, each with its ``scale`` of the learning rate: ``backbone_lr`` for
+    modules under the name ``backbone``, CENTROID_LR for those under ``centroid``, 1 for the rest."""
+    scales = {"backbone": backbone_lr, "centroid": CENTROID_LR}
+    groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[backbone_lr if "backbone" in name.split(".") else 1.0].append(parameter)
-    return [{"params": params, "scale": scale} for scale, params in groups.items() if params]
+            groups.setdefault(scales.get(name.split(".")[0], 1.0), []).append(parameter)
+    return [{"params": params, "scale": scale} for scale, params in groups.items()]
 
 
 def train(model, dataset, losses, schedule, *, folder, config, device, writer=None, show=None, name="train"):
