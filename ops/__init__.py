@@ -1,11 +1,17 @@
 """The three operators at the core of the method: where pixels point to, what separates them, how labels spread.
 
+They run compiled (`ops/csrc`) on CPU and CUDA. Where that is not built, `ops.reference` computes the same on the CPU in
+plain PyTorch, after one warning; a CUDA tensor without CUDA kernels is a RuntimeError that says what to do.
+
 All maps live on the same grid, stride 4 of the network input; offsets are (dy, dx) and points (y, x) in its pixels.
 """
 
+import functools
+import warnings
+
 import torch
 
-from . import reference
+from . import compiled, reference
 from .reference import path_offsets
 
 __all__ = ["boundary_affinity", "converge_centroids", "path_offsets", "random_walk"]
@@ -36,6 +42,27 @@ def _full_precision(*tensors):
     return [t.float() if isinstance(t, torch.Tensor) and t.dtype in half else t for t in tensors]
 
 
+@functools.cache
+def _warn_not_built():
+    warnings.warn(
+        f"the compiled operators cannot be used ({compiled.reason}); the slower PyTorch versions stand in. "
+        f"To build them: {compiled.BUILD}", RuntimeWarning, stacklevel=4)
+
+
+def _implementation(tensor):
+    """The module that computes on this tensor's device."""
+    device = tensor.device.type
+    if compiled.has_kernels(device):
+        return compiled
+    if device == "cuda":
+        raise RuntimeError(
+            "the operators have no CUDA kernels here: build them with a CUDA toolkit and a CUDA build of PyTorch, "
+            f"FORCE_CUDA=1 {compiled.BUILD}, or compute on the CPU")
+    if not compiled.available:
+        _warn_not_built()
+    return reference
+
+
 def converge_centroids(offsets, max_iters=300, tol=1e-3):
     """Follow the offset field from every pixel until it rests: Eq. 1 of the paper (Sec. 3.1).
 
@@ -53,7 +80,7 @@ def converge_centroids(offsets, max_iters=300, tol=1e-3):
     _check("offsets", offsets, 4, channels=2)
     if max_iters < 0 or not tol >= 0:
         raise ValueError(f"max_iters and tol must not be negative, but are {max_iters} and {tol}")
-    return reference.converge_centroids(offsets.detach(), int(max_iters), float(tol))
+    return _implementation(offsets).converge_centroids(offsets.detach(), int(max_iters), float(tol))
 
 
 def boundary_affinity(boundary, radius):
@@ -69,7 +96,7 @@ def boundary_affinity(boundary, radius):
     """
     (boundary,) = _full_precision(boundary)
     _check("boundary", boundary, 3)
-    return reference.boundary_affinity(boundary, _check_radius(radius))
+    return _implementation(boundary).boundary_affinity(boundary, _check_radius(radius))
 
 
 def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
@@ -91,7 +118,7 @@ def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
     x, affinity = _full_precision(x, affinity)
     _check("x", x, 4)
     radius = _check_radius(radius)
-    _check("affinity", affinity, 4, channels=len(path_offsets(radius)[0]))
+    _check("affinity", affinity, 4, channels=reference.pair_count(radius))
     if affinity.shape[0] != x.shape[0] or affinity.shape[2:] != x.shape[2:]:
         raise ValueError(f"x {_shape(x)} and affinity {_shape(affinity)} must agree in images, height and width")
     if affinity.dtype != x.dtype or affinity.device != x.device:
@@ -100,4 +127,4 @@ def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
         raise ValueError(f"method must be auto, power or chebyshev, not {method}")
     if steps != int(steps) or steps < 0 or not power > 0 or not tol > 0:
         raise ValueError(f"steps must be an integer >= 0, power and tol > 0, but are {steps}, {power} and {tol}")
-    return reference.random_walk(x.detach(), affinity.detach(), radius, power, int(steps), method, tol)
+    return _implementation(x).random_walk(x.detach(), affinity.detach(), radius, power, int(steps), method, tol)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def path_offsets(radius):
     """Pairs within `radius` of each other, and the pixels on the way from one to the other.
 
@@ -35,6 +35,11 @@ def path_offsets(radius):
     for array in (offsets, *paths):
         array.flags.writeable = False
     return offsets, paths
+
+
+def pair_count(radius):
+    """K, the number of offsets that path_offsets(radius) lists, in arithmetic that torch.compile can follow."""
+    return radius - 1 + sum(2 * math.isqrt(radius * radius - 1 - dy * dy) + 1 for dy in range(1, radius))
 
 
 # ---- centroids ---------------------------------------------------------------------------------------------------
@@ -146,7 +151,7 @@ def boundary_affinity(boundary, radius):
 # ---- random walk -------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def chebyshev_coefficients(steps, tol):
     """Coefficients c_0..c_d of x^steps ~ sum_k c_k T_k(x) on [-1, 1], as a tuple, as short as `tol` allows.
 
@@ -181,54 +186,61 @@ def walk_coefficients(steps, method, tol):
 
 def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
     """See ops.random_walk. M = D^-1/2 S D^1/2 with S symmetric, so that one half plane of weights is enough."""
-    n, channels, height, width = x.shape
-    offsets, _ = path_offsets(radius)
     coefficients = walk_coefficients(steps, method, tol)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for image in range(len(x)):
+        result[image] = _walk_image(x[image], affinity[image], radius, power, steps, coefficients)
+    return result
+
+
+def _walk_image(x, affinity, radius, power, steps, coefficients):
+    channels, height, width = x.shape
+    offsets, _ = path_offsets(radius)
     # Rows get radius - 1 empty columns: every shift is then one contiguous range, and the weights are zero there.
     stride = width + radius - 1
     length = height * stride
+    weights = affinity.new_zeros(len(offsets), height, stride, dtype=torch.float64)
+    for weight, values, offset in zip(weights, affinity, offsets):
+        (top, bottom), (left, right) = _windows(offset, height, width)
+        weight[top:bottom, left:right] = values[top:bottom, left:right].double() ** power
     shifts = [int(dy) * stride + int(dx) for dy, dx in offsets]
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for image in range(n):
-        weights = affinity.new_zeros(len(shifts), height, stride, dtype=torch.float64)
-        weights[:, :, :width] = affinity[image].double() ** power
-        weights = weights.reshape(len(shifts), length)
-        degree = weights.new_ones(length)
-        pairs = [(weight[: length - shift], shift) for weight, shift in zip(weights, shifts) if shift < length]
-        for weight, shift in pairs:
-            degree[: length - shift] += weight
-            degree[shift:] += weight
-        root = degree.rsqrt()
-        pairs = [((weight * root[: length - shift] * root[shift:]).to(x.dtype), shift) for weight, shift in pairs]
-        # The diagonal makes up for the rounding of the other weights, so that constants keep their value.
-        centre = degree.sqrt()
-        for weight, shift in pairs:
-            centre[: length - shift] -= weight / root[shift:]
-            centre[shift:] -= weight / root[: length - shift]
-        centre = (centre * root).to(x.dtype)
-        root = root.to(x.dtype)
+    weights = weights.reshape(len(shifts), length)
+    degree = weights.new_ones(length)
+    pairs = [(weight[: length - shift], shift) for weight, shift in zip(weights, shifts) if shift < length]
+    for weight, shift in pairs:
+        degree[: length - shift] += weight
+        degree[shift:] += weight
+    root = degree.rsqrt()
+    pairs = [((weight * root[: length - shift] * root[shift:]).to(x.dtype), shift) for weight, shift in pairs]
+    # The diagonal makes up for the rounding of the other weights, so that constants keep their value.
+    centre = degree.sqrt()
+    for weight, shift in pairs:
+        centre[: length - shift] -= weight / root[shift:]
+        centre[shift:] -= weight / root[: length - shift]
+    centre = (centre * root).to(x.dtype)
+    root = root.to(x.dtype)
 
-        def apply(v):
-            # Summed up in groups: one long float32 sum would round the same way at every step and drift.
-            out = torch.zeros_like(v)
-            for group in range(0, len(pairs), radius):
-                part = torch.zeros_like(v)
-                for weight, shift in pairs[group : group + radius]:
-                    part[:, : length - shift].addcmul_(v[:, shift:], weight)
-                    part[:, shift:].addcmul_(v[:, : length - shift], weight)
-                out += part
-            return out.addcmul_(v, centre)
+    def apply(v):
+        # Summed up in groups, the pixel's own weight last: one long float32 sum would round the same way at every
+        # step and drift.
+        out = torch.zeros_like(v)
+        for group in range(0, len(pairs), radius):
+            part = torch.zeros_like(v)
+            for weight, shift in pairs[group : group + radius]:
+                part[:, : length - shift].addcmul_(v[:, shift:], weight)
+                part[:, shift:].addcmul_(v[:, : length - shift], weight)
+            out += part
+        return out.addcmul_(v, centre)
 
-        v = x.new_zeros(channels, height, stride)
-        v[:, :, :width] = x[image]
-        v = v.reshape(channels, length) / root
-        if coefficients is None:
-            for _ in range(steps):
-                v = apply(v)
-        else:
-            v = _chebyshev(apply, v, coefficients)
-        result[image] = (v * root).reshape(channels, height, stride)[:, :, :width]
-    return result
+    v = x.new_zeros(channels, height, stride)
+    v[:, :, :width] = x
+    v = v.reshape(channels, length) / root
+    if coefficients is None:
+        for _ in range(steps):
+            v = apply(v)
+    else:
+        v = _chebyshev(apply, v, coefficients)
+    return (v * root).reshape(channels, height, stride)[:, :, :width]
 
 
 def _chebyshev(apply, v, coefficients):

@@ -73,7 +73,7 @@ def test_theta_is_the_salient_share_of_a_cluster(share, kept):
     rows = np.argwhere(truth[0])
     chosen = rows[: round(share * len(rows))]
     saliency[chosen[:, 0], chosen[:, 1]] = 0.9
-    assert len(fuse(saliency, boundary, offsets, Fusion(theta=0.5))[0]) == kept
+    assert len(fuse(saliency, boundary, offsets, Fusion(theta=0.5, region="image"))[0]) == kept
 
 
 def test_crf_snaps_to_the_image():

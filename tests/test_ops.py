@@ -1,11 +1,28 @@
 """The operators against dense float64 algebra and brute-force loops on small maps, and the properties they promise."""
 
 import math
+import os
+import subprocess
+import sys
+import types
+import warnings
 
 import pytest
 import torch
 
 import ops
+from ops import compiled, reference
+
+
+@pytest.fixture(params=["compiled", "reference"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs on both implementations, through the same public functions."""
+    if request.param == "compiled" and not compiled.available:
+        pytest.skip("the compiled operators are not built")
+    if request.param == "reference":
+        monkeypatch.setattr(compiled, "has_kernels", lambda device_type: False)
+        monkeypatch.setattr(ops, "_warn_not_built", lambda: None)
+    return request.param
 
 
 def brute_affinity(boundary, radius):
@@ -13,14 +30,15 @@ def brute_affinity(boundary, radius):
     height, width = boundary.shape
     offsets = [(0, dx) for dx in range(1, radius)]
     offsets += [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius) if dy**2 + dx**2 < radius**2]
-    result = torch.zeros(len(offsets), height, width, dtype=boundary.dtype)
+    values = boundary.tolist()
+    largest = torch.ones(len(offsets), height, width, dtype=boundary.dtype)
     for k, (dy, dx) in enumerate(offsets):
         path = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)
                 if (dy * x - dx * y) ** 2 / (dy**2 + dx**2) < 1]
         for py in range(height - dy):
             for px in range(max(0, -dx), width - max(0, dx)):
-                result[k, py, px] = 1 - max(boundary[py + y, px + x] for y, x in path)
-    return result
+                largest[k, py, px] = max(values[py + y][px + x] for y, x in path)
+    return 1 - largest
 
 
 def dense_transition(affinity, radius, power):
@@ -57,6 +75,7 @@ def centre_field(height, width, centre, dtype=torch.float32):
 def test_path_counts(radius, count, pixels):
     offsets, paths = ops.path_offsets(radius)
     assert offsets.shape == (count, 2) and sum(map(len, paths)) == pixels
+    assert reference.pair_count(radius) == count
 
 
 def test_path_order_and_ends():
@@ -131,14 +150,15 @@ def test_centroids_stay_inside_and_ignore_broken_moves():
 # ---- affinity ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("radius, height, width", [(5, 9, 12), (10, 13, 12), (5, 3, 4), (10, 1, 20), (5, 20, 1), (1, 3, 3)])
+@pytest.mark.parametrize("radius, height, width",
+                         [(5, 9, 12), (10, 11, 12), (5, 3, 4), (10, 1, 20), (5, 20, 1), (1, 3, 3)])
 def test_affinity_against_loop(radius, height, width):
     boundary = rand(2, height, width)
     affinity = ops.boundary_affinity(boundary, radius)
     for n in range(2):
         assert torch.equal(affinity[n], brute_affinity(boundary[n], radius))
-    assert torch.equal(ops.boundary_affinity(boundary.float(), radius), 1 - (1 - affinity.float().double()).float()) or (
-        ops.boundary_affinity(boundary.float(), radius).double() - affinity).abs().max() < 1e-6
+    single = ops.boundary_affinity(boundary.float(), radius)
+    assert torch.equal(single, torch.stack([brute_affinity(b.float(), radius) for b in boundary]))
 
 
 @pytest.mark.parametrize("radius, height, width, fast", [(5, 6, 7, True), (10, 5, 11, True), (3, 2, 4, False)])
@@ -182,7 +202,8 @@ def test_affinity_flip_equivariance():
 
 
 @pytest.mark.parametrize("method", ["auto", "power", "chebyshev"])
-@pytest.mark.parametrize("radius, height, width", [(5, 12, 14), (3, 9, 9), (5, 3, 2), (10, 6, 13), (1, 4, 4), (5, 1, 1)])
+@pytest.mark.parametrize("radius, height, width",
+                         [(5, 12, 14), (3, 9, 9), (5, 3, 2), (10, 6, 13), (1, 4, 4), (5, 1, 1)])
 def test_walk_against_dense(method, radius, height, width):
     affinity = ops.boundary_affinity(rand(2, height, width, dtype=torch.float32) ** 3, radius)
     x = rand(2, 3, height, width, seed=1, dtype=torch.float32)
@@ -200,8 +221,9 @@ def test_walk_against_dense(method, radius, height, width):
 @pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-8, 1e-12])
 def test_chebyshev_keeps_its_bound(tol):
     """For any map: x is the sign pattern that the error matrix amplifies most, found from the dense matrices."""
-    radius, side, steps = 5, 16, 100
-    for boundary in (torch.zeros(1, side, side, dtype=torch.float64), rand(1, side, side) * 0.5, rand(1, side, side).round()):
+    radius, side, steps = 5, 11, 100
+    empty, weak, cells = torch.zeros(1, side, side).double(), rand(1, side, side) * 0.5, rand(1, side, side).round()
+    for boundary in (empty, weak, cells):
         affinity = ops.boundary_affinity(boundary, radius)
         unit = torch.eye(side * side, dtype=torch.float64).reshape(1, -1, side, side)
         exact = torch.linalg.matrix_power(dense_transition(affinity[0], radius, 10), steps)
@@ -314,3 +336,143 @@ def test_half_precision_is_computed_in_float32():
 def test_wrong_arguments_are_named(call):
     with pytest.raises(ValueError):
         call()
+
+
+# ---- the compiled operators --------------------------------------------------------------------------------------
+
+only_compiled = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"))]
+
+
+def sample(dtype, device, n=2, height=19, width=23):
+    field = (torch.randn(n, 2, height, width, generator=generator()) * 2).to(device, dtype)
+    return field, rand(n, height, width, dtype=dtype).to(device), rand(n, 5, height, width, dtype=dtype).to(device)
+
+
+@only_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_equals_reference(device, dtype):
+    """Centroids and affinities to the last bit, sums to rounding."""
+    field, boundary, x = sample(dtype, device)
+    assert torch.equal(ops.converge_centroids(field).cpu(), reference.converge_centroids(field.cpu()))
+    for radius in (2, 5, 10):
+        plain, winner = reference.boundary_affinity_forward(boundary.cpu(), radius)
+        leaf = boundary.clone().requires_grad_()
+        affinity = ops.boundary_affinity(leaf, radius)
+        weight = torch.randn(affinity.shape, generator=generator(), dtype=dtype).to(device)
+        (affinity * weight).sum().backward()
+        expected = reference.boundary_affinity_backward(weight.cpu(), winner, radius)
+        assert torch.equal(affinity.cpu(), plain)
+        assert torch.equal(ops.boundary_affinity(boundary, radius), affinity)
+        assert torch.allclose(leaf.grad.cpu(), expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-11)
+        for method in ("power", "chebyshev"):
+            for power in (10, 2.5):
+                result = ops.random_walk(x, affinity, radius, power, 40, method).cpu()
+                expected = reference.random_walk(x.cpu(), affinity.detach().cpu(), radius, power, 40, method)
+                assert (result - expected).abs().max() < (3e-5 if dtype == torch.float32 else 1e-11)
+
+
+@only_compiled
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    for dtype in (torch.float32, torch.float64):
+        field, boundary, x = sample(dtype, device, height=7, width=9)
+        affinity, winner = torch.ops.wsid.boundary_affinity(boundary, 3, True)
+        check = torch.library.opcheck
+        check(torch.ops.wsid.converge_centroids.default, (field, 5, 1e-3))
+        check(torch.ops.wsid.boundary_affinity.default, (boundary, 3, False))
+        check(torch.ops.wsid.boundary_affinity.default, (boundary.clone().requires_grad_(), 3, True))
+        check(torch.ops.wsid.boundary_affinity_backward.default, (affinity, winner, 3))
+        check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
+        check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
+
+
+@only_compiled
+def test_torch_compile_and_autocast():
+    _, boundary, x = sample(torch.float32, "cpu")
+
+    def spread(logits, maps):
+        affinity = ops.boundary_affinity(logits.sigmoid(), 5)
+        return affinity.mean(), ops.random_walk(maps, affinity, 5, 10, 16)
+
+    graph = torch.compile(spread, backend="aot_eager", fullgraph=True)
+    plain_logits, graph_logits = boundary.clone().requires_grad_(), boundary.clone().requires_grad_()
+    plain, expected = spread(plain_logits, x)
+    mean, result = graph(graph_logits, x)
+    assert torch.allclose(mean, plain) and torch.allclose(result, expected, atol=1e-6)
+    plain.backward()
+    mean.backward()
+    assert torch.allclose(plain_logits.grad, graph_logits.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = torch.nn.functional.conv2d(boundary[:, None], torch.ones(1, 1, 1, 1))[:, 0]
+        assert weight.dtype == torch.bfloat16 and ops.boundary_affinity(weight, 5).dtype == torch.float32
+
+
+@only_compiled
+def test_thread_count_does_not_matter():
+    field, boundary, x = sample(torch.float32, "cpu", n=3, height=40, width=37)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaf = boundary.clone().requires_grad_()
+            affinity = ops.boundary_affinity(leaf, 10)
+            (affinity * affinity).sum().backward()
+            walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
+            results.append([ops.converge_centroids(field), affinity, leaf.grad, *walks])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for one, two in zip(*results))
+
+
+@only_compiled
+@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="that is the default here"))])
+def test_older_instruction_sets(isa):
+    """The choice is made once per process, so each of them is tried in its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "equals_reference"]
+    done = subprocess.run(command, env={**os.environ, "WSID_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@only_compiled
+def test_compiled_gradient_needs_winners():
+    boundary = rand(1, 5, 5).requires_grad_()
+    affinity, _ = torch.ops.wsid.boundary_affinity(boundary, 3, False)
+    with pytest.raises(RuntimeError, match="without its winners"):
+        affinity.sum().backward()
+
+
+def test_no_memory_but_output_and_one_byte_per_entry(implementation):
+    boundary = rand(2, 30, 40, dtype=torch.float32).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        affinity = ops.boundary_affinity(boundary, 10)
+    assert sum(t.numel() * t.element_size() for t in saved) == affinity.numel()
+
+
+# ---- not built ---------------------------------------------------------------------------------------------------
+
+
+def test_not_built_warns_once_and_still_works(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "available", False)
+    monkeypatch.setattr(compiled, "has_kernels", lambda device_type: False)
+    monkeypatch.setattr(compiled, "reason", "No module named 'ops._C'")
+    ops._warn_not_built.cache_clear()
+    field = centre_field(4, 5, (1, 2))
+    with pytest.warns(RuntimeWarning, match="build_ext") as caught:
+        points = ops.converge_centroids(field)
+    assert len(caught) == 1 and torch.equal(points, reference.converge_centroids(field))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.converge_centroids(field)
+    ops._warn_not_built.cache_clear()
+
+
+def test_cuda_without_kernels_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(compiled, "has_kernels", lambda device_type: False)
+    with pytest.raises(RuntimeError, match="FORCE_CUDA=1"):
+        ops._implementation(types.SimpleNamespace(device=torch.device("cuda")))

@@ -1,0 +1,410 @@
+"""Speed and memory of the three operators, beside the ways others compute the same.
+
+    python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
+    python benchmarks/bench_ops.py --growth        also how time and memory grow; writes the table and a plot
+    python benchmarks/bench_ops.py --dense         also the dense walk matrix (at 64x64: 128x128 takes minutes)
+
+Correctness comes first: every contender's result is compared with ours before it is timed. Times are medians over
+`--repeats` runs that take turns, in milliseconds; memory is the rise of the process's peak over one call, in MiB.
+FLOP: a step of the walk is 2 x (2K+1) x H x W x C (one product, one sum per neighbour). Bytes: what must be read and
+written at least once. The machine's limits are measured in the same run: a float32 matrix product, a copy.
+"""
+
+import argparse
+import csv
+import ctypes
+import math
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import scipy.ndimage
+import scipy.sparse
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import ops  # noqa: E402
+from ops import compiled, reference  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def timed(call, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _status(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
+
+
+def peak_memory(call, device):
+    """MiB by which the peak rises over what is held before the call; NaN where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        call()
+        return max(_status("VmHWM") - before, 0.0)
+    except (OSError, AttributeError, StopIteration):
+        return math.nan
+
+
+def compare(title, contenders, repeats, device, flop=0, moved=0, limits=None):
+    """contenders: {name: call}, the first one is ours. Prints one table and returns its rows."""
+    for call in contenders.values():  # the first call also pays for loading and set-up
+        call()
+    memory = {name: peak_memory(call, device) for name, call in contenders.items()}
+    times = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            times[name].append(timed(call, device))
+    rows, ours = [], None
+    print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'ours is':>10}{'peak MiB':>10}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        ours = ours or median
+        print(f"  {name:32}{median:11.2f}{min(values):10.2f}{median / ours:9.1f}x{memory[name]:10.1f}")
+        rows.append({"case": title, "contender": name, "median_ms": f"{median:.3f}", "best_ms": f"{min(values):.3f}",
+                     "ratio": f"{median / ours:.2f}", "peak_mib": f"{memory[name]:.1f}"})
+    if limits:
+        gflops, gbytes = limits
+        if flop:
+            rate = flop / ours / 1e6
+            print(f"  ours: {flop / 1e6:.0f} MFLOP, {rate:.1f} GFLOP/s, {rate / gflops:.0%} of a matrix product's")
+        if moved:
+            rate = moved / ours / 1e6
+            print(f"  ours: {moved / 1e6:.1f} MB, {rate:.1f} GB/s, {rate / gbytes:.0%} of a copy's")
+    return rows
+
+
+def machine_limits(device):
+    """(GFLOP/s of a float32 matrix product, GB/s of a copy, bytes read and written both counted)."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, source = torch.rand(size, size, device=device), torch.rand(2**24, device=device)
+    target = torch.empty_like(source)
+    product = min(timed(lambda: a @ a, device) for _ in range(5))
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(5))
+    return 2 * size**3 / product / 1e6, 2 * source.numel() * 4 / copy / 1e6
+
+
+# ---- the opponents -----------------------------------------------------------------------------------------------
+
+
+def transition_entries(affinity, radius, power):
+    """Rows, columns and values of M, for the opponents that hold it as a matrix."""
+    height, width = affinity.shape[-2:]
+    pixel = np.arange(height * width).reshape(height, width)
+    rows, columns, values = [pixel.ravel()], [pixel.ravel()], [np.ones(pixel.size)]
+    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0]):
+        window = np.s_[: height - dy, max(0, -dx) : width - max(0, dx)]
+        p, q = pixel[window].ravel(), (pixel[window] + dy * width + dx).ravel()
+        value = affinity[k].double().numpy()[window].ravel() ** power
+        rows += [p, q]
+        columns += [q, p]
+        values += [value, value]
+    matrix = scipy.sparse.csr_array((np.concatenate(values), (np.concatenate(rows), np.concatenate(columns))))
+    return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / matrix.sum(1)) @ matrix)
+
+
+def scipy_walk(matrix, x, steps):
+    v = x.reshape(len(x), -1).T
+    for _ in range(steps):
+        v = matrix @ v
+    return v.T.reshape(x.shape)
+
+
+def torch_csr_walk(matrix, x, steps):
+    v = x.flatten(1).T.contiguous()
+    for _ in range(steps):
+        v = matrix @ v
+    return v.T.reshape(x.shape)
+
+
+def gather_and_max(boundary, radius):
+    """As IRN does it: all path pixels of all offsets of equal length at once, then the maximum."""
+    height, width = boundary.shape[1:]
+    offsets, paths = ops.path_offsets(radius)
+    reach = radius - 1  # IRN crops: every start pixel whose partners are all inside
+    rows = torch.arange(height - reach)[:, None]
+    columns = torch.arange(reach, width - reach)[None]
+    start = (rows * width + columns).flatten()
+    flat, groups = boundary.flatten(1), {}
+    for k, path in enumerate(paths):
+        groups.setdefault(len(path), []).append(k)
+    result = boundary.new_empty(len(boundary), len(offsets), start.numel())
+    for length, members in groups.items():
+        steps = torch.tensor(np.stack([paths[k] @ (width, 1) for k in members]))
+        index = steps[:, :, None] + start
+        values = flat[:, index.flatten()].reshape(len(flat), len(members), length, -1)
+        result[:, members] = 1 - values.amax(2) if not boundary.requires_grad else 1 - values.max(2).values
+    return result.reshape(len(boundary), len(offsets), height - reach, width - 2 * reach)
+
+
+def numpy_centroids(field, iterations=300):
+    """The 300-step loop over whole arrays that IRN uses, with bilinear sampling."""
+    height, width = field.shape[1:]
+    y, x = np.meshgrid(np.arange(height, dtype=field.dtype), np.arange(width, dtype=field.dtype), indexing="ij")
+    for _ in range(iterations):
+        y0, x0 = np.floor(y).astype(np.int64), np.floor(x).astype(np.int64)
+        y1, x1 = np.minimum(y0 + 1, height - 1), np.minimum(x0 + 1, width - 1)
+        wy, wx = y - y0, x - x0
+        top = field[:, y0, x0] * (1 - wx) + field[:, y0, x1] * wx
+        bottom = field[:, y1, x0] * (1 - wx) + field[:, y1, x1] * wx
+        move = top * (1 - wy) + bottom * wy
+        y, x = np.clip(y + move[0], 0, height - 1), np.clip(x + move[1], 0, width - 1)
+    return np.stack([y, x])
+
+
+def scipy_centroids(field, iterations=300):
+    height, width = field.shape[1:]
+    limit = np.array([height - 1, width - 1], field.dtype)[:, None, None]
+    points = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")).astype(field.dtype)
+    for _ in range(iterations):
+        move = np.stack([scipy.ndimage.map_coordinates(v, points, order=1, mode="nearest") for v in field])
+        points = np.clip(points + move, 0, limit)
+    return points
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------------
+
+
+def scene(size, instances, seed=0):
+    """A boundary map [1, H, W] of soft circles with noise, offsets towards their centres, and one map per circle."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    boundary = 0.1 * random.random((size, size), dtype=np.float32)
+    offsets = np.zeros((2, size, size), np.float32)
+    maps = np.zeros((instances, size, size), np.float32)
+    for i in range(instances):
+        cy, cx = random.uniform(0.2 * size, 0.8 * size, 2)
+        radius = size * random.uniform(0.08, 0.2)
+        distance = np.hypot(y - cy, x - cx)
+        boundary = np.maximum(boundary, 0.9 * np.exp(-((distance - radius) ** 2) / 4))
+        inside = distance < 1.5 * radius
+        offsets[:, inside] = 0.3 * np.stack([cy - y, cx - x])[:, inside]
+        maps[i] = (distance < 0.6 * radius) * (1 - boundary)
+    return tuple(torch.from_numpy(array)[None].float() for array in (boundary, offsets, maps))
+
+
+def check(name, error, bound):
+    print(f"  {name:46} error {error:.1e}  {'ok' if error <= bound else 'WRONG (bound ' + format(bound, '.0e') + ')'}")
+    if not error <= bound:
+        raise SystemExit(f"error: {name} is wrong; nothing was timed")
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+
+def bench_walk(args, device, limits):
+    boundary, _, x = scene(128, 4)
+    affinity = ops.boundary_affinity(boundary, 5)
+    matrix = transition_entries(affinity[0], 5, 10)
+    exact = torch.from_numpy(scipy_walk(matrix, x[0].double().numpy(), 256))
+    single = matrix.astype(np.float32)
+    csr = torch.sparse_csr_tensor(torch.from_numpy(single.indptr), torch.from_numpy(single.indices),
+                                  torch.from_numpy(single.data), matrix.shape)
+    print("\nRandom walk, 256 steps, against a float64 matrix")
+    walk = {m: ops.random_walk(x.to(device), affinity.to(device), 5, 10, 256, m)[0].cpu() for m in
+            ("power", "chebyshev")}
+    double = ops.random_walk(x.double().to(device), affinity.double().to(device), 5, 10, 256)[0].cpu()
+    plain = (torch_csr_walk(csr, x[0], 256) - exact).abs().max().item()
+    check("ours, float64, auto", (double - exact).abs().max().item(), 1e-4)
+    check("ours, float32, power", (walk["power"] - exact).abs().max().item(), max(plain, 1e-5))
+    check("ours, float32, chebyshev", (walk["chebyshev"] - exact).abs().max().item(), 1e-4)
+    check("torch.sparse CSR, float32", plain, 1e-3)
+    xd, ad, first = x.to(device), affinity.to(device), x[0].numpy()
+    terms = len(reference.chebyshev_coefficients(256, 1e-4)) - 1
+    contenders = {
+        "ours, auto (Chebyshev)": lambda: ops.random_walk(xd, ad, 5, 10, 256),
+        "ours, power": lambda: ops.random_walk(xd, ad, 5, 10, 256, "power"),
+        "PyTorch reference, auto": lambda: reference.random_walk(x, affinity, 5, 10, 256),
+        "torch.sparse CSR (matrix given)": lambda: torch_csr_walk(csr, x[0], 256),
+        "scipy CSR (matrix given)": lambda: scipy_walk(single, first, 256)}
+    flop = 2 * (2 * 34 + 1) * 128 * 128 * 4 * terms
+    return compare(f"Random walk 128x128, 4 instances, radius 5, 256 steps ({terms} terms)", contenders,
+                   args.repeats, device, flop=flop, limits=limits)
+
+
+def bench_dense(args, device):
+    boundary, _, x = scene(64, 4)
+    affinity = ops.boundary_affinity(boundary, 5)
+    dense = torch.from_numpy(transition_entries(affinity[0], 5, 10).toarray().astype(np.float32))
+
+    def squared():
+        m = dense
+        for _ in range(8):
+            m = m @ m
+        return m @ x[0].flatten(1).T
+
+    error = (squared().T.reshape(x[0].shape) - ops.random_walk(x, affinity, 5, 10, 256)[0]).abs().max().item()
+    print("\nDense matrix, squared 8 times, at 64x64 (at 128x128: 64 times the work, 1 GiB a matrix)")
+    check("dense against ours", error, 1e-3)
+    return compare("Random walk 64x64, 4 instances, radius 5, 256 steps", {
+        "ours, auto (Chebyshev)": lambda: ops.random_walk(x, affinity, 5, 10, 256), "dense, squared 8 times": squared},
+        min(args.repeats, 3), CPU)
+
+
+def bench_affinity(args, device, limits):
+    rows = []
+    for radius, batch, train in ((5, 1, False), (10, 6, True)):
+        boundary = torch.cat([scene(128, 4, seed)[0] for seed in range(batch)])
+        reach = radius - 1
+        inner = ops.boundary_affinity(boundary.to(device), radius).cpu()[:, :, :-reach, reach:-reach]
+        print(f"\nAffinity, radius {radius}, batch {batch}")
+        check("gather-and-max against ours", (gather_and_max(boundary, radius) - inner).abs().max().item(), 0)
+        leaf, other = (boundary.clone().to(d).requires_grad_(train) for d in (device, CPU))
+
+        def run(compute, on, radius=radius, train=train):
+            result = compute(on, radius)
+            if train:
+                on.grad = None
+                result.backward(torch.ones_like(result))
+
+        entries = inner.numel() // inner[0, 0].numel() * 128 * 128
+        what = "forward+backward" if train else "forward"
+        rows += compare(f"Affinity 128x128, radius {radius}, batch {batch}, {what}", {
+            "ours": lambda leaf=leaf, run=run: run(ops.boundary_affinity, leaf),
+            "PyTorch reference": lambda other=other, run=run: run(reference.boundary_affinity, other),
+            "gather-and-max (IRN, cropped)": lambda other=other, run=run: run(gather_and_max, other)},
+            args.repeats, device, moved=entries * (4 + 10 * train) + boundary.numel() * (4 + 4 * train), limits=limits)
+    return rows
+
+
+def bench_centroids(args, device, limits):
+    _, offsets, _ = scene(128, 4)
+    field = offsets[0].numpy()
+    ours = ops.converge_centroids(offsets.to(device))[0].cpu()
+    print("\nCentroids, 300 iterations at most")
+    check("ours against the reference", (ours - reference.converge_centroids(offsets)[0]).abs().max().item(), 1e-6)
+    # The loops go on where ours stops after a move under 1e-3; how far that leads depends on the field.
+    close = np.mean(np.abs(numpy_centroids(field) - ours.numpy()).max(0) < 0.05)
+    check("share of pixels where the NumPy loop differs", 1 - close, 0.02)
+    offsets = offsets.to(device)
+    return compare("Centroids 128x128", {
+        "ours": lambda: ops.converge_centroids(offsets),
+        "PyTorch reference": lambda: reference.converge_centroids(offsets.cpu()),
+        "NumPy loop, 300 steps": lambda: numpy_centroids(field),
+        "map_coordinates, 300 steps": lambda: scipy_centroids(field)}, min(args.repeats, 5), device)
+
+
+def growth(args, device):
+    """Time and memory of ours alone, one quantity at a time."""
+    rows = []
+
+    def measure(what, value, operator, *arguments):
+        def call():
+            operator(*arguments)
+
+        memory = peak_memory(call, device)
+        median = statistics.median(timed(call, device) for _ in range(max(3, args.repeats // 3)))
+        print(f"  {what:34}{value:8}{median:11.2f} ms{memory:10.1f} MiB")
+        rows.append({"case": what, "contender": value, "median_ms": f"{median:.3f}", "best_ms": "", "ratio": "",
+                     "peak_mib": f"{memory:.1f}"})
+
+    def inputs(size=128, instances=4, batch=1, radius=5):
+        parts = [torch.cat(p).to(device) for p in zip(*(scene(size, instances, s) for s in range(batch)))]
+        return parts[1], parts[0], ops.boundary_affinity(parts[0], radius), parts[2]
+
+    print("\nGrowth")
+    for size in (64, 128, 256, 512):
+        offsets, boundary, affinity, x = inputs(size)
+        measure("walk, resolution", size, ops.random_walk, x, affinity, 5, 10, 256)
+        measure("affinity, resolution", size, ops.boundary_affinity, boundary, 5)
+        measure("centroids, resolution", size, ops.converge_centroids, offsets)
+    for instances in (1, 2, 4, 8, 16, 32):
+        _, _, affinity, x = inputs(instances=instances)
+        measure("walk, instances", instances, ops.random_walk, x, affinity, 5, 10, 256)
+    for batch in (1, 2, 4, 8):
+        offsets, boundary, affinity, x = inputs(batch=batch)
+        measure("walk, batch", batch, ops.random_walk, x, affinity, 5, 10, 256)
+        measure("affinity, batch", batch, ops.boundary_affinity, boundary, 5)
+        measure("centroids, batch", batch, ops.converge_centroids, offsets)
+    for radius in (2, 3, 5, 7, 10):
+        _, boundary, affinity, x = inputs(radius=radius)
+        measure("walk, radius", radius, ops.random_walk, x, affinity, radius, 10, 256)
+        measure("affinity, radius", radius, ops.boundary_affinity, boundary, radius)
+    _, _, affinity, x = inputs()
+    for steps in (16, 64, 256, 1024):
+        measure("walk, steps", steps, ops.random_walk, x, affinity, 5, 10, steps)
+    return rows
+
+
+def plot(rows, path):
+    """Small log-log panels as SVG: one per (operator, quantity), time in ms over the quantity."""
+    cases = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append((float(row["contender"]), float(row["median_ms"])))
+    parts, wide, high = [], 230, 190
+    for i, (case, points) in enumerate(cases.items()):
+        left, top = i % 4 * wide + 45, i // 4 * high + 30
+        xs, ys = ([math.log2(max(v, 1e-3)) for v in axis] for axis in zip(*points))
+        low, span_x, span_y = min(ys), max(max(xs) - min(xs), 1), max(max(ys) - min(ys), 1)
+        dots = [(left + 150 * (a - min(xs)) / span_x, top + 120 - 110 * (b - low) / span_y) for a, b in zip(xs, ys)]
+        parts.append(f'<text x="{left}" y="{top - 10}" font-weight="bold">{case}</text>')
+        parts.append(f'<path d="M{left} {top}V{top + 120}H{left + 160}" fill="none" stroke="#888"/>')
+        line = " ".join(f"{a:.0f},{b:.0f}" for a, b in dots)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="2"/>')
+        for (a, b), (value, ms) in zip(dots, points):
+            parts.append(f'<circle cx="{a:.0f}" cy="{b:.0f}" r="3" fill="#06c"/>')
+            parts.append(f'<text x="{a:.0f}" y="{b - 6:.0f}" text-anchor="middle">{ms:.3g}</text>')
+            parts.append(f'<text x="{a:.0f}" y="{top + 133}" text-anchor="middle">{value:g}</text>')
+    rows_high = (len(cases) + 3) // 4 * high + 20
+    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
+                    f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
+                    f'{"".join(parts)}</svg>\n')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", type=int, default=-1, help="GPU of our operators, -1 for the CPU (default)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--dense", action="store_true", help="also the dense matrix")
+    parser.add_argument("--growth", action="store_true", help="also how time and memory grow")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the table and the plot")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Sparse")
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda", args.gpu) if args.gpu >= 0 else CPU
+    built = "compiled" if compiled.has_kernels(device.type) else f"NOT BUILT ({compiled.reason})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
+    limits = machine_limits(device)
+    print(f"{name}; operators {built}; float32 product {limits[0]:.0f} GFLOP/s, copy {limits[1]:.1f} GB/s")
+    rows = bench_walk(args, device, limits)
+    if args.dense:
+        rows += bench_dense(args, device)
+    rows += bench_affinity(args, device, limits)
+    rows += bench_centroids(args, device, limits)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.growth:
+        grown = growth(args, device)
+        plot(grown, args.out / "growth.svg")
+        rows += grown
+    with open(args.out / "ops.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

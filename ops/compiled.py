@@ -1,0 +1,83 @@
+"""The compiled operators: loads `ops._C` where it is built, and gives them fake implementations and autograd.
+
+Build it with `python setup.py build_ext --inplace`; it then registers `torch.ops.wsid.*`. Without it `available` is
+False and `reason` says why; the public functions then use `ops.reference`.
+"""
+
+import torch
+
+from . import reference
+
+try:
+    from . import _C  # noqa: F401  (registers torch.ops.wsid)
+
+    available, reason = True, ""
+except ImportError as error:
+    available, reason = False, str(error)
+
+_KERNELS = frozenset(
+    device_type for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if available and torch._C._dispatch_has_kernel_for_dispatch_key("wsid::random_walk", key))
+
+BUILD = "python setup.py build_ext --inplace"
+
+
+def has_kernels(device_type):
+    """Whether the compiled operators run on this type of device ('cpu', 'cuda', ...)."""
+    return device_type in _KERNELS
+
+
+def converge_centroids(offsets, max_iters, tol):
+    return torch.ops.wsid.converge_centroids(offsets, max_iters, tol)
+
+
+def boundary_affinity(boundary, radius):
+    # Where no gradient is asked for, the winners are neither looked for nor kept.
+    with_winner = torch.is_grad_enabled() and boundary.requires_grad
+    return torch.ops.wsid.boundary_affinity(boundary, radius, with_winner)[0]
+
+
+def random_walk(x, affinity, radius, power, steps, method, tol):
+    coefficients = reference.walk_coefficients(steps, method, tol) or ()  # none: step by step
+    return torch.ops.wsid.random_walk(x, affinity, radius, float(power), steps, coefficients)
+
+
+def _setup_context(ctx, inputs, output):
+    _, ctx.radius, ctx.with_winner = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    if ctx.with_winner:
+        ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad, _):
+    if not ctx.with_winner:
+        raise RuntimeError("boundary_affinity was asked for a gradient but computed without its winners")
+    if grad is None:
+        return None, None, None
+    return torch.ops.wsid.boundary_affinity_backward(grad, ctx.saved_tensors[0], ctx.radius), None, None
+
+
+if available:
+
+    @torch.library.register_fake("wsid::converge_centroids")
+    def _(offsets, max_iters, tol):
+        return torch.empty_like(offsets, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("wsid::boundary_affinity")
+    def _(boundary, radius, with_winner):
+        n, height, width = boundary.shape
+        shape = (n, reference.pair_count(radius), height, width)
+        winner = boundary.new_empty(shape if with_winner else (0,), dtype=torch.uint8)
+        return boundary.new_empty(shape), winner
+
+    @torch.library.register_fake("wsid::boundary_affinity_backward")
+    def _(grad, winner, radius):
+        n, _, height, width = grad.shape
+        return grad.new_empty(n, height, width)
+
+    @torch.library.register_fake("wsid::random_walk")
+    def _(x, affinity, radius, power, steps, coefficients):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    torch.library.register_autograd("wsid::boundary_affinity", _backward, setup_context=_setup_context)

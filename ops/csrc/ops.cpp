@@ -1,0 +1,16 @@
+// Schemas of the operators; kernels, fake implementations and autograd are registered beside their code.
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(wsid, m) {
+  m.def("converge_centroids(Tensor offsets, int max_iters, float tol) -> Tensor");
+  m.def("boundary_affinity(Tensor boundary, int radius, bool with_winner) -> (Tensor, Tensor)");
+  m.def("boundary_affinity_backward(Tensor grad, Tensor winner, int radius) -> Tensor");
+  m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
+}
+
+// Importing ops._C is what loads the library; the module itself is empty.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

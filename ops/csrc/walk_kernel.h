@@ -1,0 +1,137 @@
+// ---- set-up: weights of the symmetric matrix S = D^-1/2 H^power D^-1/2 ----
+
+// weights[k] = affinity[k]^power for the pairs inside the image; whole powers by repeated squaring.
+template <typename T>
+void raise(const T* affinity, double power, int64_t count, T* weights) {
+  const int64_t whole = int64_t(power);
+  if (double(whole) != power || whole > 1024) {
+    for (int64_t i = 0; i < count; ++i) weights[i] = T(std::pow(double(affinity[i]), power));
+    return;
+  }
+  int64_t i = 0;
+  for (; i < count; i += 64) {
+    const int64_t block = count - i < 64 ? count - i : 64;
+    double base[64], result[64];
+    for (int j = 0; j < block; ++j) base[j] = double(affinity[i + j]), result[j] = 1;
+    for (int64_t exponent = whole; exponent; exponent >>= 1) {
+      if (exponent & 1)
+        for (int j = 0; j < block; ++j) result[j] *= base[j];
+      for (int j = 0; j < block; ++j) base[j] *= base[j];
+    }
+    for (int j = 0; j < block; ++j) weights[i + j] = T(result[j]);
+  }
+}
+
+// degree[x] += weights[x]
+template <typename T>
+void add(const T* weights, int64_t count, double* degree) {
+  for (int64_t x = 0; x < count; ++x) degree[x] += double(weights[x]);
+}
+
+// The weights of two rows of pixels in the order in which a step reads them: for each vector of columns, those of the
+// shared neighbours (upper and lower pixel in turn), of the upper, of the lower pixel's own, and the two diagonals.
+template <typename T>
+void pack(const wsid::Stencil& s, const T* raised, const double* root, const double* inverse_root, int64_t row,
+          T* packed) {
+  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  for (int64_t x = 0; x < s.width; x += lanes) {
+    const int64_t upper = s.guard + row * s.stride + x, lower = upper + s.stride;
+    double sums[2][lanes] = {};
+    const auto put = [&](int64_t here, int64_t there, int64_t w, double* sum) {
+      for (int i = 0; i < lanes; ++i) {
+        packed[i] = T(double(raised[w + i]) * inverse_root[here + i] * inverse_root[there + i]);
+        sum[i] += double(packed[i]) * root[there + i];
+      }
+      packed += lanes;
+    };
+    for (const auto& tap : s.shared) {
+      put(upper, upper + tap.v, upper + tap.upper, sums[0]);
+      put(lower, upper + tap.v, upper + tap.lower, sums[1]);
+    }
+    for (const auto& tap : s.upper) put(upper, upper + tap.v, upper + tap.w, sums[0]);
+    for (const auto& tap : s.lower) put(lower, upper + tap.v, upper + tap.w, sums[1]);
+    // The diagonal makes up for the rounding of the other weights, so that constants keep their value.
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < lanes; ++i) {
+        const int64_t p = half ? lower + i : upper + i;
+        *packed++ = T((root[p] - sums[half][i]) * inverse_root[p]);
+      }
+  }
+}
+
+// ---- one step on two rows of C maps ----
+
+// kSeries: before <- alpha S now - beta before, total += coefficient before (a term of the Chebyshev series).
+// Otherwise: before <- S now. X vectors of pixels at a time; the maps are `plane` values apart.
+template <typename T, int C, int X, bool kSeries>
+inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha,
+                            T beta, T coefficient, int64_t row, int64_t x) {
+  typedef T V __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
+#define AT(p) (*reinterpret_cast<V*>(p))
+#define LOAD(p) (*reinterpret_cast<const V*>(p))
+  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  const int64_t plane = s.plane, next = s.weights_per_column * lanes;  // from one vector's weights to the next one's
+  for (; x + (X - 1) * lanes < s.width; x += X * lanes) {
+    const int64_t p = s.guard + row * s.stride + x;
+    const T* const v = now + p;
+    const T* w = packed + x * s.weights_per_column;
+    V up[C][X] = {}, low[C][X] = {};
+    for (const auto& tap : s.shared) {
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j) {
+        V wu = LOAD(w + j * next), wl = LOAD(w + j * next + lanes);
+        KEEP(wu);
+        KEEP(wl);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          V value = LOAD(v + c * plane + tap.v + j * lanes);
+          KEEP(value);
+          up[c][j] += wu * value;
+          low[c][j] += wl * value;
+        }
+      }
+      w += 2 * lanes;
+    }
+    for (const auto& tap : s.upper) {
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) up[c][j] += LOAD(w + j * next) * LOAD(v + c * plane + tap.v + j * lanes);
+      w += lanes;
+    }
+    for (const auto& tap : s.lower) {
+#pragma GCC unroll 4
+      for (int j = 0; j < X; ++j)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) low[c][j] += LOAD(w + j * next) * LOAD(v + c * plane + tap.v + j * lanes);
+      w += lanes;
+    }
+    // The pixel's own weight, often close to 1, comes last: small terms added to it one by one would be lost.
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+        for (int j = 0; j < X; ++j) {
+          const int64_t here = c * plane + half * s.stride + j * lanes;
+          V sum = (half ? low : up)[c][j] + LOAD(w + j * next + half * lanes) * LOAD(v + here);
+          if (kSeries) {
+            sum = alpha * sum - beta * LOAD(before + p + here);
+            AT(total + p + here) += coefficient * sum;
+          }
+          AT(before + p + here) = sum;
+        }
+  }
+#undef AT
+#undef LOAD
+  return x;
+}
+
+template <typename T, int C, bool kSeries>
+void walk_rows(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha, T beta,
+               T coefficient, int64_t row) {
+  const int64_t x = walk_columns<T, C, 4 / C, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, 0);
+  if (C < 3) walk_columns<T, C, 1, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, x);
+}
+
+constexpr int64_t vector_bytes() { return VECTOR_BYTES; }
