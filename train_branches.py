@@ -74,8 +74,8 @@ def get_args_parser():
     labels.add_argument("--cam-even", type=float, default=pseudo_labels.CamThresholds.even,
                         help="activation at which saliency is even odds")  # fmt: skip
     labels.add_argument("--radius", type=int, default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels")
-    labels.add_argument("--lsu-weight", type=float, default=0.1, help="of L_su beside L_B and L_V")
-    labels.add_argument("--anchor-weight", type=float, default=0.2,
+    labels.add_argument("--lsu-weight", type=float, default=0.02, help="of L_su beside L_B and L_V")
+    labels.add_argument("--anchor-weight", type=float, default=0.05,
                         help="of the targets where count and mask agree; 0 is the paper's L_su alone")  # fmt: skip
     return parser
 

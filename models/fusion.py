@@ -27,8 +27,8 @@ class Fusion:
     power: float = 10.0
     steps: int = 256
     salient: float = 0.5
-    background: float = 0.25
-    smallest: float = 0.002
+    background: float = 0.65
+    smallest: float = 0.01
 
 
 def find_clusters(offsets, sink=2.5, region=None):
