@@ -108,9 +108,10 @@ def stage_config(args, samples, *names):
     """What a stage depends on, as plain values: its folder belongs to these (utils.checkpoint.claim)."""
     common = ("backbone", "output_stride", "size", "seed")
     values = {name: getattr(args, name) for name in (*common, *names)}
-    return values | {"images": len(samples), "labels": [args.no_crf, args.cam_even, *args.cam_scales]}
+    return values | {"images": len(samples)}
 
 
+LABELS = ("no_crf", "cam_even", "cam_scales")
 SCHEDULE = ("batch_size", "epochs", "lr", "backbone_lr", "freeze", "init")
 
 
@@ -166,7 +167,7 @@ def make_labels(args, samples, device):
     """Stage labels: class activation maps here, the CRF in worker processes, two PNGs per photograph."""
     folder = make_folder(args.out / "labels")
     model = finished_classifier(args).to(device).eval()
-    checkpoint.claim(folder, stage_config(args, samples))
+    checkpoint.claim(folder, stage_config(args, samples, *LABELS))
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
     todo = [sample for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
@@ -232,7 +233,7 @@ def train_branches(args, samples, device):
             terms["anchored"] = args.anchor_weight * anchored_centroid_loss(offsets, salient, batch["count"])
         return terms
 
-    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
+    settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
                 "anchor_weight")  # fmt: skip
     folder = run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
@@ -262,8 +263,9 @@ def train_saliency(args, samples, device):
     dataset = TrainingImages(
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )
+    settings = (*LABELS, "channels")
     folder = run_stage(
-        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, ("channels",)
+        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings
     )
     checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
 
