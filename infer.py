@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from datasets.images import list_images, read_image
 from datasets.masks import prediction_records, read_saliency_mask
-from datasets.training import resize, to_tensor
-from models.enhancement import canny_edges
+from datasets.training import resize
+from models.enhancement import network_input
 from models.fusion import Fusion, connected_components, fuse, instance_masks
 from models.wsid_net import load_weights
 from utils import checkpoint, visualize
@@ -82,8 +82,8 @@ class Predictor:
         """
         size = self.net.config.size
         square = resize(image, size)
-        edges = torch.from_numpy(canny_edges(square, self.net.config.canny))[None, None]
-        s, b, v = (m[0].float() for m in self.net(to_tensor(square)[None].to(self.device), edges.to(self.device)))
+        inputs = network_input(square, self.net.config.canny, self.device)
+        s, b, v = (m[0].float() for m in self.net(*inputs))
         if saliency is not None:
             grid = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(self.device)
             s = F.interpolate(grid, s.shape, mode="bilinear", align_corners=False, antialias=True)[0, 0].clamp(0, 1)

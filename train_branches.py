@@ -23,7 +23,7 @@ from datasets.training import TrainingImages, load_square, read_samples, to_tens
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.classifier import Classifier, class_activation_maps
-from models.enhancement import canny_edges, parse_canny
+from models.enhancement import canny_edges, network_input, parse_canny
 from models.losses import anchored_centroid_loss, boundary_loss, centroid_loss, pair_labels, subitizing_loss
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, visualize
@@ -250,8 +250,8 @@ def mean_offset(model, dataset, args, device):
     chosen = dataset.samples[:: max(1, len(dataset.samples) // 500)]  # 500 photographs fix two numbers well enough
     total = torch.zeros(1, 2, 1, 1, device=device)
     for sample in tqdm(chosen, desc="mean offset", mininterval=2):
-        image = to_tensor(load_square(sample.path, args.size))[None].to(device)
-        total += model(image, edges_of(image, args.canny))[1].mean((2, 3), keepdim=True)
+        inputs = network_input(load_square(sample.path, args.size), args.canny, device)
+        total += model(*inputs)[1].mean((2, 3), keepdim=True)
     return total / len(chosen)
 
 

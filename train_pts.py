@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from datasets.images import list_images
 from datasets.labels import Sample
-from datasets.training import TrainingImages, load_square, read_samples, to_tensor
-from models.enhancement import canny_edges
+from datasets.training import TrainingImages, load_square, read_samples
+from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
@@ -105,8 +105,7 @@ def make_labels(net, samples, folder, args, device):
         done = len(samples) - len(todo)
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(samples), mininterval=2):
             square = load_square(sample.path, net.config.size)
-            edges = torch.from_numpy(canny_edges(square, net.config.canny))[None, None]
-            maps = net(to_tensor(square)[None].to(device), edges.to(device))
+            maps = net(*network_input(square, net.config.canny, device))
             pool.submit(write_label, labels, sample.stem, square, *(m[0].float().cpu().numpy() for m in maps))
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]

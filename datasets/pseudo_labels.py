@@ -8,7 +8,6 @@ Runs in worker processes, one photograph at a time, and writes 8-bit PNGs of the
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from datasets.crf import refine_labels, refine_saliency
@@ -73,7 +72,6 @@ def is_done(folder, stem):
 
 def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf=True):
     """Make and write both maps of the photograph at ``path``; cams: float [C,h,w] in 0..1 on any grid."""
-    cv2.setNumThreads(0)
     image = load_square(path, size)
     cams = np.stack([resize(cam.astype(np.float32), size) for cam in cams]) if len(cams) else np.zeros((0, size, size))
     saliency = saliency_mask(image, cams, thresholds.even, use_crf)

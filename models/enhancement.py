@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.training import to_tensor
 from models.attention import conv_block
 from utils.cli import InputError
 
@@ -35,6 +36,12 @@ def canny_edges(image, mode="auto"):
     else:
         low, high = (float(part) for part in mode.split(","))
     return (cv2.Canny(grey, low, high) > 0).astype(np.float32)
+
+
+def network_input(image, canny, device):
+    """One square photograph as the networks take it: uint8 RGB [S,S,3] -> ([1,3,S,S] in 0..1, edges [1,1,S,S])."""
+    edges = torch.from_numpy(canny_edges(image, canny))
+    return to_tensor(image)[None].to(device), edges[None, None].to(device)
 
 
 class ResidualBlock(nn.Module):

@@ -4,11 +4,10 @@ import colorsys
 
 import cv2
 import numpy as np
-import torch
 
-from datasets.training import load_square, to_tensor
+from datasets.training import load_square, read_map, to_tensor
 from models.classifier import class_activation_maps
-from models.enhancement import canny_edges
+from models.enhancement import network_input
 from models.fusion import find_clusters
 
 
@@ -106,11 +105,10 @@ def show_branches(model, writer, step, samples, args, device):
     rows = []
     for sample in samples:
         image = load_square(sample.path, args.size)
-        edges = torch.from_numpy(canny_edges(image, args.canny))[None, None].to(device)
-        boundary, offsets = model(to_tensor(image)[None].to(device), edges)
+        boundary, offsets = model(*network_input(image, args.canny, device))
         boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
         wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
-        labels = cv2.imread(str(args.out / "labels" / "classes" / f"{sample.stem}.png"), cv2.IMREAD_GRAYSCALE)
+        labels = read_map(args.out / "labels" / "classes" / f"{sample.stem}.png")
         tints = instance_colours(256)
         tints[0], tints[255] = 0, 255
         wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
