@@ -22,9 +22,9 @@ from datasets import pseudo_labels
 from datasets.training import TrainingImages, load_square, read_samples, to_tensor
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
-from models.classifier import Classifier, class_activation_maps
+from models.classifier import CAM_SIZE, Classifier, activations
 from models.enhancement import canny_edges, network_input, parse_canny
-from models.losses import anchored_centroid_loss, boundary_loss, centroid_loss, pair_labels, subitizing_loss
+from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, pair_labels, subitizing_loss
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, visualize
 from utils.cli import Help, InputError, make_folder, run, select_device
@@ -71,12 +71,13 @@ def get_args_parser():
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
     labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0])
-    labels.add_argument("--cam-even", type=float, default=pseudo_labels.CamThresholds.even,
-                        help="activation at which saliency is even odds")  # fmt: skip
+    labels.add_argument("--plain-cam", action="store_true", help="activations as they are, not spread over likes [IRN]")
+    labels.add_argument("--labels", type=Path, metavar="DIR",
+                        help="pseudo labels of another run (its labels/) instead of making some")  # fmt: skip
     labels.add_argument("--radius", type=int, default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels")
     labels.add_argument("--lsu-weight", type=float, default=0.02, help="of L_su beside L_B and L_V")
-    labels.add_argument("--anchor-weight", type=float, default=0.05,
-                        help="of the targets where count and mask agree; 0 is the paper's L_su alone")  # fmt: skip
+    labels.add_argument("--counted-weight", type=float, default=0.1,
+                        help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
     return parser
 
 
@@ -89,7 +90,8 @@ def main(argv=None):
     samples = read_samples(args.data)
     make_folder(args.out)
     stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency}
-    for stage in STAGES if args.stage == "all" else [args.stage]:
+    todo = STAGES[2:] if args.labels else STAGES
+    for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
         stages[stage](args, samples, device)
     assemble(args)
@@ -104,14 +106,14 @@ def net_config(args):
     )  # fmt: skip
 
 
-def stage_config(args, samples, *names):
+def stage_config(args, *names):
     """What a stage depends on, as plain values: its folder belongs to these (utils.checkpoint.claim)."""
     common = ("backbone", "output_stride", "size", "seed")
     values = {name: getattr(args, name) for name in (*common, *names)}
-    return values | {"images": len(samples)}
+    return values | {"labels": str(args.labels or "")}
 
 
-LABELS = ("no_crf", "cam_even", "cam_scales")
+LABELS = ("no_crf", "plain_cam", "cam_scales")
 SCHEDULE = ("batch_size", "epochs", "lr", "backbone_lr", "freeze", "init")
 
 
@@ -119,11 +121,12 @@ def run_stage(args, samples, device, stage, model, dataset, losses, show=None, s
     """Train one stage in its folder and return the folder."""
     folder = make_folder(args.out / stage)
     schedule = Schedule.of(args)
-    config = stage_config(args, samples, *SCHEDULE, *settings)
+    config = stage_config(args, *SCHEDULE, *settings) | {"images": len(samples)}
     with SummaryWriter(folder) as writer:
         train(
             model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,
-            show=show and partial(show, samples=samples[:8], args=args, device=device), name=stage,
+            show=show and partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args)),
+            name=stage,
         )  # fmt: skip
     return folder
 
@@ -139,7 +142,7 @@ def init_backbone(backbone, args):
 
 def finished_classifier(args):
     model = Classifier(args.backbone, args.output_stride)
-    path = args.out / "cam" / "weights.pt"
+    path = labels_folder(args).parent / "cam" / "weights.pt"
     if not path.exists():
         raise InputError(f"there is no trained classifier at {path}; run --stage cam first")
     try:
@@ -165,26 +168,33 @@ def train_classifier(args, samples, device):
 
 def make_labels(args, samples, device):
     """Stage labels: class activation maps here, the CRF in worker processes, two PNGs per photograph."""
-    folder = make_folder(args.out / "labels")
+    if args.labels:
+        raise InputError("--stage labels makes what --labels would read; give one of them")
+    folder = make_folder(labels_folder(args))
     model = finished_classifier(args).to(device).eval()
-    checkpoint.claim(folder, stage_config(args, samples, *LABELS))
+    checkpoint.claim(folder, stage_config(args, *LABELS))  # of any photographs: more can be added
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
     todo = [sample for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
-    thresholds = pseudo_labels.CamThresholds(even=args.cam_even)
+    thresholds = pseudo_labels.PLAIN if args.plain_cam else pseudo_labels.SPREAD
     with WorkerPool(args.workers) as pool:
         for sample in tqdm(todo, desc="labels", initial=len(samples) - len(todo), total=len(samples), mininterval=2):
-            image = to_tensor(load_square(sample.path, args.size))[None].to(device)
-            cams = class_activation_maps(model, image, args.cam_scales)[0, list(sample.classes)].cpu().numpy()
+            image = to_tensor(load_square(sample.path, CAM_SIZE))[None].to(device)
+            cams = activations(model, image, sample.classes, args)[0].cpu().numpy()
             pool.submit(
                 pseudo_labels.write_pseudo_labels, folder, sample.path, cams, sample.classes, args.size, thresholds,
                 not args.no_crf,
             )  # fmt: skip
 
 
+def labels_folder(args):
+    """Where the pseudo labels of this run are or come from."""
+    return args.labels or args.out / "labels"
+
+
 def require_labels(args, samples):
     """The folder of the pseudo labels; InputError when a photograph has none."""
-    folder = args.out / "labels"
+    folder = labels_folder(args)
     missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
     if missing:
         raise InputError(f"{len(missing)} photographs have no pseudo labels in {folder}; run --stage labels first")
@@ -230,11 +240,11 @@ def train_branches(args, samples, device):
                 offsets, salient, batch["count"], bandwidth(progress, args.size), generator=seed
             )
             terms["subitizing"] = args.lsu_weight * count
-            terms["anchored"] = args.anchor_weight * anchored_centroid_loss(offsets, salient, batch["count"])
+            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, classes, batch["count"])
         return terms
 
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "anchor_weight")  # fmt: skip
+                "counted_weight")  # fmt: skip
     folder = run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
     )

@@ -5,8 +5,8 @@
     tensorboard --logdir runs
 
 Takes the branches and the saliency branch that train_branches.py left in --out. In each iteration the whole
-network labels all photographs anew (pts/r<N>/labels) and the saliency branch trains on these labels; the result
-is weights_pts.pt. A run that was stopped, however hard, continues when the same command is given again.
+network labels all photographs anew (pts/r<N>/labels) and the saliency branch trains on these labels; the result is
+weights_pts.pt. A run that was stopped, however hard, continues when the same command is given again.
 """
 
 import argparse
@@ -94,12 +94,12 @@ def config_of(args, samples, net):
 
 
 def make_labels(net, samples, folder, args, device):
-    """Pseudo label generation (Sec. 3.4.1): ``folder``/labels/<stem>.png for all photographs that show an instance.
+    """Pseudo label generation (Sec. 3.4.1), for all photographs that show an instance.
 
-    Returns the samples that got a label.
+    Writes ``folder``/labels/saliency/<stem>.png. Returns the samples that got a label.
     """
     net.eval()
-    labels = make_folder(folder / "labels")
+    labels = make_folder(folder / "labels" / "saliency")
     todo = [sample for sample in samples if not is_tried(labels, sample.stem)]
     with WorkerPool(args.workers) as pool, torch.no_grad():
         done = len(samples) - len(todo)
@@ -133,7 +133,7 @@ def write_label(labels, stem, image, saliency, boundary, offsets):
 def train_iteration(net, samples, folder, args, device, r):
     """Lines 2-4 of Algorithm 1: E epochs of the saliency branch on the labels of this iteration, in place."""
     net.saliency.backbone.freeze(args.freeze)
-    maps = {"pseudo_saliency": folder / "labels"}
+    maps = {"pseudo_saliency": folder / "labels" / "saliency"}
     dataset = TrainingImages(samples, net.config.size, crop=0.7, jitter=0.2, maps=maps, seed=args.seed + r)
     schedule = Schedule.of(args)
     show = partial(visualize.show_saliency, samples=samples[:8], args=argparse.Namespace(size=net.config.size),

@@ -21,29 +21,37 @@ IGNORE = 255
 class CamThresholds:
     """Where an activation in 0..1 counts as what.
 
-    even: the activation at which foreground and background are equally likely, for the saliency mask [ours:
-    of .15 to .4, .25 gave the best masks on the validation split];
-    foreground, background: the confident thresholds of the class labels [IRN].
+    even: the activation at which foreground and background are equally likely, for the saliency mask;
+    power: how fast the odds grow with the activation;
+    foreground, background: the confident thresholds of the class labels.
     """
 
-    even: float = 0.25
-    foreground: float = 0.30
-    background: float = 0.05
+    even: float
+    power: float
+    foreground: float
+    background: float
 
 
-def foreground_probability(activation, even):
-    """Activation [..] in 0..1 -> probability in 0..1, one half at ``even``: the odds are activation / even."""
-    return activation / (activation + even)
+# Plain activations fade from a peak, spread ones (models.classifier.spread_activations) are flat over the object.
+# even and power were chosen on the validation split for both; .30 and .05 are IRN's.
+PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, background=0.05)
+SPREAD = CamThresholds(even=0.5, power=2, foreground=0.6, background=0.4)
 
 
-def saliency_mask(image, cams, even, use_crf=True):
+def foreground_probability(activation, thresholds):
+    """Activation [..] in 0..1 -> probability in 0..1: the odds are (activation / even) ** power."""
+    odds = (activation / thresholds.even) ** thresholds.power
+    return odds / (1 + odds)
+
+
+def saliency_mask(image, cams, thresholds, use_crf=True):
     """The saliency pseudo mask: maximum over the image's own classes, as a unary, refined by the CRF (Sec. 4.2).
 
     image: uint8 RGB [S,S,3]; cams: float [C,S,S] in 0..1, one per class of the image. Returns float32 [S,S].
     """
     if not len(cams):
         return np.zeros(image.shape[:2], np.float32)
-    foreground = foreground_probability(cams.max(0), even)
+    foreground = foreground_probability(cams.max(0), thresholds)
     return refine_saliency(image, foreground) if use_crf else foreground.astype(np.float32)
 
 
@@ -70,11 +78,11 @@ def is_done(folder, stem):
     return all((Path(folder) / kind / f"{stem}.png").exists() for kind in ("saliency", "classes"))
 
 
-def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf=True):
+def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf):
     """Make and write both maps of the photograph at ``path``; cams: float [C,h,w] in 0..1 on any grid."""
     image = load_square(path, size)
     cams = np.stack([resize(cam.astype(np.float32), size) for cam in cams]) if len(cams) else np.zeros((0, size, size))
-    saliency = saliency_mask(image, cams, thresholds.even, use_crf)
+    saliency = saliency_mask(image, cams, thresholds, use_crf)
     # The class labels come first: is_done looks for both, so a kill in between only repeats this photograph.
     checkpoint.save_png(class_labels(image, cams, classes, thresholds), Path(folder) / "classes" / f"{path.stem}.png")
     checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{path.stem}.png")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from scipy.cluster.vq import kmeans2
 
 import ops
 
@@ -97,37 +98,57 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, generato
     return torch.stack(losses).mean() if losses else offsets.sum() * 0
 
 
-def agreed_instances(salient, count, smallest=0.005):
-    """The connected components of the salient region, when they are as many as the count label says [ours].
+def counted_instances(classes, count, smallest=0.005):
+    """The photograph's objects in as many parts as the count label says [ours].
 
-    salient: bool [H,W]; count: T; smallest: share of the image below which a component is noise.
-    Returns int64 [H,W], 0 elsewhere and 1..T in the components, or None when region and count disagree.
+    Parts are the connected components of each class: touching objects of two classes are two. Where there are too
+    many, the largest T stay; where there are too few, those with the most pixels per object are divided by k-means
+    of the pixels' places, so that each part holds about as much as another.
+
+    classes: int64 [H,W], 0 background, 1..20 class, 255 undecided; count: T; smallest: share of the image below which
+    a component is noise. Returns int64 [H,W], 0 elsewhere and 1..n in the parts; n is T, or 0 without any component.
     """
-    labels, found = ndimage.label(salient.cpu().numpy())
-    sizes = np.bincount(labels.ravel(), minlength=found + 1)
-    large = [k for k in range(1, found + 1) if sizes[k] >= smallest * labels.size]
-    if not large or len(large) != int(count):
-        return None
-    names = np.zeros(found + 1, np.int64)
-    names[large] = range(1, len(large) + 1)
-    return torch.from_numpy(names[labels]).to(salient.device)
+    classes, count = classes.cpu().numpy(), int(count)
+    parts = []
+    for name in np.unique(classes[(classes > 0) & (classes != IGNORE)]):
+        labels, found = ndimage.label(classes == name)
+        parts += [np.argwhere(labels == k) for k in range(1, found + 1)]
+    parts = sorted((part for part in parts if len(part) >= smallest * classes.size), key=len, reverse=True)[:count]
+    shares = [1] * len(parts)
+    while parts and sum(shares) < count:
+        shares[max(range(len(parts)), key=lambda k: len(parts[k]) / shares[k])] += 1
+    divided = [piece for part, share in zip(parts, shares, strict=True) for piece in _divide(part, share)]
+    instances = np.zeros(classes.shape, np.int64)
+    for number, piece in enumerate(divided, 1):
+        instances[piece[:, 0], piece[:, 1]] = number
+    return torch.from_numpy(instances)
 
 
-def anchored_centroid_loss(offsets, salient, counts):
-    """The count label where it settles everything: every pixel of an agreed instance points to its centre [ours].
+def _divide(place, share):
+    """Pixels [M,2] in ``share`` compact groups: k-means that starts from even steps along the longest axis."""
+    if share == 1:
+        return [place]
+    points = place - place.mean(0)
+    axis = np.linalg.eigh(points.T @ points)[1][:, -1]
+    order = np.argsort(points @ axis, kind="stable")
+    start = points[order[((np.arange(share) + 0.5) / share * len(points)).astype(int)]]
+    group = kmeans2(points, start, minit="matrix", missing="warn")[1]
+    return [place[group == k] for k in range(share) if (group == k).any()]
 
-    L_V moves an object's rim first and its inside last, which takes thousands of iterations; these targets reach
-    every pixel at once. offsets: V [N,2,H,W] in stride-4 pixels; salient: bool [N,H,W]; counts: T [N].
-    Returns the mean of |V(p) - (c - p)|_1 over the pixels of all ``agreed_instances``; 0 when there are none.
+
+def counted_centroid_loss(offsets, classes, counts):
+    """What the count label says about V at once: every pixel of a counted instance points to its centre [ours].
+
+    L_V moves an object's rim first and its inside last, which takes thousands of iterations, and it holds touching
+    objects of one class together; these targets reach every pixel and part them. offsets: V [N,2,H,W] in stride-4
+    pixels; classes: int64 [N,H,W] as in ``pair_labels``; counts: T [N]. Returns the mean over all
+    ``counted_instances`` of the mean |V(p) - (c - p)|_1 over their pixels; 0 when there are none.
     """
-    total, pixels = offsets.sum() * 0, 0
-    for field, region, count in zip(offsets, salient, counts, strict=True):
-        instances = agreed_instances(region, count)
-        if instances is None:
-            continue
-        for number in range(1, int(count) + 1):
+    errors = []
+    for field, labels, count in zip(offsets, classes, counts, strict=True):
+        instances = counted_instances(labels, count).to(offsets.device)
+        for number in range(1, int(instances.max()) + 1):
             place = (instances == number).nonzero()
             target = place.float().mean(0) - place
-            total = total + (field[:, place[:, 0], place[:, 1]].t() - target).abs().sum()
-            pixels += len(place)
-    return total / max(1, pixels)
+            errors.append((field[:, place[:, 0], place[:, 1]].t() - target).abs().sum(1).mean())
+    return torch.stack(errors).mean() if errors else offsets.sum() * 0

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets.crf import crf, refine_labels, refine_saliency
-from datasets.pseudo_labels import CamThresholds, class_labels, foreground_probability, saliency_mask
+from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks
 from models.pts import pseudo_label
 
@@ -100,7 +100,7 @@ def test_class_labels_ignore_what_the_thresholds_disagree_on():
     cam[0, :, 20:40] = 0.15  # between the confident thresholds .05 and .30
     cam[0, :, 40:] = 0.9
     image[:, 20:40], image[:, 40:] = 140, 200
-    labels = class_labels(image, cam, (7,), CamThresholds())
+    labels = class_labels(image, cam, (7,), PLAIN)
     assert (labels[:, 4:16] == 0).all() and (labels[:, 24:36] == 255).all() and (labels[:, 44:60] == 8).all()
 
 
@@ -108,10 +108,11 @@ def test_saliency_mask_takes_the_maximum_over_classes():
     image = np.full((32, 32, 3), 90, np.uint8)
     cams = np.zeros((2, 32, 32), np.float32)
     cams[0, :16], cams[1, 16:] = 1.0, 0.25
-    plain = saliency_mask(image, cams, even=0.25, use_crf=False)
+    plain = saliency_mask(image, cams, PLAIN, use_crf=False)
     assert np.allclose(plain[:16], 0.8) and np.allclose(plain[16:], 0.5)
-    assert foreground_probability(np.array([0.0, 0.25]), 0.25).tolist() == [0.0, 0.5]
-    assert saliency_mask(image, cams[:0], 0.25).max() == 0, "no class, nothing salient"
+    assert foreground_probability(np.array([0.0, 0.25]), PLAIN).tolist() == [0.0, 0.5]
+    assert np.allclose(foreground_probability(np.array([0.5, 1.0]), SPREAD), [0.5, 0.8]), "odds grow with the square"
+    assert saliency_mask(image, cams[:0], PLAIN).max() == 0, "no class, nothing salient"
 
 
 def test_pseudo_label_is_the_union_of_instances():

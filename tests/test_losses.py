@@ -7,11 +7,11 @@ import torch
 
 import ops
 from models.losses import (
-    agreed_instances,
-    anchored_centroid_loss,
     boundary_loss,
     centroid_count,
     centroid_loss,
+    counted_centroid_loss,
+    counted_instances,
     pair_labels,
     subitizing_loss,
 )
@@ -92,26 +92,42 @@ def test_subitizing_loss_touches_the_salient_region_only():
     assert not touched[1].any(), "a photograph without a salient region teaches nothing"
 
 
-def test_anchors_only_where_count_and_components_agree():
-    region = torch.zeros(32, 40, dtype=torch.bool)
-    region[4:14, 4:14] = region[20:30, 24:38] = True
-    region[0, 39] = True  # noise, no instance
-    assert agreed_instances(region, torch.tensor(1.0)) is None
-    assert agreed_instances(region, torch.tensor(3.0)) is None
-    assert agreed_instances(region & False, torch.tensor(0.0)) is None
-    labels = agreed_instances(region, torch.tensor(2.0))
-    assert labels.max() == 2 and labels[0, 39] == 0
-    assert (labels[4:14, 4:14] == labels[4, 4]).all() and labels[4, 4] != labels[20, 24]
+def test_counted_instances_are_as_many_as_the_count():
+    classes = torch.zeros(32, 40, dtype=torch.int64)
+    classes[4:14, 4:14] = 3  # touches the next, of another class
+    classes[4:14, 14:18] = 8
+    classes[20:30, 10:38] = 3
+    classes[0, 39] = 5  # noise, no instance
+    classes[18, :] = 255
+    three = counted_instances(classes, torch.tensor(3.0))
+    assert three.max() == 3 and three[0, 39] == 0 and (three[18] == 0).all()
+    assert len({three[5, 5].item(), three[5, 15].item(), three[25, 20].item()}) == 3
+    one = counted_instances(classes, torch.tensor(1.0))
+    assert (one > 0).sum() == 10 * 28, "of too many, the largest"
+    four = counted_instances(classes, torch.tensor(4.0))
+    assert four.max() == 4 and (four[20:30, 10:22] == four[25, 12]).all() and (four[20:30, 26:38] == four[25, 30]).all()
+    assert four[25, 12] != four[25, 30], "of too few, the largest is halved"
+    assert counted_instances(classes * 0, torch.tensor(2.0)).max() == 0
+    assert counted_instances(classes, torch.tensor(0.0)).max() == 0
+
+
+def test_counted_centroid_loss_is_the_distance_to_the_centres():
+    classes = torch.zeros(2, 32, 40, dtype=torch.int64)
+    classes[0, 4:14, 4:14] = classes[0, 20:30, 24:38] = 3
+    instances = counted_instances(classes[0], torch.tensor(2.0))
     ideal = torch.zeros(2, 2, 32, 40)
     for number in (1, 2):
-        place = labels == number
+        place = instances == number
         ideal[:, :, place] = (POINTS[:, place].mean(1, keepdim=True) - POINTS[:, place])[None]
-    both, counts = torch.stack([region, region]), torch.tensor([2.0, 1.0])
-    assert anchored_centroid_loss(ideal, both, counts).item() < 1e-5
-    # Off by (3, -1) in the photograph that agrees: |3| + |-1| at every pixel; the other one does not speak.
-    shifted = ideal + torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
-    assert anchored_centroid_loss(shifted, both, counts).item() == pytest.approx(4.0, rel=1e-5)
-    assert anchored_centroid_loss(shifted, both, torch.tensor([7.0, 7.0])).item() == 0
+    counts = torch.tensor([2.0, 1.0])
+    assert counted_centroid_loss(ideal, classes, counts).item() < 1e-5
+    # Off by (3, -1): |3| + |-1| at every pixel; the photograph without a class does not speak.
+    shifted = (ideal + torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)).requires_grad_()
+    loss = counted_centroid_loss(shifted, classes, counts)
+    loss.backward()
+    assert loss.item() == pytest.approx(4.0, rel=1e-5)
+    assert shifted.grad[1].abs().max() == 0 and (shifted.grad[0].abs().sum(0) > 0).equal(instances > 0)
+    assert counted_centroid_loss(shifted, classes * 0, counts).item() == 0
 
 
 def two_discs():

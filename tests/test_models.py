@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
-from models.classifier import Classifier, class_activation_maps
+from models.classifier import Classifier, class_activation_maps, spread_activations
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
 from models.pts import refresh
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
@@ -185,6 +185,22 @@ def test_activation_maps_are_normalised_and_mirror():
     mirrored = class_activation_maps(model, image.flip(3), (1.0, 2.0))
     assert torch.allclose(cams, mirrored.flip(3), atol=1e-4)
     assert torch.allclose(model(image), model.class_maps(image).mean((2, 3)))
+
+
+def test_spread_activations_fill_what_looks_alike():
+    torch.manual_seed(0)
+    model = Classifier("mobilenetv2_100").eval()
+    image = 0.2 * torch.rand(1, 3, 256, 256)
+    image[..., 64:192, 128:] = 1 - image[..., 64:192, 128:]  # the object, of which the classifier saw one corner
+    truth = torch.zeros(64, 64, dtype=torch.bool)
+    truth[16:48, 32:] = True
+    cams = torch.zeros(1, 2, 64, 64)
+    cams[:, 0, 20:28, 36:44] = 1
+    spread = spread_activations(model, image, cams, grid=16)[0]
+    assert spread.shape == (2, 64, 64) and spread.min() >= 0 and spread[0].max() == 1 and spread[1].max() == 0
+    share = ((spread[0] > 0.5) & truth).sum() / ((spread[0] > 0.5) | truth).sum()
+    plain = ((cams[0, 0] > 0.5) & truth).sum() / truth.sum()
+    assert share > 0.7 and plain < 0.1
 
 
 def test_saliency_net_is_trainable_and_bounded():

@@ -83,7 +83,7 @@ def test_both_scripts_leave_what_infer_takes(trained, data, tmp_path):
     for stage in ("cam", "branches", "saliency"):
         assert (trained / stage / "weights.pt").exists() and list((trained / stage).glob("events*"))
     for r in (1, 2, 3):
-        labels = sorted((trained / "pts" / f"r{r}" / "labels").glob("*.png"))
+        labels = sorted((trained / "pts" / f"r{r}" / "labels" / "saliency").glob("*.png"))
         assert labels and cv2.imread(str(labels[0]), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
     for weights in ("weights.pt", "weights_pts.pt"):
         done = python("infer.py", "--img", data / "images", "--weights", trained / weights, "--out", tmp_path)
@@ -107,13 +107,13 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
     out = tmp_path / "killed"
     out.mkdir()
     shutil.copy(trained / "weights.pt", out)
-    for appears in ("pts/r1/labels/*.png", "pts/r2/checkpoint.pt"):
+    for appears in ("pts/r1/labels/saliency/*.png", "pts/r2/checkpoint.pt"):
         kill_when(pts_command(data, out), appears, out)
     done = python(*pts_command(data, out))
     assert done.returncode == 0, done.stderr
     assert same_weights(out / "weights_pts.pt", trained / "weights_pts.pt")
-    for name in (trained / "pts" / "r3" / "labels").iterdir():
-        assert name.read_bytes() == (out / "pts" / "r3" / "labels" / name.name).read_bytes()
+    for name in (trained / "pts" / "r3" / "labels" / "saliency").iterdir():
+        assert name.read_bytes() == (out / "pts" / "r3" / "labels" / "saliency" / name.name).read_bytes()
 
 
 def test_a_run_is_not_mixed_with_another(trained, data):

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from datasets.training import load_square, read_map, to_tensor
-from models.classifier import class_activation_maps
+from models.classifier import CAM_SIZE, activations
 from models.enhancement import network_input
 from models.fusion import find_clusters
 
@@ -88,19 +88,19 @@ def _shrink(picture, side=192):
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def show_cams(model, writer, step, samples, args, device):
+def show_cams(model, writer, step, samples, args, device, labels=None):
     """TensorBoard: photographs beside the maximum of their classes' activation maps."""
     rows = []
     for sample in samples:
-        image = load_square(sample.path, args.size)
-        cams = class_activation_maps(model, to_tensor(image)[None].to(device), args.cam_scales)[0]
-        cam = cams[list(sample.classes)].amax(0) if sample.classes else cams[0] * 0
+        image = load_square(sample.path, CAM_SIZE)
+        cams = activations(model, to_tensor(image)[None].to(device), sample.classes, args)[0].cpu().numpy()
         image = _shrink(image)
-        rows.append([image, heat(_shrink(cam.cpu().numpy()), image)])
+        cam = cams.max(0, initial=0)
+        rows.append([image, heat(_shrink(cam), image)])
     _add_rows(writer, "cam", rows, step)
 
 
-def show_branches(model, writer, step, samples, args, device):
+def show_branches(model, writer, step, samples, args, device, labels):
     """TensorBoard: photograph, pseudo labels, B, and V as a colour wheel with the centroids pixels converge to."""
     rows = []
     for sample in samples:
@@ -108,20 +108,20 @@ def show_branches(model, writer, step, samples, args, device):
         boundary, offsets = model(*network_input(image, args.canny, device))
         boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
         wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
-        labels = read_map(args.out / "labels" / "classes" / f"{sample.stem}.png")
+        classes = read_map(labels / "classes" / f"{sample.stem}.png")
         tints = instance_colours(256)
         tints[0], tints[255] = 0, 255
         wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
-        rows.append([_shrink(image), _shrink(tints[labels].astype(np.uint8)), grey(_shrink(boundary)), wheel])
+        rows.append([_shrink(image), _shrink(tints[classes].astype(np.uint8)), grey(_shrink(boundary)), wheel])
     _add_rows(writer, "boundary and centroids", rows, step)
 
 
-def show_saliency(model, writer, step, samples, args, device, labels=None):
-    """TensorBoard: photograph, the pseudo mask it is trained on, S. labels: the folder of the masks."""
+def show_saliency(model, writer, step, samples, args, device, labels):
+    """TensorBoard: photograph, the pseudo mask it is trained on, S. labels: the folder of saliency/."""
     rows = []
     for sample in samples:
         image = load_square(sample.path, args.size)
         saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
-        mask = cv2.imread(str((labels or args.out / "labels" / "saliency") / f"{sample.stem}.png"))
+        mask = cv2.imread(str(labels / "saliency" / f"{sample.stem}.png"))
         rows.append([_shrink(image), _shrink(mask), grey(_shrink(saliency))])
     _add_rows(writer, "saliency", rows, step)
