@@ -21,6 +21,7 @@ from datasets.images import list_images, read_image
 from datasets.masks import decode_rle, list_masks, prediction_records, read_instance_mask, read_saliency_mask
 from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
+from utils.parallel import map_ahead
 
 
 def get_args_parser():
@@ -169,12 +170,18 @@ def _from_model(args, records):
             raise InputError(f"{path} has no photograph in {args.data / 'images'}; add it or remove the mask")
     maps = _maps_for(gt_paths, args.saliency_dir)
     predictor = Predictor(args.weights, select_device(args.gpu), method=args.method)
-    for stem, path in tqdm(gt_paths.items(), desc="evaluate", unit="img", disable=None):
+
+    def read(stem):
+        path = gt_paths[stem]
         gt, image = read_instance_mask(path), read_image(images[stem])
         if image.shape[:2] != gt.shape:
             sizes = f"{_size(image.shape)} but its mask {path} {_size(gt.shape)}"
             raise InputError(f"{images[stem]} is {sizes}; make them equal")
-        prediction = predictor.predict(image, saliency=_read_map(maps, stem, gt.shape, path))
+        return stem, gt, image, _read_map(maps, stem, gt.shape, path)
+
+    samples = map_ahead(read, gt_paths, workers=1, ahead=2)
+    for stem, gt, image, saliency in tqdm(samples, "evaluate", len(gt_paths), unit="img", disable=None):
+        prediction = predictor.predict(image, saliency=saliency)
         if records is not None:
             records += prediction_records(stem, prediction.masks, prediction.scores)
         yield gt, prediction.masks, prediction.scores, prediction.saliency

@@ -5,13 +5,18 @@
     python infer.py --img photos --weights runs/mine/weights_pts.pt --out results
 
 For every photograph <stem>_instances.png (0 background, 1..N in order of score) and <stem>_overlay.png are
-written at its own size, and predictions.json holds all instances as COCO result records.
+written at its own size, and predictions.json holds all instances as COCO result records. While the network runs on
+one batch, the next photographs load and the instances of the previous ones are fused and written.
 """
 
 import argparse
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,8 +30,10 @@ from datasets.training import resize
 from models.enhancement import network_input
 from models.fusion import Fusion, connected_components, fuse, instance_masks
 from models.wsid_net import load_weights
+from ops import compiled
 from utils import checkpoint, visualize
 from utils.cli import Help, InputError, make_folder, run, select_device
+from utils.parallel import map_ahead
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_WEIGHTS = (
@@ -61,46 +68,116 @@ class Prediction:
     offsets: np.ndarray
 
 
+class Maps(NamedTuple):
+    """What the network says of one photograph, float32 on the stride-4 grid: S [h,w], B [h,w], V [2,h,w].
+
+    ready: the CUDA event after which they hold their values, None on the CPU.
+    """
+
+    saliency: torch.Tensor
+    boundary: torch.Tensor
+    offsets: torch.Tensor
+    ready: Any = None
+
+
+def bfloat16_pays(device):
+    """Whether convolutions are faster in bfloat16: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Names private to torch, which may go: then the answer is no.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+
+
 class Predictor:
     """Trained weights, ready to be asked.
 
     weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
     method: "wsid", the fusion of the paper, or "components", the connected components of S: the baseline.
-    settings: a models.fusion.Fusion. Raises InputError when the weights cannot be used.
+    settings: a models.fusion.Fusion. amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
+    Raises InputError when the weights cannot be used.
+
+    ``predict`` and ``predict_batch`` are all most callers need. Their three steps, ``prepare``, ``network`` and
+    ``instances``, may each run in a thread of their own.
     """
 
-    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None):
-        self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.settings = device, method, settings or Fusion()
-        self.net = load_weights(self.weights, device)
+    AMP = ("auto", "bf16", "off")
 
-    @torch.no_grad()
+    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, amp="auto"):
+        self.weights = Path(weights) if weights else default_weights()
+        self.device, self.method, self.settings = torch.device(device), method, settings or Fusion()
+        self.net = load_weights(self.weights, self.device)
+        self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # A GPU without a CUDA toolkit beside it runs the network only.
+        self.fusion_device = self.device if compiled.has_kernels(self.device.type) else torch.device("cpu")
+
     def predict(self, image, saliency=None):
         """image: uint8 RGB [H,W,3], any size; saliency: float [H,W] in 0..1 in place of S (Table 6), or None.
 
         Returns a Prediction; one without instances is a valid answer.
         """
-        size = self.net.config.size
-        square = resize(image, size)
-        inputs = network_input(square, self.net.config.canny, self.device)
-        s, b, v = (m[0].float() for m in self.net(*inputs))
-        if saliency is not None:
-            grid = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(self.device)
-            s = F.interpolate(grid, s.shape, mode="bilinear", align_corners=False, antialias=True)[0, 0].clamp(0, 1)
-        if self.method == "components":
-            maps, centroids = connected_components(s, self.settings)
-        else:
-            maps, centroids = fuse(s, b, v, self.settings)
-        height, width = image.shape[:2]
-        masks, scores, kept = instance_masks(maps, s, (height, width), self.settings)
-        scale = np.array([height, width]) / s.shape
+        return self.predict_batch([image], [saliency])[0]
 
-        def full(values):
-            return cv2.resize(values.cpu().numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
+    def predict_batch(self, images, saliencies=None):
+        """``predict`` for a list of images, each of its own size, that pass the network together."""
+        maps = self.network([self.prepare(image) for image in images])
+        given = saliencies or [None] * len(images)
+        return [self.instances(m, image.shape[:2], s) for m, image, s in zip(maps, images, given, strict=True)]
 
-        return Prediction(
-            masks, scores, (centroids[kept] + 0.5) * scale - 0.5, np.clip(full(s), 0, 1), full(b), v.cpu().numpy()
-        )
+    def prepare(self, image):
+        """uint8 RGB [H,W,3] -> what ``network`` takes: RGB [1,3,S,S] in 0..1 and edges [1,1,S,S], on the CPU."""
+        return network_input(resize(image, self.net.config.size), self.net.config.canny, "cpu")
+
+    def autocast(self):
+        """The precision of the network, as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @torch.no_grad()
+    def network(self, inputs):
+        """A list of what ``prepare`` returned -> as many Maps. On a GPU it does not wait for the values."""
+        if not inputs:
+            return []
+        image, edges = (self._upload(torch.cat(part)) for part in zip(*inputs, strict=True))
+        with self.autocast():
+            maps = self.net(image, edges)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
+        return [Maps(*parts, ready) for parts in zip(*(m.float() for m in maps), strict=True)]
+
+    def _upload(self, tensor):
+        # From pinned memory the copy is queued; from other memory it would wait for the batch before.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.stream else tensor
+
+    @contextmanager
+    def _beside_the_network(self, ready):
+        """A CUDA stream of its own for the fusion: in the network's, every value it reads would wait for the batches
+        queued meanwhile. One for all threads, because freed memory stays with the stream it came from."""
+        if ready is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(ready)
+            yield
+
+    @torch.no_grad()
+    def instances(self, maps, size, saliency=None):
+        """The Prediction of one photograph of ``size`` (H, W) from its Maps; saliency: as for ``predict``."""
+        with self._beside_the_network(maps.ready):
+            s, b, v = (m.to(self.fusion_device) for m in maps[:3])
+            if saliency is not None:
+                given = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(s.device)
+                s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
+                s = s[0, 0].clamp(0, 1)
+            if self.method == "components":
+                soft, centroids = connected_components(s.cpu().numpy(), self.settings)
+            else:
+                soft, centroids = fuse(s, b, v, self.settings)
+            masks, scores, kept = instance_masks(soft, s, size, self.settings)
+            s, b, v = (m.cpu().numpy() for m in (s, b, v))
+        height, width = size
+        centroids = (centroids[kept] + 0.5) * (np.array(size) / s.shape) - 0.5
+        s, b = (cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (s, b))
+        return Prediction(masks, scores, centroids, np.clip(s, 0, 1), b, v)
 
 
 def get_args_parser():
@@ -113,28 +190,34 @@ def get_args_parser():
     parser.add_argument("--method", choices=("wsid", "components"), default="wsid",
                         help="the paper's fusion, or the connected components of S")  # fmt: skip
     parser.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
+    parser.add_argument("--batch-size", type=int, help="photographs per pass; default: 16 on a GPU, 2 on the CPU")
+    parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()),
+                        help="threads that load photographs, and as many that fuse and write")  # fmt: skip
+    parser.add_argument("--amp", choices=Predictor.AMP, default="auto",
+                        help="the network in bfloat16: where the machine is fast at it, always, never")  # fmt: skip
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     device = select_device(args.gpu)
+    batch_size = default_batch_size(device) if args.batch_size is None else args.batch_size
+    if min(batch_size, args.workers) < 1:
+        raise InputError("--batch-size and --workers must be 1 or more")
     paths = list_images(args.img)
     unique_stems(paths)
-    predictor = Predictor(args.weights, device, method=args.method)
+    predictor = Predictor(args.weights, device, method=args.method, amp=args.amp)
     make_folder(args.out)
     print(f"weights: {predictor.weights}")
+    write = partial(write_results, args.out, everything=args.visualize)
+    results = process(paths, predictor, write, batch_size, args.workers, args.saliency_dir)
     records, written, failed = [], [], []
-    for path in tqdm(paths, disable=len(paths) < 2, mininterval=1):
-        try:
-            image = read_image(path)
-            saliency = read_replacement(args.saliency_dir, path.stem) if args.saliency_dir else None
-        except InputError as error:
-            failed.append(error)
-            continue
-        prediction = predictor.predict(image, saliency)
-        records += prediction_records(path.stem, prediction.masks, prediction.scores)
-        written += write_pictures(args.out, path.stem, image, prediction, args.visualize)
+    for result in tqdm(results, total=len(paths), disable=len(paths) < 2, mininterval=1):
+        if isinstance(result, InputError):
+            failed.append(result)
+        else:
+            records += result[0]
+            written += result[1]
     checkpoint.save_json(records, args.out / "predictions.json")
     for line in [*written, args.out / "predictions.json"]:
         print(line)
@@ -143,6 +226,43 @@ def main(argv=None):
     if failed and len(failed) == len(paths):
         return 2
     return 1 if failed else 0
+
+
+def default_batch_size(device):
+    """Photographs per pass: enough to fill a GPU; on the CPU more than a few only cost memory."""
+    return 2 if device.type == "cpu" else 16
+
+
+def process(paths, predictor, finish, batch_size, workers=1, saliency_dir=None):
+    """Photographs from their files to results, loading, network and the rest at the same time.
+
+    finish(path, image, prediction) is called in one of ``workers`` threads. Returns an iterator over what it returns,
+    in the order of ``paths``; for a photograph that cannot be read, its InputError. Some 3 * batch_size + 2 * workers
+    photographs are in memory at once, however many there are.
+    """
+
+    def load(path):
+        try:
+            image = read_image(path)
+            saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
+        except InputError as error:
+            return error
+        return path, image, saliency, predictor.prepare(image)
+
+    def with_maps(loaded):
+        while batch := list(islice(loaded, batch_size)):
+            maps = iter(predictor.network([entry[-1] for entry in batch if not isinstance(entry, InputError)]))
+            for entry in batch:
+                yield entry if isinstance(entry, InputError) else (*entry[:-1], next(maps))
+
+    def conclude(entry):
+        if isinstance(entry, InputError):
+            return entry
+        path, image, saliency, maps = entry
+        return finish(path, image, predictor.instances(maps, image.shape[:2], saliency))
+
+    ahead = batch_size + workers  # a whole batch is under way while the network takes the next one
+    return map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)
 
 
 def unique_stems(paths):
@@ -159,6 +279,12 @@ def read_replacement(folder, stem):
     if not path.exists():
         raise InputError(f"there is no saliency map {path}; --saliency-dir needs one <stem>.png per photograph")
     return read_saliency_mask(path)
+
+
+def write_results(folder, path, image, prediction, everything=False):
+    """Write the pictures of one photograph; returns its COCO records and the paths of the pictures."""
+    pictures = write_pictures(folder, path.stem, image, prediction, everything)
+    return prediction_records(path.stem, prediction.masks, prediction.scores), pictures
 
 
 def write_pictures(folder, stem, image, prediction, everything):

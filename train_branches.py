@@ -248,7 +248,8 @@ def train_branches(args, samples, device):
     folder = run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
     )
-    model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
+    if args.no_lsu or not args.counted_weight:  # counted instances have settled the constant
+        model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
     checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
 
 

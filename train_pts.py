@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from datasets.images import list_images
 from datasets.labels import Sample
-from datasets.training import TrainingImages, load_square, read_samples
+from datasets.training import TrainingImages, load_square, read_map, read_samples, resize
 from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import pseudo_label, refresh
@@ -45,6 +45,9 @@ def get_args_parser():
     parser.add_argument("--backbone-lr", type=float, default=1.0, help="times --lr for the pretrained layers")
     parser.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                         help="pretrained levels f1..fN that stay as they are")  # fmt: skip
+    parser.add_argument("--keep", type=float, default=1 / 3,
+                        help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
+    parser.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images, fuse and run the CRF")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
@@ -53,6 +56,8 @@ def get_args_parser():
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
+    if not 0 <= args.keep < 1:
+        raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
     device = select_device(args.gpu)
@@ -89,7 +94,7 @@ def clone(state):
 
 
 def config_of(args, samples, net):
-    names = ("epochs", "batch_size", "lr", "backbone_lr", "freeze", "seed")
+    names = ("epochs", "batch_size", "lr", "backbone_lr", "freeze", "seed", "keep")
     return {name: getattr(args, name) for name in names} | {"images": len(samples), "size": net.config.size}
 
 
@@ -106,7 +111,8 @@ def make_labels(net, samples, folder, args, device):
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(samples), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
-            pool.submit(write_label, labels, sample.stem, square, *(m[0].float().cpu().numpy() for m in maps))
+            maps = [m[0].float().cpu().numpy() for m in maps]
+            pool.submit(write_label, labels, sample.stem, square, *maps, first_label(sample, args), args.keep)
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]
     if not found:
@@ -115,15 +121,27 @@ def make_labels(net, samples, folder, args, device):
     return found
 
 
+def first_label(sample, args):
+    """Where the pseudo mask of a labelled photograph's activation maps lies; None when nothing of it is kept."""
+    if not args.keep or not sample.classes:
+        return None
+    return (args.labels or args.out / "labels") / "saliency" / f"{sample.stem}.png"
+
+
 def is_tried(labels, stem):
     return (labels / f"{stem}.png").exists() or (labels / f"{stem}.none").exists()
 
 
-def write_label(labels, stem, image, saliency, boundary, offsets):
-    """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none."""
+def write_label(labels, stem, image, saliency, boundary, offsets, first, keep):
+    """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none.
+
+    first: the PNG of its first pseudo mask, or None for Algorithm 1 to the letter.
+    """
     torch.set_num_threads(1)
     maps = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
-    label = pseudo_label(image, *maps, Fusion())
+    if first is not None:
+        first = resize(read_map(first), image.shape[0]) / 255
+    label = pseudo_label(image, *maps, Fusion(), first, keep)
     if label is None:
         (labels / f"{stem}.none").touch()
     else:

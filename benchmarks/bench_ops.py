@@ -11,12 +11,7 @@ written at least once. The machine's limits are measured in the same run: a floa
 """
 
 import argparse
-import csv
-import ctypes
 import math
-import statistics
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -24,77 +19,12 @@ import numpy as np
 import scipy.ndimage
 import scipy.sparse
 import torch
+from measure import CPU, check, compare, device_name, peak_memory, record, timed, write_records
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ops
+from ops import compiled, reference
 
-import ops  # noqa: E402
-from ops import compiled, reference  # noqa: E402
-
-CPU = torch.device("cpu")
-
-
-# ---- measuring ---------------------------------------------------------------------------------------------------
-
-
-def timed(call, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
-def _status(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
-
-
-def peak_memory(call, device):
-    """MiB by which the peak rises over what is held before the call; NaN where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the call takes
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        call()
-        return max(_status("VmHWM") - before, 0.0)
-    except (OSError, AttributeError, StopIteration):
-        return math.nan
-
-
-def compare(title, contenders, repeats, device, flop=0, moved=0, limits=None):
-    """contenders: {name: call}, the first one is ours. Prints one table and returns its rows."""
-    for call in contenders.values():  # the first call also pays for loading and set-up
-        call()
-    memory = {name: peak_memory(call, device) for name, call in contenders.items()}
-    times = {name: [] for name in contenders}
-    for _ in range(repeats):
-        for name, call in contenders.items():
-            times[name].append(timed(call, device))
-    rows, ours = [], None
-    print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'ours is':>10}{'peak MiB':>10}")
-    for name, values in times.items():
-        median = statistics.median(values)
-        ours = ours or median
-        print(f"  {name:32}{median:11.2f}{min(values):10.2f}{median / ours:9.1f}x{memory[name]:10.1f}")
-        rows.append({"case": title, "contender": name, "median_ms": f"{median:.3f}", "best_ms": f"{min(values):.3f}",
-                     "ratio": f"{median / ours:.2f}", "peak_mib": f"{memory[name]:.1f}"})
-    if limits:
-        gflops, gbytes = limits
-        if flop:
-            rate = flop / ours / 1e6
-            print(f"  ours: {flop / 1e6:.0f} MFLOP, {rate:.1f} GFLOP/s, {rate / gflops:.0%} of a matrix product's")
-        if moved:
-            rate = moved / ours / 1e6
-            print(f"  ours: {moved / 1e6:.1f} MB, {rate:.1f} GB/s, {rate / gbytes:.0%} of a copy's")
-    return rows
+# ---- the machine -------------------------------------------------------------------------------------------------
 
 
 def machine_limits(device):
@@ -206,12 +136,6 @@ def scene(size, instances, seed=0):
     return tuple(torch.from_numpy(array)[None].float() for array in (boundary, offsets, maps))
 
 
-def check(name, error, bound):
-    print(f"  {name:46} error {error:.1e}  {'ok' if error <= bound else 'WRONG (bound ' + format(bound, '.0e') + ')'}")
-    if not error <= bound:
-        raise SystemExit(f"error: {name} is wrong; nothing was timed")
-
-
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
 
@@ -316,10 +240,8 @@ def growth(args, device):
             operator(*arguments)
 
         memory = peak_memory(call, device)
-        median = statistics.median(timed(call, device) for _ in range(max(3, args.repeats // 3)))
-        print(f"  {what:34}{value:8}{median:11.2f} ms{memory:10.1f} MiB")
-        rows.append({"case": what, "contender": value, "median_ms": f"{median:.3f}", "best_ms": "", "ratio": "",
-                     "peak_mib": f"{memory:.1f}"})
+        rows.append(record(what, value, [timed(call, device) for _ in range(max(3, args.repeats // 3))], memory=memory))
+        print(f"  {what:34}{value:8}{rows[-1]['median_ms']:11.2f} ms{memory:10.1f} MiB")
 
     def inputs(size=128, instances=4, batch=1, radius=5):
         parts = [torch.cat(p).to(device) for p in zip(*(scene(size, instances, s) for s in range(batch)))]
@@ -353,7 +275,7 @@ def plot(rows, path):
     """Small log-log panels as SVG: one per (operator, quantity), time in ms over the quantity."""
     cases = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append((float(row["contender"]), float(row["median_ms"])))
+        cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"]))
     parts, wide, high = [], 230, 190
     for i, (case, points) in enumerate(cases.items()):
         left, top = i % 4 * wide + 45, i // 4 * high + 30
@@ -387,8 +309,8 @@ def main():
     torch.set_num_threads(args.threads)
     device = torch.device("cuda", args.gpu) if args.gpu >= 0 else CPU
     built = "compiled" if compiled.has_kernels(device.type) else f"NOT BUILT ({compiled.reason})"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {args.threads} threads"
     limits = machine_limits(device)
+    name = device_name(device)
     print(f"{name}; operators {built}; float32 product {limits[0]:.0f} GFLOP/s, copy {limits[1]:.1f} GB/s")
     rows = bench_walk(args, device, limits)
     if args.dense:
@@ -400,10 +322,7 @@ def main():
         grown = growth(args, device)
         plot(grown, args.out / "growth.svg")
         rows += grown
-    with open(args.out / "ops.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_records(rows, args.out / "ops.csv")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class CamThresholds:
 # Plain activations fade from a peak, spread ones (models.classifier.spread_activations) are flat over the object.
 # even and power were chosen on the validation split for both; .30 and .05 are IRN's.
 PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, background=0.05)
-SPREAD = CamThresholds(even=0.5, power=2, foreground=0.6, background=0.4)
+SPREAD = CamThresholds(even=0.6, power=2, foreground=0.7, background=0.5)
 
 
 def foreground_probability(activation, thresholds):

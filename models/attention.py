@@ -64,14 +64,16 @@ class CrossLayerFeatureMixing(nn.Module):
         # Channel j of the shuffled stack is channel order[j] of the plain one.
         order = torch.arange(LEVELS * self.channels, device=before.device).view(LEVELS, -1).t().flatten()
         folded = before + torch.empty_like(after).index_copy(1, order, after)
-        reduced = self.reduction(features, grid)
-        shares = [F.conv2d(f, weight) for f, weight in zip(reduced, folded.chunk(LEVELS, 1), strict=True)]
-        # Levels of one resolution are summed first, so each resolution is upsampled once.
-        sums = {}
-        for share in shares:
-            size = share.shape[-2:]
-            sums[size] = sums[size] + share if size in sums else share
-        return self._activate(sum(to_grid(share, grid) for share in sums.values()))
+        levels = {}  # levels of one resolution share one convolution, and each resolution is upsampled once
+        for feature, weight in zip(self.reduction(features, grid), folded.chunk(LEVELS, 1), strict=True):
+            levels.setdefault(feature.shape[-2:], []).append((feature, weight))
+        mixed = None
+        for parts in levels.values():
+            stack, weights = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+            share = to_grid(F.conv2d(stack, weights), grid)
+            mixed = share if mixed is None else mixed.add_(share)
+            del share  # before the next one is made: each is as large as the result
+        return self._activate(mixed)
 
     def forward_literal(self, features, grid):
         """The same as ``forward``, computed the way Fig. 7 draws it: the yardstick of the tests."""
@@ -81,7 +83,7 @@ class CrossLayerFeatureMixing(nn.Module):
         return self._activate(self.mix(torch.cat([stack, shuffled], 1)))
 
     def _activate(self, mixed):
-        return list(self.norm(mixed).relu().chunk(LEVELS, 1))
+        return list(self.norm(mixed).relu_().chunk(LEVELS, 1))
 
 
 class MutualAttention(nn.Module):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
@@ -103,12 +104,18 @@ def instance_masks(maps, saliency, size, settings):
         return empty
     maps = torch.as_tensor(maps, dtype=saliency.dtype, device=saliency.device)
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
-    # The winner is decided on the network's grid blown up row by row of instances: n full-size maps at once.
-    stack = torch.cat([maps, saliency[None]])[None]
-    stack = torch.nn.functional.interpolate(stack, size, mode="bilinear", align_corners=False)[0]
-    value, winner = stack[:-1].max(0)
-    winner = torch.where(value > settings.background, winner, -1).cpu().numpy()
-    full_saliency = stack[-1].cpu().numpy()
+
+    def enlarged(small):
+        return F.interpolate(small[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+
+    # One full-size map at a time, however many instances there are.
+    value = saliency.new_full(size, settings.background)
+    winner = torch.full(size, -1, dtype=torch.int32, device=saliency.device)
+    for index, small in enumerate(maps):
+        full = enlarged(small)
+        winner[full > value] = index
+        value = torch.maximum(value, full)
+    winner, full_saliency = winner.cpu().numpy(), enlarged(saliency).cpu().numpy()
     found = []
     for index in range(len(maps)):
         mask = winner == index

@@ -21,11 +21,13 @@ def refresh(previous, current, iteration):
     }
 
 
-def pseudo_label(image, saliency, boundary, offsets, settings):
+def pseudo_label(image, saliency, boundary, offsets, settings, first=None, keep=0.0):
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
     image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
+    first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
+    know; keep: its share in what the CRF starts from [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
     maps, _ = fuse(saliency, boundary, offsets, settings)
@@ -33,4 +35,7 @@ def pseudo_label(image, saliency, boundary, offsets, settings):
     if not len(masks):
         return None
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
-    return refine_saliency(image, (masks.any(0) + np.clip(soft, 0, 1)) / 2)
+    foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
+    if first is not None:
+        foreground = (1 - keep) * foreground + keep * first
+    return refine_saliency(image, foreground)

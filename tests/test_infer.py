@@ -1,6 +1,9 @@
 """infer.py on photographs of every kind and size, with a small network made for the purpose."""
 
+import itertools
 import json
+import threading
+import time
 
 import cv2
 import numpy as np
@@ -14,6 +17,7 @@ from datasets.masks import decode_rle
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, visualize
 from utils.cli import InputError, run
+from utils.parallel import map_ahead
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +148,108 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
     assert len(list((tmp_path / "out").glob("*_instances.png"))) == 8
 
 
+def test_a_batch_equals_its_photographs_one_by_one(weights):
+    predictor = infer.Predictor(weights)
+    torch.nn.init.normal_(predictor.net.branches.centroid.predict.weight, std=0.01)  # offsets that are not all zero
+    images = [noise(40, 60), noise(90, 30), np.full((64, 64, 3), 200, np.uint8)]
+    given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
+    for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
+        assert together.offsets.any()
+        for name in ("scores", "centroids", "saliency", "boundary", "offsets"):
+            np.testing.assert_allclose(getattr(together, name), getattr(alone, name), atol=1e-4, err_msg=name)
+        assert (together.masks != alone.masks).mean() < 1e-3, "a pixel on an edge may fall to the other side"
+    assert predictor.predict_batch([]) == []
+
+
+def results(folder):
+    """What infer.py wrote: (records, {file name: picture})."""
+    pictures = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in folder.glob("*.png")}
+    return json.loads((folder / "predictions.json").read_text()), pictures
+
+
+def test_batches_and_threads_leave_the_results_as_they_are(weights, tmp_path, capsys):
+    photographs = write_kinds(tmp_path / "in")
+    _truncated(photographs / "cut.jpg")
+    printed = []
+    for name, options in (("single", (1, 1)), ("batches", (3, 2)), ("all", (50, 4))):
+        options = ("--batch-size", options[0], "--workers", options[1], "--visualize", "--amp", "off")
+        assert call("--img", photographs, "--weights", weights, "--out", tmp_path / name, *options) == 1
+        text, errors = capsys.readouterr()
+        assert errors.splitlines()[-1].startswith("error: ") and "cut.jpg" in errors.splitlines()[-1]
+        printed.append(text.replace(str(tmp_path / name), "OUT"))
+    assert printed[0] == printed[1] == printed[2], "in the order of the photographs"
+    records, pictures = results(tmp_path / "single")
+    for name in ("batches", "all"):
+        others, other_pictures = results(tmp_path / name)
+        assert [record["image_id"] for record in records] == [record["image_id"] for record in others]
+        assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-4)
+        assert pictures.keys() == other_pictures.keys()
+        for key, picture in pictures.items():
+            assert (picture != other_pictures[key]).mean() < 0.01, key
+
+
+def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
+    """Counted from reading to finishing, of endlessly many; the writer is slow, as a network drive may be."""
+    alive, most, lock = 0, 0, threading.Lock()
+
+    def count(step):
+        nonlocal alive, most
+        with lock:
+            alive += step
+            most = max(most, alive)
+
+    def read(path):
+        count(1)
+        return noise(8, 8)
+
+    def finish(path, image, prediction):
+        time.sleep(0.01)
+        count(-1)
+        return path
+
+    monkeypatch.setattr(infer, "read_image", read)
+    found = infer.process(itertools.count(), infer.Predictor(weights), finish, batch_size=2, workers=2)
+    assert list(itertools.islice(found, 40)) == list(range(40))
+    found.close()
+    assert most <= 3 * 2 + 2 * 2 + 2
+
+
+def test_map_ahead_keeps_order_and_stops_at_an_error():
+    threads = torch.get_num_threads()
+
+    def slow(item):
+        time.sleep(0.02 if item % 3 == 0 else 0)
+        assert torch.get_num_threads() == 1, "beside the caller, not against it"
+        if item == 7:
+            raise InputError("seven")
+        return item
+
+    for workers, ahead in ((1, 0), (3, 1), (2, 5)):
+        seen = []
+        with pytest.raises(InputError, match="seven"):
+            for value in map_ahead(slow, itertools.count(), workers, ahead):
+                seen.append(value)
+        assert seen == list(range(7))
+    assert list(map_ahead(slow, range(3), 2, 10)) == [0, 1, 2] and list(map_ahead(slow, [], 2, 1)) == []
+    assert torch.get_num_threads() == threads
+
+
+def test_bfloat16_is_near_float32(weights):
+    exact, rounded = (infer.Predictor(weights, amp=amp) for amp in ("off", "bf16"))
+    assert (exact.bf16, rounded.bf16) == (False, True)
+    assert infer.Predictor(weights).bf16 == infer.bfloat16_pays(torch.device("cpu"))
+    inputs = [exact.prepare(noise(50, 50))]
+    for one, other in zip(exact.network(inputs)[0][:2], rounded.network(inputs)[0][:2]):
+        assert one.dtype == other.dtype == torch.float32
+        assert 0 < (one - other).abs().max() < 0.05
+    assert len(rounded.predict(noise(50, 50)).masks), "the operators take what it gives"
+
+
 @pytest.mark.parametrize(
     "extra, words",
     [
+        (["--batch-size", 0], "1 or more"),
+        (["--workers", 0], "1 or more"),
         (["--weights", "absent.pt"], "no weights at absent.pt"),
         (["--gpu", "77"], "--gpu 77"),
         (["--saliency-dir", "nowhere"], "nowhere"),

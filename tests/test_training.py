@@ -107,6 +107,7 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
     out = tmp_path / "killed"
     out.mkdir()
     shutil.copy(trained / "weights.pt", out)
+    shutil.copytree(trained / "labels", out / "labels")
     for appears in ("pts/r1/labels/saliency/*.png", "pts/r2/checkpoint.pt"):
         kill_when(pts_command(data, out), appears, out)
     done = python(*pts_command(data, out))

@@ -1,7 +1,10 @@
-"""Worker processes for the parts that no GPU speeds up: the CRF and the fusion."""
+"""Work beside the main thread: processes for the CRF and the fusion of a training, threads that work ahead."""
 
 import multiprocessing
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+
+import torch
 
 
 class WorkerPool:
@@ -41,3 +44,24 @@ class WorkerPool:
                     future.result()
         finally:
             self.pool.shutdown(cancel_futures=True)
+
+
+def map_ahead(function, items, workers, ahead):
+    """Yield ``function(item)`` of every item, in order, computed in ``workers`` threads beside the caller's.
+
+    When a value is yielded at most ``ahead`` items (0 or more) are under way or done; ``items`` is taken from no
+    further, in the caller's thread, and may be endless. The first error is raised in its item's place and ends the
+    rest. Meant for work that leaves Python (decoding, OpenCV, torch); torch uses one core in each thread.
+    """
+    torch.get_num_threads()  # settles the caller's number, which the workers' would otherwise become
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

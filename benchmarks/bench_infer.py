@@ -1,0 +1,237 @@
+"""Speed and memory of infer.py, stage by stage and as a whole, and of the cross-layer attention.
+
+    python benchmarks/bench_infer.py                      the bundled weights on 20 photographs from samples/
+    python benchmarks/bench_infer.py --growth             also how the network grows with batch and threads
+    python benchmarks/bench_infer.py --gpu 0 --backbone resnet50 --size 512 --batch-size 16
+
+Correctness comes first: a batch is compared with its photographs one by one, the folded attention with the literal
+one. Times are medians over `--repeats` runs that take turns, in milliseconds; memory is the rise of the peak over one
+call, in MiB, of the GPU where one is used. The stages are timed one after another; the whole runs them overlapped.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from measure import CPU, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
+
+import infer
+import ops
+from datasets.images import list_images, read_image
+from models.attention import CrossLayerFeatureMixing
+from models.wsid_net import NetConfig, WSIDNet, save_weights
+from utils.cli import select_device
+
+OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
+
+
+def make_predictor(args, folder, device):
+    """The Predictor of the chosen weights, or of an untrained network whose speed alone means something."""
+    weights = args.weights
+    if args.backbone:
+        weights = folder / "untrained.pt"
+        save_weights(WSIDNet(NetConfig(backbone=args.backbone)), weights)
+    predictor = infer.Predictor(weights, device, amp=args.amp)
+    if args.size:
+        predictor.net.config = replace(predictor.net.config, size=args.size)
+    return predictor
+
+
+def photographs(folder, count):
+    """``count`` photographs in ``folder``, those of samples/ again and again, under names of their own."""
+    samples = islice(cycle(list_images(infer.ROOT / "samples")), count)
+    return [Path(shutil.copy(path, folder / f"{i}_{path.name}")) for i, path in enumerate(samples)]
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bench_attention(args, device):
+    """CFM, folded and literal, with features as a ResNet-50 gives them at 512x512, channels last as in infer.py."""
+    channels, sides = (64, 256, 512, 1024, 2048), (256, 128, 64, 32, 32)
+    torch.manual_seed(0)
+    last = {"device": device, "memory_format": torch.channels_last}
+    features = [torch.rand(1, c, side, side).to(**last) for c, side in zip(channels, sides)]
+    mixing = CrossLayerFeatureMixing(channels, 256).to(**last)
+    pairs = zip(mixing(features, (128, 128)), mixing.forward_literal(features, (128, 128)))
+    print("\nCross-layer feature mixing")
+    # Convolutions on CUDA round their inputs to TF32.
+    check("folded against literal", max((a - b).abs().max().item() for a, b in pairs), 1e-4 if device == CPU else 5e-2)
+    return compare("Cross-layer feature mixing 128x128, 256 channels", {
+        "folded": lambda: mixing(features, (128, 128)),
+        "literal (Fig. 7)": lambda: mixing.forward_literal(features, (128, 128))}, args.repeats, device)
+
+
+def check_batch(predictor, images, trained):
+    """A batch against its photographs one by one; where untrained, S lies on its threshold and masks say nothing."""
+    inputs = [predictor.prepare(image) for image in images]
+    together, alone = predictor.network(inputs), [predictor.network([one])[0] for one in inputs]
+    print("\nA batch against single photographs")
+    for name in ("saliency", "boundary", "offsets"):
+        a, b = (torch.stack([getattr(maps, name) for maps in each]) for each in (together, alone))
+        # Other batches may take other kernels; bfloat16 keeps 8 bits.
+        bound = 1e-1 if predictor.bf16 else 1e-4 if predictor.device == CPU else 1e-2
+        check(name, ((a - b).abs().max() / b.abs().max()).item(), bound)
+    if not trained:
+        return
+    differ = [(a.masks.any(0) != b.masks.any(0)).mean() for a, b in zip(
+        predictor.predict_batch(images), map(predictor.predict, images))]
+    check("share of pixels that change", max(differ), 0.1 if predictor.bf16 else 0.01)
+
+
+def bench_network(args, predictor, images):
+    """The network alone on a batch that lies on its device."""
+    config, device = predictor.net.config, predictor.device
+    inputs = [predictor.prepare(image) for image in islice(cycle(images), args.batch_size)]
+    batch = [torch.cat(part).to(device) for part in zip(*inputs)]
+
+    @torch.no_grad()
+    def run(bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            predictor.net(*batch)
+
+    precisions = [True, False] if predictor.bf16 else [False]
+    contenders = {"bfloat16" if bf16 else "float32": partial(run, bf16) for bf16 in precisions}
+    title = f"Network, {config.backbone} {config.size}x{config.size}, batch of {args.batch_size}"
+    return compare(title, contenders, args.repeats, device, count=args.batch_size)
+
+
+def run_stages(predictor, paths, out):
+    """The stages one photograph after another; returns {stage: ms per photograph}."""
+    spent = dict.fromkeys(("load", "network", "operators", "rest of the fusion", "draw and write"), 0.0)
+
+    def watch(stage, function, *args):
+        synchronize(predictor.device)
+        start = time.perf_counter()
+        result = function(*args)
+        synchronize(predictor.device)
+        spent[stage] += (time.perf_counter() - start) * 1e3 / len(paths)
+        return result
+
+    def load(path):
+        image = read_image(path)
+        return image, predictor.prepare(image)
+
+    with ExitStack() as stack:
+        for name in OPERATORS:
+            stack.enter_context(patch.object(ops, name, partial(watch, "operators", getattr(ops, name))))
+        for path in paths:
+            image, inputs = watch("load", load, path)
+            (maps,) = watch("network", predictor.network, [inputs])
+            prediction = watch("rest of the fusion", predictor.instances, maps, image.shape[:2])
+            watch("draw and write", infer.write_results, out, path, image, prediction)
+    spent["rest of the fusion"] -= spent["operators"]
+    return spent
+
+
+def bench_stages(args, predictor, paths, out):
+    run_stages(predictor, paths[:2], out)
+    runs = [run_stages(predictor, paths, out) for _ in range(args.repeats)]
+    total = statistics.median(sum(run.values()) for run in runs)
+    title = f"Stages, one after another, ms per photograph ({len(paths)} photographs)"
+    print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'share':>10}")
+    rows, share = [], {}
+    for stage in runs[0]:
+        times = [run[stage] for run in runs]
+        share[stage] = statistics.median(times) / total
+        rows.append(record(title, stage, times, ratio=share[stage]))
+        print(f"  {stage:32}{statistics.median(times):11.2f}{min(times):10.2f}{share[stage]:10.1%}")
+    both = share["operators"] + share["rest of the fusion"]
+    print(f"  operators and fusion: {both:.1%} of the time (goal: under 10 %)")
+    return rows
+
+
+def bench_whole(args, predictor, paths, out):
+    """infer.py from files to files, without loading the weights."""
+    finish = partial(infer.write_results, out)
+
+    def overlapped(batch_size):
+        for result in infer.process(paths, predictor, finish, batch_size, args.workers):
+            assert isinstance(result, tuple)
+
+    contenders = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
+    if args.batch_size > 1:
+        contenders["overlapped, one by one"] = partial(overlapped, 1)
+    contenders["one after another"] = lambda: run_stages(predictor, paths, out)
+    title = f"infer.py on {len(paths)} photographs, {args.workers} + {args.workers} threads beside the network"
+    return compare(title, contenders, args.repeats, predictor.device, count=len(paths))
+
+
+@torch.no_grad()
+def growth(args, predictor, images):
+    """Time and memory of the network over batch size and, on the CPU, threads."""
+    rows, device = [], predictor.device
+
+    def measure(what, value, batch):
+        inputs = [predictor.prepare(image) for image in islice(cycle(images), batch)]
+
+        def call():
+            predictor.network(inputs)
+
+        memory = peak_memory(call, device)
+        rows.append(record(what, value, [timed(call, device) for _ in range(args.repeats)], memory=memory, count=batch))
+        milliseconds, rate = rows[-1]["median_ms"], rows[-1]["per_second"]
+        print(f"  {what:34}{value:8}{milliseconds:11.2f} ms{memory:10.1f} MiB{rate:10.2f} photos/s")
+
+    print("\nGrowth")
+    for batch in (1, 2, 4, 8) if device == CPU else (1, 2, 4, 8, 16, 32):
+        measure("network, batch", batch, batch)
+    if device == CPU:
+        threads = torch.get_num_threads()
+        for count in sorted({2**i for i in range(threads.bit_length())} | {threads}):
+            torch.set_num_threads(count)
+            measure("network, threads", count, args.batch_size)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device, -1 for the CPU (default)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()), help="as for infer.py")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--photographs", type=int, default=20, help="those of samples/, repeated")
+    parser.add_argument("--batch-size", type=int, help="default: that of infer.py")
+    parser.add_argument("--weights", type=Path, help="default: those infer.py takes")
+    parser.add_argument("--backbone", help="time an untrained network of 256 channels instead of --weights")
+    parser.add_argument("--size", type=int, help="input square of the network in pixels; default: the weights'")
+    parser.add_argument("--amp", choices=infer.Predictor.AMP, default="auto", help="as for infer.py")
+    parser.add_argument("--only", choices=("attention", "infer"), help="one half")
+    parser.add_argument("--growth", action="store_true", help="also how time and memory grow")
+    parser.add_argument("--csv", type=Path, help="write the rows of all tables")
+    parser.add_argument("--json", type=Path, help="the same as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = select_device(args.gpu)
+    args.batch_size = args.batch_size or infer.default_batch_size(device)
+    print(device_name(device))
+    rows = []
+    if args.only != "infer":
+        rows += bench_attention(args, device)
+    if args.only != "attention":
+        with tempfile.TemporaryDirectory() as folder:
+            paths, out = photographs(Path(folder), args.photographs), Path(folder)
+            predictor = make_predictor(args, out, device)
+            images = [read_image(path) for path in paths[:8]]
+            check_batch(predictor, images[: args.batch_size], trained=not args.backbone)
+            rows += bench_network(args, predictor, images)
+            rows += bench_stages(args, predictor, paths, out)
+            rows += bench_whole(args, predictor, paths, out)
+            if args.growth:
+                rows += growth(args, predictor, images)
+    for path in filter(None, (args.csv, args.json)):
+        write_records(rows, path)
+
+
+if __name__ == "__main__":
+    main()
