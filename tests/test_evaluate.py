@@ -1,11 +1,14 @@
-"""evaluate.py end to end: files of predictions, weights (with a stand-in model), and bad input."""
+"""evaluate.py end to end: predictions of every form, weights (with a stand-in network), the page, and bad input."""
 
+import base64
 import json
 import subprocess
 import sys
 import types
+from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pycocotools.mask
 import pytest
@@ -21,6 +24,8 @@ from datasets.masks import (
     read_saliency_mask,
 )
 from utils.cli import InputError, run
+from utils.metrics import ImageResult
+from utils.report import SIDE, format_page, rank_images, tint
 
 SHAPE = (12, 20)
 
@@ -101,11 +106,10 @@ def test_file_of_predictions_by_hand(folder, predictions, capsys):
     assert numbers["saliency"] is None
     assert (numbers["images"], numbers["images_with_instances"], numbers["instances"]) == (3, 2, 3)
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "3 images (2 with instances), 3 instances, 3 predictions"
-    assert table[2].split() == ["mAP", "(%)", "IoU", "0.5", "IoU", "0.7", "0.5:0.95"]
-    assert table[3].split() == ["pooled", "44.2", "44.2", "44.2"]
-    assert table[4].split() == ["per-image", "50.0", "50.0", "50.0"]
-    assert table[7].split() == ["count", "33.3", "0.667"]
+    assert table[0] == "3 images (2 with instances), 3 instances"
+    assert table[2].split() == ["pooled", "mAP", "(%)", "per-image", "mAP", "(%)", "count"]
+    assert table[3].split() == "method predictions 0.5 0.7 0.5:0.95 0.5 0.7 0.5:0.95 exact (%) MAE".split()
+    assert table[4].split() == "predictions 3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667".split()
     assert len({len(line) for line in table[2:5]}) == 1  # aligned
 
 
@@ -144,7 +148,7 @@ def test_no_predictions_and_no_instances(folder, capsys):
     numbers = measure(folder, "--pred", empty, "--gt", folder / "instance_masks")
     assert numbers["mAP"]["pooled"]["0.5"] is None
     assert numbers["count"] == {"accuracy": 1.0, "mae": 0.0, "threshold": 0.0}
-    assert capsys.readouterr().out.splitlines()[3].split() == ["pooled", "-", "-", "-"]
+    assert capsys.readouterr().out.splitlines()[4].split() == "empty 0 - - - - - - 100.0 0.000".split()
 
 
 def test_records_of_other_methods(folder):
@@ -156,6 +160,129 @@ def test_records_of_other_methods(folder):
     record = {"image_id": 139, "category_id": 18, "segmentation": segmentation, "score": 1, "id": 5}
     numbers = measure(folder, "--pred", write(folder / "p.json", [record]), "--gt", folder / "instance_masks")
     assert numbers["mAP"]["pooled"] == {"0.5": 1.0, "0.7": 1.0, "0.5:0.95": 1.0}
+
+
+# ---- folders of predictions
+
+
+def save_mask(path, labels):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(labels).save(path)
+
+
+@pytest.fixture
+def label_maps(folder, predictions):
+    """The same as ``predictions``, as label maps with their scores."""
+    gt = read_instance_mask(folder / "instance_masks" / "a.png")
+    save_mask(folder / "maps" / "a.png", np.where(gt == 255, 2, gt).astype(np.uint8))
+    save_mask(folder / "maps" / "b.png", np.zeros(SHAPE, np.uint8))
+    save_mask(folder / "maps" / "c.png", np.ones(SHAPE, np.uint8))
+    (folder / "maps" / "scores.csv").write_text("file,label,score\na.png,2,.25\nc.png,1,.75\na.png,1,.5\n")
+    return folder / "maps"
+
+
+@pytest.fixture
+def single_masks(folder, predictions):
+    """The same as ``predictions``, as a mask per instance; one of them black and white."""
+    gt = read_instance_mask(folder / "instance_masks" / "a.png")
+    save_mask(folder / "masks" / "a_1.png", (gt == 1).astype(np.uint8))
+    save_mask(folder / "masks" / "a_02.png", np.where(gt >= 2, 255, 0).astype(np.uint8))
+    save_mask(folder / "masks" / "c_7.png", np.ones(SHAPE, np.uint8))
+    (folder / "masks" / "scores.csv").write_text("\ufefffile, score\na_1.png,0.5\na_02.png,.25\nc_7.png,.75\n")
+    return folder / "masks"
+
+
+def test_every_form_is_a_row_of_one_table(folder, predictions, label_maps, single_masks, capsys):
+    gt = folder / "instance_masks"
+    one = measure(folder, "--pred", predictions, "--gt", gt)
+    (folder / "results").mkdir()
+    (folder / "results" / "predictions.json").write_bytes(predictions.read_bytes())
+    save_mask(folder / "results" / "a_overlay.png", np.zeros((5, 5), np.uint8))  # what infer.py writes beside it
+    named = [f"json={predictions}", f"maps of mine={label_maps}", single_masks, folder / "results"]
+    capsys.readouterr()
+    several = measure(folder, "--pred", *named, "--gt", gt)
+    assert several == {"json": one, "maps of mine": one, "masks": one, "results": one}
+    rows = capsys.readouterr().out.splitlines()[4:]
+    figures = "3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667"
+    assert [" ".join(row.split()) for row in rows] == [f"{name} {figures}" for name in several]
+
+
+def test_labels_without_scores_are_ranks(folder, label_maps):
+    (label_maps / "scores.csv").unlink()
+    numbers = measure(folder, "--pred", label_maps, "--gt", folder / "instance_masks")
+    # Ranking 1 (a) hit, 1 (c) miss, 1/2 (a) hit of 3 instances: recalls 0 .. .33 (34) read 1, .34 .. .66 (33) 2/3.
+    assert numbers["mAP"]["pooled"]["0.5"] == pytest.approx((34 + 22) / 101)
+
+
+def test_names_of_methods(folder, predictions, capsys):
+    gt = folder / "instance_masks"
+    odd = folder / "lr=0.1"
+    odd.mkdir()
+    (odd / "predictions.json").write_bytes(predictions.read_bytes())
+    message = failure(capsys, "--pred", predictions, odd / "predictions.json", "--gt", gt)
+    assert "are both called predictions" in message
+    argv = ["--pred", predictions, "--pred", f"other={odd / 'predictions.json'}", odd, "--gt", gt]
+    assert list(measure(folder, *argv)) == ["predictions", "other", "lr=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zebra.png": instance_map()}, "zebra.png is of no image that has a ground truth"),
+        ({"b.png": None}, "maps has no label map of b"),
+        ({"b.png": np.full(SHAPE, 255, np.uint8)}, "b.png holds 255"),
+        ({"b.png": np.zeros((5, 6), np.uint8)}, "b.png is 5 x 6 but the mask"),
+        ({"b.png": instance_map((0, 0, 2, 2))}, "scores.csv has no score for the label 1 of b.png"),
+        ({"scores.csv": ""}, "scores.csv line 1 lacks the column"),
+        ({"scores.csv": "a.png;1;0.5\n"}, "scores.csv line 1 lacks the column"),
+        ({"scores.csv": "file,label,score\na.png,0,1\n"}, "scores.csv line 2 has the label '0'"),
+        ({"scores.csv": "file,label,score\na.png,one,1\n"}, "scores.csv line 2 has the label 'one'"),
+        ({"scores.csv": "file,label,score\na.png,1,1\na.png,1,2\n"}, "scores.csv line 3 scores what"),
+    ],
+)
+def test_bad_label_maps(folder, label_maps, capsys, change, message):
+    alter(label_maps, change)
+    assert message in failure(capsys, "--pred", label_maps, "--gt", folder / "instance_masks")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b_1.png": instance_map()}, "b_1.png has no line in"),
+        ({"c_7.png": None}, "scores.csv line 4 names 'c_7.png'"),
+        ({"a_1.png": np.zeros((5, 6), np.uint8)}, "a_1.png is 5 x 6 but the mask"),
+        ({"a_1.png": instance_map((0, 0, 2, 2), (3, 3, 5, 5))}, "a_1.png holds several values"),
+        ({"scores.csv": None}, "c_7.png is of no image that has a ground truth"),
+        ({"scores.csv": "file,score\na_1.png,high\n"}, "scores.csv line 2 has the score 'high'"),
+        ({"scores.csv": "file,score\na_1.png\n"}, "scores.csv line 2 has the score ''"),
+        ({"scores.csv": "file,score\na_1.png,inf\n"}, "scores.csv line 2 has the score 'inf'"),
+        ({"scores.csv": "file,score\n\xff,1\n"}, "scores.csv is not a UTF-8 text table"),
+    ],
+)
+def test_bad_masks(folder, single_masks, capsys, change, message):
+    if change == {"scores.csv": None}:  # then they are label maps of images called a_1, ...
+        (single_masks / "a_1.png").unlink()
+        (single_masks / "a_02.png").unlink()
+    alter(single_masks, change)
+    assert message in failure(capsys, "--pred", single_masks, "--gt", folder / "instance_masks")
+
+
+def test_mask_of_no_image(folder, single_masks, capsys):
+    (single_masks / "c_7.png").rename(single_masks / "c_best.png")
+    (single_masks / "scores.csv").write_text("file,score\na_1.png,1\na_02.png,1\nc_best.png,1\n")
+    message = failure(capsys, "--pred", single_masks, "--gt", folder / "instance_masks")
+    assert "c_best.png is of no image" in message
+
+
+def alter(folder, change):
+    """change: {file name: new picture, new text, or None to remove it}."""
+    for name, content in change.items():
+        if content is None:
+            (folder / name).unlink()
+        elif isinstance(content, str):
+            (folder / name).write_bytes(content.encode("latin-1"))
+        else:
+            save_mask(folder / name, content)
 
 
 # ---- bad predictions
@@ -246,6 +373,9 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--pred", "p.json", "--gt", "d", "--weights", "w.pt"], "--weights has no meaning with --pred"),
         (["--pred", "p.json", "--gt", "d", "--save-pred", "q.json"], "--save-pred has no meaning"),
         (["--data", "d", "--gt", "d"], "--gt has no meaning with --data"),
+        (["--data", "d", "--images", "d", "--html", "h.html"], "--images has no meaning with --data"),
+        (["--pred", "p.json", "--gt", "d", "--images", "d"], "--images has no meaning without --html"),
+        (["--pred", "p.json", "q.json", "--gt", "d", "--saliency-pred", "d"], "--saliency-pred is of one method"),
         (["--data", "d", "--count-threshold", "nan"], "--count-threshold"),
     ],
 )
@@ -275,31 +405,40 @@ def test_script(folder, predictions):
 @pytest.fixture
 def model(monkeypatch):
     """A stand-in for infer.Predictor that reads instances off the red channel; returns what it was given."""
-    seen = types.SimpleNamespace(created=[], maps=[])
+    import infer
+
+    seen = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
         def __init__(self, weights, device, method="wsid"):
             seen.created.append((weights, device.type, method))
+            self.weights = weights or Path("bundled.pt")
 
-        def predict(self, image, saliency=None):
-            assert image.dtype == np.uint8 and image.shape == (*SHAPE, 3)
-            seen.maps.append(saliency)
-            red = image[..., 0]
+        def prepare(self, image):
+            assert image.dtype == np.uint8 and image.shape[2] == 3
+            return image[..., 0]
+
+        def network(self, inputs):
+            seen.batches.append(len(inputs))
+            return inputs
+
+        def instances(self, red, size, saliency=None):
+            assert size == red.shape
+            seen.maps[int(red.max())] = saliency
             masks = [red == value for value in (80, 160) if (red == value).any()]
             saliency = (red > 0).astype(np.float32) if saliency is None else saliency
             scores = np.array([0.9, 0.3], np.float32)[: len(masks)]
             return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency)
 
-    module = types.ModuleType("infer")
-    module.Predictor = Predictor
-    monkeypatch.setitem(sys.modules, "infer", module)
+    monkeypatch.setattr(infer, "Predictor", Predictor)
     return seen
 
 
 def test_weights(folder, model):
     numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--method", "components")
     assert model.created == [(Path("w.pt"), "cpu", "components")]
-    assert model.maps == [None] * 3
+    assert model.maps == {160: None, 80: None, 0: None}
+    assert model.batches == [2, 1]
     assert numbers["mAP"]["pooled"] == numbers["mAP"]["per-image"] == {"0.5": 1, "0.7": 1, "0.5:0.95": 1}
     assert numbers["count"]["accuracy"] == 1
     assert (numbers["saliency"]["mae"], numbers["saliency"]["max_f"]) == (0, 1)
@@ -314,22 +453,174 @@ def test_default_weights_and_saved_predictions(folder, model):
     assert again == direct | {"saliency": None}
 
 
-def test_saliency_maps_given_to_the_model(folder, model):
+def test_saliency_maps_given_to_the_model(folder, model, capsys):
     maps = folder / "maps"
     maps.mkdir()
     for stem in "abc":
         Image.fromarray(np.full(SHAPE, 51, np.uint8)).save(maps / f"{stem}.png")
     measure(folder, "--data", folder, "--saliency-dir", maps)
-    assert [saliency.shape for saliency in model.maps] == [SHAPE] * 3
-    np.testing.assert_allclose(model.maps, 0.2)
+    capsys.readouterr()
+    assert [saliency.shape for saliency in model.maps.values()] == [SHAPE] * 3
+    np.testing.assert_allclose(list(model.maps.values()), 0.2)
+    (maps / "c.png").unlink()
+    assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
 
 
 def test_bad_data_folder(folder, model, capsys):
     (folder / "images" / "b.png").unlink()
     assert "b.png has no photograph" in failure(capsys, "--data", folder)
     Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(folder / "images" / "b.png")
-    assert "b.png is 5 x 5 but its mask" in failure(capsys, "--data", folder)
+    assert "b.png is 5 x 5 but the mask" in failure(capsys, "--data", folder)
     assert "instance_masks is not a folder" in failure(capsys, "--data", folder / "images")
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """The parts of a page, which must be well-formed and need nothing from elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(text)
+        assert not self.open
+        assert "url(" not in text and "@import" not in text
+        self.pictures = {attributes["alt"]: decode(attributes["src"]) for tag, attributes in self.tags if tag == "img"}
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "link", "iframe", "object")
+        assert not {"href", "srcset", "data", "action"} & dict(attributes).keys()
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def decode(source):
+    """A data URI as RGB [H, W, 3]."""
+    kind, data = source.split(",")
+    assert kind == "data:image/jpeg;base64"
+    return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def page_of(folder, *argv):
+    evaluate.main([*map(str, argv), "--html", str(folder / "page.html")])
+    return Page((folder / "page.html").read_text())
+
+
+def test_page_of_predictions(folder, predictions, label_maps):
+    page = page_of(folder, "--pred", f"ours={predictions}", f"<i>x={label_maps}", "--gt", folder / "instance_masks")
+    assert list(page.pictures) == [f"{stem}: {name}" for stem in "ab" for name in ("ground truth", "ours", "<i>x")]
+    headings = [text for text in page.text if text in ("Best images", "a", "Worst images", "b")]
+    assert headings == ["Best images", "a", "Worst images", "b"]
+    assert "AP 100.0 %, predictions: 2" in page.text and "AP 0.0 %, predictions: 0" in page.text
+    assert page.text.count("44.2") == 6  # a row a method
+    # precision 2/3 up to recall 2/3, as in test_file_of_predictions_by_hand
+    curves = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
+    points = np.array([point.split(",") for point in curves[0].split()], float)
+    assert len(curves) == 4 and len(set(curves)) == 1
+    np.testing.assert_allclose(points[:, 1], [110] * 67 + [310] * 34)
+    np.testing.assert_allclose(points[[0, 100], 0], [56, 556])
+
+
+def test_photographs_of_the_page(folder, predictions, capsys):
+    argv = ["--pred", predictions, "--gt", folder / "instance_masks"]
+    # Far from its instance, the ground truth of b is the photograph, black, or else grey.
+    beside = page_of(folder, *argv).pictures["b: ground truth"]
+    assert beside.shape == (*SHAPE, 3) and (beside[:, 17] < 12).all()
+    (folder / "images").rename(folder / "elsewhere")
+    assert (abs(page_of(folder, *argv).pictures["b: ground truth"][:, 17].astype(int) - 128) < 12).all()
+    named = page_of(folder, *argv, "--images", folder / "elsewhere").pictures["b: ground truth"]
+    np.testing.assert_array_equal(named, beside)
+    capsys.readouterr()
+    save_mask(folder / "elsewhere" / "b.png", np.zeros((5, 6), np.uint8))
+    with pytest.raises(InputError, match="b.png is 5 x 6 but the mask"):
+        page_of(folder, *argv, "--images", folder / "elsewhere")
+    assert "44.2" in capsys.readouterr().out  # the table is not lost
+    (folder / "elsewhere" / "b.png").unlink()
+    message = failure(capsys, *argv, "--images", folder / "elsewhere", "--html", folder / "page.html")
+    assert "b.png has no photograph in" in message
+
+
+def test_page_of_weights(folder, model):
+    page = page_of(folder, "--data", folder)
+    assert list(page.pictures) == [f"{s}: {n}" for s in "ab" for n in ("ground truth", "bundled (wsid)")]
+    assert page.text.count("AP 100.0 %, predictions: 2") == page.text.count("AP 100.0 %, predictions: 1") == 1
+
+
+def test_page_draws_what_counts(folder, predictions):
+    argv = ["--pred", predictions, "--gt", folder / "instance_masks", "--count-threshold", "0.4"]
+    assert "AP 100.0 %, predictions: 1" in page_of(folder, *argv).text
+
+
+def test_page_of_large_pictures_and_odd_names(folder):
+    stem = 'a<b>&"c'
+    gt = np.zeros((400, 1000), np.uint8)
+    gt[100:300, 100:500] = 1
+    for name in ("instance_masks", "found"):
+        (folder / "odd" / name).mkdir(parents=True)
+        save_mask(folder / "odd" / name / f"{stem}.png", gt)
+    page = page_of(folder, "--pred", folder / "odd" / "found", "--gt", folder / "odd" / "instance_masks")
+    assert stem in page.text
+    assert page.pictures[f"{stem}: found"].shape == (round(SIDE * 0.4), SIDE, 3)
+    assert (folder / "page.html").stat().st_size < 40_000
+
+
+def test_page_without_instances(folder, predictions):
+    for name in "ab":
+        save_mask(folder / "instance_masks" / f"{name}.png", instance_map())
+    page = page_of(folder, "--pred", predictions, "--gt", folder / "instance_masks")
+    assert not page.pictures and "polyline" not in dict(page.tags)
+    assert "The ground truth holds no instance: there is no curve." in page.text
+
+
+def test_ranking_of_images():
+    def image(scores, hits, instances):
+        return ImageResult(np.array(scores, float), np.array([hits] * 10, bool).reshape(10, len(scores)), instances)
+
+    results = {
+        "sure mistake": image([0.9], [0], 1),
+        "nothing found": image([], [], 1),
+        "unsure mistake": image([0.2], [0], 1),
+        "no instance": image([0.99], [0], 0),
+        "half": image([0.5], [1], 2),
+        "right": image([0.3], [1], 1),
+        "surely right": image([0.8], [1], 1),
+    }
+    ranked = ["surely right", "right", "half", "nothing found", "unsure mistake", "sure mistake"]
+    assert rank_images(results) == ranked
+
+
+def test_page_shows_ten_at_either_end(folder):
+    save_mask(folder / "gt.png", instance_map((1, 1, 6, 9)))
+    # Image n reaches n of the ten thresholds; above 10 all, the later the less confident.
+    hits = {n: np.arange(10)[:, None] < n for n in range(25)}
+    results = {f"{n:02}": ImageResult(np.array([1 - n / 100]), hit, 1) for n, hit in hits.items()}
+    method = evaluate.Method("m", results=results)
+    page = Page(format_page([method], {"m": method.summary(0)}, dict.fromkeys(results, folder / "gt.png"), {}))
+    shown = [int(text) for text in page.text if text in results]
+    assert shown == [*range(10, 20), *range(10)]
+
+
+def test_tint():
+    image = np.full((60, 60, 3), 100, np.uint8)
+    left, all_but_rim = np.zeros((2, 60, 60), bool)
+    left[10:50, 10:30] = True
+    all_but_rim[5:55, 5:55] = True
+    picture = tint(image, [left, all_but_rim])
+    assert (picture[:3] == 100).all() and (image == 100).all()
+    first, second = picture[30, 20].astype(int), picture[30, 45].astype(int)
+    assert abs(first - second).max() > 50  # the first lies on top, in a colour of its own
+    np.testing.assert_array_equal(tint(image, [left])[30, 20], first)
 
 
 # ---- masks on disk

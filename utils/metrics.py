@@ -69,35 +69,46 @@ def match_instances(masks, scores, gt):
     return ImageResult(scores[order], _greedy_hits(ious[order]), ious.shape[1])
 
 
-def average_precision(scores, hits, instances):
-    """101-point interpolated average precision, float64 [T] in 0..1.
+def precision_at_recalls(scores, hits, instances):
+    """The precision-recall curve: the interpolated precision at RECALLS, float64 [T, 101] in 0..1.
 
     scores: [n] in any order; hits: bool [T, n]; instances: number of ground truths. NaN where instances is 0:
     without a ground truth there is no recall.
     """
     thresholds, found = hits.shape
     if instances == 0:
-        return np.full(thresholds, np.nan)
+        return np.full((thresholds, len(RECALLS)), np.nan)
     if found == 0:
-        return np.zeros(thresholds)
+        return np.zeros((thresholds, len(RECALLS)))
     true = np.cumsum(hits[:, np.argsort(-scores, kind="stable")], axis=1)
     precision = true / np.arange(1, found + 1)
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best from here on
     precision = np.concatenate([precision, np.zeros((thresholds, 1))], axis=1)  # recalls never reached
     reached = [np.searchsorted(row, RECALLS, side="left") for row in true / instances]
-    return np.take_along_axis(precision, np.array(reached), axis=1).mean(axis=1)
+    return np.take_along_axis(precision, np.array(reached), axis=1)
+
+
+def average_precision(scores, hits, instances):
+    """101-point interpolated average precision, float64 [T] in 0..1; takes what ``precision_at_recalls`` takes."""
+    return precision_at_recalls(scores, hits, instances).mean(axis=1)
+
+
+def pooled_precision(results):
+    """The precision-recall curve of all predictions of the set ranked together, float64 [10, 101].
+
+    Predictions in images without instances are false positives. Equal scores rank in the order of the images. NaN
+    without instances.
+    """
+    if not results:
+        return np.full((len(IOU_THRESHOLDS), len(RECALLS)), np.nan)
+    scores = np.concatenate([result.scores for result in results])
+    hits = np.concatenate([result.hits for result in results], axis=1)
+    return precision_at_recalls(scores, hits, sum(result.instances for result in results))
 
 
 def pooled_ap(results):
-    """The 'pooled' protocol: all predictions of the set ranked together. float64 [10], NaN without instances.
-
-    Predictions in images without instances are false positives. Equal scores rank in the order of the images.
-    """
-    if not results:
-        return np.full(len(IOU_THRESHOLDS), np.nan)
-    scores = np.concatenate([result.scores for result in results])
-    hits = np.concatenate([result.hits for result in results], axis=1)
-    return average_precision(scores, hits, sum(result.instances for result in results))
+    """The 'pooled' protocol: AP of ``pooled_precision``, as COCO computes it. float64 [10], NaN without instances."""
+    return pooled_precision(results).mean(axis=1)
 
 
 def per_image_ap(results):

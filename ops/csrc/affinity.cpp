@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -14,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "paths.h"
 
 #define KERNEL "affinity_kernel.h"
@@ -91,13 +91,9 @@ void backward(const T* grad, const uint8_t* winner, int64_t n, int64_t height, i
 }
 
 std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary, int64_t radius, bool with_winner) {
-  TORCH_CHECK(boundary.dim() == 3, "boundary must be [N, H, W]");
-  TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64");
   const int64_t n = boundary.size(0), height = boundary.size(1), width = boundary.size(2);
   const int64_t k_count = wsid::half_plane(radius).size();
-  // NaN would be lost in comparisons; as infinity it wins them.
-  const at::Tensor b = at::where(boundary.isnan(), std::numeric_limits<double>::infinity(), boundary)
-                           .to(boundary.scalar_type()).contiguous();
+  const at::Tensor b = wsid::checked_boundary(boundary, radius);
   at::Tensor affinity = at::empty({n, k_count, height, width}, b.options());
   at::Tensor winner = with_winner ? at::empty(affinity.sizes(), b.options().dtype(at::kByte))
                                   : at::empty({0}, b.options().dtype(at::kByte));
@@ -110,10 +106,7 @@ std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary,
 }
 
 at::Tensor boundary_affinity_backward(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
-  const int64_t k_count = wsid::half_plane(radius).size();
-  TORCH_CHECK(grad.dim() == 4 && grad.size(1) == k_count && grad.sizes() == winner.sizes() &&
-                  winner.scalar_type() == at::kByte,
-              "grad and winner must both be [N, K, H, W] for this radius, winner uint8");
+  wsid::check_gradient(grad, winner, radius);
   const int64_t n = grad.size(0), height = grad.size(2), width = grad.size(3);
   at::Tensor result = at::zeros({n, height, width}, grad.options());
   const at::Tensor g = grad.contiguous(), w = winner.contiguous();

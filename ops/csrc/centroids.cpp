@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "checks.h"
 #include "pixel.h"
 
 #pragma GCC optimize("fp-contract=off")
@@ -18,11 +19,10 @@
 namespace {
 
 at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, double tol) {
-  TORCH_CHECK(offsets.dim() == 4 && offsets.size(1) == 2, "offsets must be [N, 2, H, W]");
+  wsid::check_offsets(offsets);
   const at::Tensor field = offsets.contiguous();
   at::Tensor points = at::empty_like(field);
   const int64_t height = field.size(2), width = field.size(3), size = height * width;
-  TORCH_CHECK(size < (int64_t(1) << 30), "maps are limited to 2^30 pixels");
   if (points.numel() == 0) return points;
   AT_DISPATCH_FLOATING_TYPES(field.scalar_type(), "converge_centroids", [&] {
     const auto kernel = SELECT(follow<scalar_t>);

@@ -7,7 +7,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -20,6 +19,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "paths.h"
 #include "pixel.h"
 
@@ -65,7 +65,7 @@ __global__ void follow(const T* __restrict__ offsets, int n, int height, int wid
 }
 
 at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, double tol) {
-  TORCH_CHECK(offsets.dim() == 4 && offsets.size(1) == 2, "offsets must be [N, 2, H, W]");
+  wsid::check_offsets(offsets);
   const c10::cuda::CUDAGuard guard(offsets.device());
   const at::Tensor field = offsets.contiguous();
   at::Tensor points = at::empty_like(field);
@@ -145,13 +145,10 @@ __global__ void path_max_backward(const T* __restrict__ grad, const uint8_t* __r
 }
 
 std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary, int64_t radius, bool with_winner) {
-  TORCH_CHECK(boundary.dim() == 3, "boundary must be [N, H, W]");
-  TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64");
   const c10::cuda::CUDAGuard guard(boundary.device());
   const int64_t n = boundary.size(0), height = boundary.size(1), width = boundary.size(2);
   const int64_t k_count = wsid::half_plane(radius).size();
-  const at::Tensor b = at::where(boundary.isnan(), std::numeric_limits<double>::infinity(), boundary)
-                           .to(boundary.scalar_type()).contiguous();
+  const at::Tensor b = wsid::checked_boundary(boundary, radius);
   at::Tensor affinity = at::empty({n, k_count, height, width}, b.options());
   at::Tensor winner = with_winner ? at::empty(affinity.sizes(), b.options().dtype(at::kByte))
                                   : at::empty({0}, b.options().dtype(at::kByte));
@@ -168,10 +165,8 @@ std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary,
 }
 
 at::Tensor boundary_affinity_backward(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
-  const int64_t k_count = wsid::half_plane(radius).size();
-  TORCH_CHECK(grad.dim() == 4 && grad.size(1) == k_count && grad.sizes() == winner.sizes() &&
-                  winner.scalar_type() == at::kByte,
-              "grad and winner must both be [N, K, H, W] for this radius, winner uint8");
+  wsid::check_gradient(grad, winner, radius);
+  const int64_t k_count = grad.size(1);
   const c10::cuda::CUDAGuard guard(grad.device());
   const int64_t n = grad.size(0), height = grad.size(2), width = grad.size(3);
   at::Tensor result = at::zeros({n, height, width}, grad.options());
@@ -360,12 +355,7 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
 
 at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
                        at::ArrayRef<double> coefficients) {
-  TORCH_CHECK(radius >= 1 && radius <= 64 && steps >= 0, "radius must be in 1..64, steps >= 0");
-  TORCH_CHECK(x.dim() == 4 && affinity.dim() == 4 && affinity.scalar_type() == x.scalar_type() &&
-                  affinity.device() == x.device() && affinity.size(0) == x.size(0) &&
-                  affinity.size(2) == x.size(2) && affinity.size(3) == x.size(3) &&
-                  affinity.size(1) == int64_t(wsid::half_plane(radius).size()),
-              "x must be [N, C, H, W] and affinity [N, K, H, W], of one precision and device and for this radius");
+  wsid::check_walk(x, affinity, radius, steps);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor in = x.contiguous(), a = affinity.contiguous();
   at::Tensor result = at::empty_like(in);

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "paths.h"
 #include "walk.h"
 
@@ -179,11 +180,7 @@ void walk(const T* x, const T* affinity, int64_t n, int64_t maps, int64_t height
 
 at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
                        at::ArrayRef<double> coefficients) {
-  TORCH_CHECK(radius >= 1 && radius <= 64 && steps >= 0, "radius must be in 1..64, steps >= 0");
-  TORCH_CHECK(x.dim() == 4 && affinity.dim() == 4 && affinity.scalar_type() == x.scalar_type() &&
-                  affinity.size(0) == x.size(0) && affinity.size(2) == x.size(2) && affinity.size(3) == x.size(3) &&
-                  affinity.size(1) == int64_t(wsid::half_plane(radius).size()),
-              "x must be [N, C, H, W] and affinity [N, K, H, W], of one precision and for this radius");
+  wsid::check_walk(x, affinity, radius, steps);
   const at::Tensor in = x.contiguous(), a = affinity.contiguous();
   at::Tensor result = at::empty_like(in);
   if (in.numel())

@@ -1,0 +1,46 @@
+// What the operators ask of their arguments, the same on CPU and CUDA.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/where.h>
+
+#include <limits>
+
+#include "paths.h"
+
+namespace wsid {
+
+inline void check_radius(int64_t radius) { TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64"); }
+
+inline void check_offsets(const at::Tensor& offsets) {
+  TORCH_CHECK(offsets.dim() == 4 && offsets.size(1) == 2, "offsets must be [N, 2, H, W]");
+  TORCH_CHECK(offsets.size(2) * offsets.size(3) < (int64_t(1) << 30), "maps are limited to 2^30 pixels");
+}
+
+// B ready to be compared: NaN would be lost in comparisons; as infinity it wins them.
+inline at::Tensor checked_boundary(const at::Tensor& boundary, int64_t radius) {
+  TORCH_CHECK(boundary.dim() == 3, "boundary must be [N, H, W]");
+  check_radius(radius);
+  return at::where(boundary.isnan(), std::numeric_limits<double>::infinity(), boundary)
+      .to(boundary.scalar_type())
+      .contiguous();
+}
+
+inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
+  check_radius(radius);
+  TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) &&
+                  grad.sizes() == winner.sizes() && winner.scalar_type() == at::kByte,
+              "grad and winner must both be [N, K, H, W] for this radius, winner uint8");
+}
+
+inline void check_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, int64_t steps) {
+  check_radius(radius);
+  TORCH_CHECK(steps >= 0, "steps must be 0 or more");
+  TORCH_CHECK(x.dim() == 4 && affinity.dim() == 4 && affinity.scalar_type() == x.scalar_type() &&
+                  affinity.device() == x.device() && affinity.size(0) == x.size(0) &&
+                  affinity.size(2) == x.size(2) && affinity.size(3) == x.size(3) &&
+                  affinity.size(1) == int64_t(half_plane(radius).size()),
+              "x must be [N, C, H, W] and affinity [N, K, H, W], of one precision and device and for this radius");
+}
+
+}  // namespace wsid
