@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 from datasets.images import list_images
-from datasets.masks import list_masks, prediction_records, read_instance_mask, read_saliency_mask
+from datasets.masks import list_masks, prediction_records, read_saliency_mask
+from datasets.sources import list_ground_truth, read_ground_truth
 from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
 from utils.predictions import check_size, group_records, open_predictions
@@ -54,13 +55,13 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     files = parser.add_argument_group("evaluate predictions")
     files.add_argument("--pred", nargs="+", action="extend", metavar="[NAME=]PATH", help="files or folders, see above")
-    files.add_argument("--gt", type=Path, metavar="DIR", help="instance masks: 0, 1..N, 255 void; all count")
+    files.add_argument("--gt", metavar="PATH[@SPLIT]", help="instance masks: 0, 1..N, 255 void; all count")
     files.add_argument("--saliency-pred", type=Path, metavar="DIR", help="saliency maps, one per mask")
     files.add_argument("--images", type=Path, metavar="DIR",
                        help="photographs for --html; without it images/ beside --gt, else grey")  # fmt: skip
 
     model = parser.add_argument_group("evaluate weights")
-    model.add_argument("--data", type=Path, metavar="DIR", help="folder with images/ and instance_masks/")
+    model.add_argument("--data", metavar="PATH[@SPLIT]", help="photographs with instance masks, see README")
     model.add_argument("--weights", type=Path, metavar="FILE", help="without it those infer.py takes")
     model.add_argument("--gpu", type=int, default=-1, metavar="N", help="CUDA device, -1 for the CPU")
     model.add_argument("--method", choices=("wsid", "components"), default="wsid",
@@ -80,9 +81,8 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     _check_options(args)
-    gt_paths = list_masks(args.gt if args.pred else args.data / "instance_masks")
-    photographs = _photographs(args, gt_paths)
-    methods = measure_files(args, gt_paths) if args.pred else [measure_weights(args, gt_paths, photographs)]
+    gt_masks, photographs = _ground_truth(args)
+    methods = measure_files(args, gt_masks) if args.pred else [measure_weights(args, gt_masks, photographs)]
 
     summaries = {method.name: method.summary(args.count_threshold) for method in methods}
     print(format_table(summaries))
@@ -90,15 +90,15 @@ def main(argv=None):
         numbers = summaries if len(methods) > 1 else summaries[methods[0].name]
         _write(args.json, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     if args.html:
-        _write(args.html, format_page(methods, summaries, gt_paths, photographs, args.count_threshold))
+        _write(args.html, format_page(methods, summaries, gt_masks, photographs, args.count_threshold))
 
 
-def measure_files(args, gt_paths):
+def measure_files(args, gt_masks):
     """Measure what --pred names; returns a list of Method."""
-    maps = _maps_for(gt_paths, args.saliency_pred)
-    methods = [Method(name, open_predictions(path, gt_paths)) for name, path in _named(args.pred).items()]
-    for stem, path in tqdm(gt_paths.items(), "evaluate", unit="img", disable=None):
-        gt = read_instance_mask(path)
+    maps = _maps_for(gt_masks, args.saliency_pred)
+    methods = [Method(name, open_predictions(path, gt_masks)) for name, path in _named(args.pred).items()]
+    for stem, mask in tqdm(gt_masks.items(), "evaluate", unit="img", disable=None):
+        gt = mask.read()
         for method in methods:
             masks, scores = method.found[stem](gt.shape) if stem in method.found else ((), ())
             method.results[stem] = match_instances(masks, scores, gt)
@@ -109,23 +109,23 @@ def measure_files(args, gt_paths):
     return methods
 
 
-def measure_weights(args, gt_paths, photographs):
+def measure_weights(args, gt_masks, photographs):
     """Run the network on every photograph that has a mask and measure what it finds; returns a Method."""
     from infer import Predictor, default_batch_size, process  # here, because evaluating files needs no network
 
-    _maps_for(gt_paths, args.saliency_dir)  # a missing one is told before the work, not amid it
+    _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
     device = select_device(args.gpu)
     predictor = Predictor(args.weights, device, method=args.method)
 
     def finish(path, image, prediction):
-        gt = read_instance_mask(gt_paths[path.stem])
+        gt = gt_masks[path.stem].read()
         check_size(path, image.shape, gt.shape)
         records = prediction_records(path.stem, prediction.masks, prediction.scores)
         return path.stem, gt, match_instances(prediction.masks, prediction.scores, gt), prediction.saliency, records
 
     method, records = Method(f"{predictor.weights.stem} ({args.method})"), []
     workers = min(4, torch.get_num_threads())
-    paths = [photographs[stem] for stem in gt_paths]
+    paths = [photographs[stem] for stem in gt_masks]
     measured = process(paths, predictor, finish, default_batch_size(device), workers, args.saliency_dir)
     for result in tqdm(measured, "evaluate", len(paths), unit="img", disable=None):
         if isinstance(result, InputError):
@@ -135,7 +135,7 @@ def measure_weights(args, gt_paths, photographs):
         records += found
     if args.save_pred:
         _write(args.save_pred, json.dumps(records) + "\n")
-    method.found = group_records(records, args.save_pred, gt_paths)
+    method.found = group_records(records, args.save_pred, gt_masks)
     return method
 
 
@@ -173,25 +173,28 @@ def _named(arguments):
     return paths
 
 
-def _photographs(args, gt_paths):
-    """{stem: photograph}: one for every mask where their folder was named; of those beside --gt what is there."""
-    named = args.data / "images" if args.data else args.images
-    folder = named or args.gt.parent / "images"
-    if not (named or (args.html and folder.is_dir())):
-        return {}
+def _ground_truth(args):
+    """({stem: mask}, {stem: photograph}): one photograph for every mask with --data or --images, else what is there."""
+    if args.data:
+        samples = read_ground_truth(args.data)
+        return {sample.stem: sample.mask for sample in samples}, {sample.stem: sample.path for sample in samples}
+    masks = list_ground_truth(args.gt)
+    folder = args.images or Path(args.gt).parent / "images"
+    if not (args.images or (args.html and folder.is_dir())):
+        return masks, {}
     photographs = {path.stem: path for path in list_images(folder)}
-    for stem, path in gt_paths.items():
-        if named and stem not in photographs:
-            raise InputError(f"{path} has no photograph in {folder}; add it or remove the mask")
-    return photographs
+    for stem, mask in masks.items():
+        if args.images and stem not in photographs:
+            raise InputError(f"{mask} has no photograph in {folder}; add it or remove the mask")
+    return masks, photographs
 
 
-def _maps_for(gt_paths, folder):
+def _maps_for(gt_masks, folder):
     """{stem: saliency map} of a folder with one for every ground-truth mask, or None without a folder."""
     if folder is None:
         return None
     maps = list_masks(folder)
-    for stem in gt_paths:
+    for stem in gt_masks:
         if stem not in maps:
             raise InputError(f"{folder} has no saliency map of {stem}; every mask needs one")
     return maps

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets import pseudo_labels
-from datasets.training import TrainingImages, load_square, read_samples, to_tensor
+from datasets.training import TrainingImages, load_square, read_samples, to_tensor, with_classes
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
@@ -37,7 +37,8 @@ STAGES = ("cam", "labels", "branches", "saliency")
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     run_ = parser.add_argument_group("run")
-    run_.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="folders with images/, labels.csv")
+    run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
+                      help="labelled photographs, see README")  # fmt: skip
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
     run_.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     run_.add_argument("--stage", choices=("all", *STAGES), default="all")
@@ -87,7 +88,12 @@ def main(argv=None):
     if args.size < 64 or args.size % 32:
         raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
     device = select_device(args.gpu)
-    samples = read_samples(args.data)
+    found = read_samples(args.data)
+    samples = with_classes(found)
+    if len(samples) < len(found):
+        print(f"{len(found) - len(samples)} of {len(found)} photographs have no class of the 20 and are left out")
+    if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
+        raise InputError("no photograph has a count; name a source in --data that has them, or give --no-lsu")
     make_folder(args.out)
     stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency}
     todo = STAGES[2:] if args.labels else STAGES

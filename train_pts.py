@@ -34,7 +34,8 @@ from utils.training import Schedule, train
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--data", type=Path, nargs="+", default=[Path("data")], help="folders with images/, labels.csv")
+    parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
+                        help="labelled photographs, see README")  # fmt: skip
     parser.add_argument("--unlabelled", nargs="*", default=[], help="folders of photographs without labels")
     parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
     parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
@@ -85,8 +86,8 @@ def main(argv=None):
 
 
 def unlabelled_samples(folders):
-    """Photographs without labels as Samples without classes; their count says nothing and is not used."""
-    return [Sample(path, (), 0) for folder in folders for path in list_images(folder)]
+    """Photographs without labels as Samples."""
+    return [Sample(path) for folder in folders for path in list_images(folder)]
 
 
 def clone(state):

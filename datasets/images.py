@@ -23,6 +23,7 @@ _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # those that exchange height and width
 
 
 def read_image(path):
@@ -35,26 +36,25 @@ def read_image(path):
     Raises InputError when the file is missing, empty, not a JPEG / PNG / BMP / WebP / TIFF image,
     truncated or otherwise damaged, or larger than 100 megapixels.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder where an image file was expected; name a file in it")
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"cannot open the image {path} ({error.strerror}); check the path") from error
-    if size == 0:
-        raise InputError(f"the image {path} is empty (0 bytes); copy it again or leave it out")
-
     with _open(path) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise _too_large(path, f"{width}x{height} pixels")
         # Pillow's plugins answer damaged files with OSError, SyntaxError, ValueError, struct.error, ...
         try:
             image.load()
             return _to_rgb(_upright(image))
         except Exception as error:
             raise _damaged(path, error) from error
+
+
+def image_size(path):
+    """(H, W) of the upright photograph, from the file's header alone.
+
+    InputError as in ``read_image``, save that damage behind the header is not seen.
+    """
+    with _open(path) as image:
+        width, height = image.size
+        # Pillow would decode a whole PNG to look for EXIF behind the pixels.
+        exif = image.format != "PNG" or "exif" in image.info
+        return (width, height) if exif and _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def list_images(source):
@@ -83,11 +83,20 @@ def list_images(source):
 
 def _open(path):
     """Open without decoding. The header alone tells the format and the size."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder where an image file was expected; name a file in it")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"cannot open the image {path} ({error.strerror}); check the path") from error
+    if size == 0:
+        raise InputError(f"the image {path} is empty (0 bytes); copy it again or leave it out")
     try:
         with warnings.catch_warnings():
             # MAX_PIXELS is our limit; Pillow's own warning, at 89 megapixels, would only confuse.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path, formats=FORMATS)
+            image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise _too_large(path, "over 178 megapixels") from error
     except Image.UnidentifiedImageError as error:
@@ -96,13 +105,22 @@ def _open(path):
         raise InputError(f"cannot open the image {path} ({error.strerror}); check its rights") from error
     except Exception as error:
         raise _damaged(path, error) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise _too_large(path, f"{width}x{height} pixels")
+    return image
+
+
+def _orientation(image):
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # damaged EXIF is no reason to refuse sound pixels
+        return None
 
 
 def _upright(image):
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # damaged EXIF is no reason to refuse sound pixels
-        return image
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

@@ -1,16 +1,35 @@
 """Masks on disk: instance masks, saliency maps, and run-length encoded (RLE) predictions."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pycocotools.mask
 from PIL import Image, UnidentifiedImageError
 
-from datasets.images import FORMATS, list_images
+from datasets.images import FORMATS, image_size, list_images
 from utils.cli import InputError
 
 VOID = 255  # pixels that nobody judged: they count for nothing
 VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """The ground-truth instances of a photograph, in a picture that ``read_instance_mask`` reads."""
+
+    path: Path
+
+    def __str__(self):
+        return str(self.path)
+
+    def size(self):
+        """(H, W), from the file's header; InputError as in ``image_size``."""
+        return image_size(self.path)
+
+    def read(self):
+        """uint8 [H,W]: 0 background, 1..254 instances, 255 void; InputError as in ``read_instance_mask``."""
+        return read_instance_mask(self.path)
 
 
 def list_masks(folder):

@@ -12,21 +12,31 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_image
-from datasets.labels import read_labels
+from datasets.sources import merge, read_source
 from utils.cli import InputError
 
 cv2.setNumThreads(0)  # the loader's processes are the parallelism
 
 
-def read_samples(folders):
-    """The labelled samples of one or several data folders; InputError when two share an image name."""
-    samples = [sample for folder in folders for sample in read_labels(folder)]
-    seen = {}
-    for sample in samples:
-        if sample.stem in seen:
-            raise InputError(f"{sample.path} and {seen[sample.stem]} share a name; rename one of them")
-        seen[sample.stem] = sample.path
-    return samples
+def read_samples(sources):
+    """The Samples of one or several sources (see datasets.sources), those of one photograph merged.
+
+    InputError for what cannot be read and for photographs that share a name but are not one, or that two sources
+    know differently.
+    """
+    return merge({str(source): read_source(source) for source in sources})
+
+
+def with_classes(samples):
+    """The samples that activation maps can be made of; InputError when there are none.
+
+    Left out are those whose classes are not known, and those that show only objects of no known class: their
+    pseudo mask would call these objects background.
+    """
+    chosen = [sample for sample in samples if sample.classes or (sample.classes == () and not sample.count)]
+    if not any(sample.classes for sample in chosen):
+        raise InputError("no photograph has classes; name a source in --data that has them, such as labels.csv")
+    return chosen
 
 
 def load_square(path, size):
@@ -53,8 +63,9 @@ class TrainingImages(Dataset):
     ``<stem>.png``; a name ending in ``_classes`` is resized by nearest neighbour, others are resized
     smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast.
 
-    Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20], "count" float32 scalar,
-    and per map float32 [size,size] (smooth) or int64 [size,size] (classes).
+    Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20] and "count" float32 scalar (both 0
+    where not known: the losses of the count leave 0 out), and per map float32 [size,size] (smooth) or int64
+    [size,size] (classes).
     """
 
     def __init__(self, samples, size, *, crop=1.0, jitter=0.0, maps=None, seed=0):
@@ -85,8 +96,8 @@ class TrainingImages(Dataset):
         if self.jitter:
             image = np.clip(image * gain + bias, 0, 255).astype(np.uint8)
         classes = torch.zeros(20)
-        classes[list(sample.classes)] = 1
-        item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(sample.count))}
+        classes[list(sample.classes or ())] = 1
+        item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(sample.count or 0))}
         for name, folder in self.maps.items():
             labels = np.ascontiguousarray(window(read_map(folder / f"{sample.stem}.png")))
             if name.endswith("_classes"):

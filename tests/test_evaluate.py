@@ -16,6 +16,7 @@ from PIL import Image
 
 import evaluate
 from datasets.masks import (
+    MaskFile,
     decode_rle,
     encode_rle,
     list_masks,
@@ -606,7 +607,8 @@ def test_page_shows_ten_at_either_end(folder):
     hits = {n: np.arange(10)[:, None] < n for n in range(25)}
     results = {f"{n:02}": ImageResult(np.array([1 - n / 100]), hit, 1) for n, hit in hits.items()}
     method = evaluate.Method("m", results=results)
-    page = Page(format_page([method], {"m": method.summary(0)}, dict.fromkeys(results, folder / "gt.png"), {}))
+    masks = dict.fromkeys(results, MaskFile(folder / "gt.png"))
+    page = Page(format_page([method], {"m": method.summary(0)}, masks, {}))
     shown = [int(text) for text in page.text if text in results]
     assert shown == [*range(10, 20), *range(10)]
 

@@ -65,7 +65,7 @@ def test_the_folder_may_be_a_string(folder):
         ("z.jpg,cat,1", "z.jpg, which is missing"),
         ("../a.jpg,cat,1", "which is missing"),
         (",cat,1", "names no image"),
-        ("a.jpg,cat,1", "names a again, after line 2"),
+        ("a.jpg,cat,1", "names a again, after"),
     ],
 )
 def test_bad_row(folder, row, complaint):
@@ -73,6 +73,32 @@ def test_bad_row(folder, row, complaint):
         read(folder, f"{HEADER}a.jpg,cat,1\n{row}\n")
     text = str(error.value)
     assert f"{folder / 'labels.csv'} line 3" in text and complaint in text and "\n" not in text, text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("image,classes\na.jpg,dog cat\nb.jpg,\n", [((7, 11), None), ((), None)]),
+        ("count,image\n2,a.jpg\n0,b.jpg\n", [(None, 2), (None, 0)]),
+    ],
+)
+def test_a_column_left_out_is_not_known(folder, text, expected):
+    assert [(sample.classes, sample.count) for sample in read(folder, text)] == expected
+
+
+def test_problems_can_be_collected(folder):
+    (folder / "labels.csv").write_text(HEADER + "a.jpg,cat,1\nb.jpg,unicorn,1\nz.jpg,cat,1\nc.png,dog,x\na.jpg,cat,2\n")
+    problems = []
+    assert [sample.stem for sample in read_labels(folder, problems.append)] == ["a"]
+    assert [str(problem).split("labels.csv ")[1].split(" ")[1] for problem in problems] == ["3", "4", "5", "6"]
+    assert "line 6 names a again, after" in str(problems[3]) and str(problems[3]).endswith("line 2; keep one")
+
+
+def test_masks_beside_the_images(folder):
+    (folder / "instance_masks").mkdir()
+    Image.new("L", (4, 4), 3).save(folder / "instance_masks" / "a.png")
+    a, b = read(folder, HEADER + "a.jpg,cat,1\nb.jpg,cat,1\n")
+    assert (a.mask.read() == 3).all() and a.mask.size() == (4, 4) and b.mask is None
 
 
 def test_line_number_counts_empty_lines(folder):
@@ -90,7 +116,8 @@ def test_two_names_with_one_stem(folder):
     "text, complaint",
     [
         ("", "lacks the column image and classes and count"),
-        ("image,classes\na.jpg,cat\n", "lacks the column count"),
+        ("image,note\na.jpg,cat\n", "lacks the column classes and count"),
+        ("classes,count\ncat,1\n", "lacks the column image"),
         ("a.jpg,cat,1\n", "its header must be image,classes,count"),
         (HEADER, "no rows"),
         (HEADER + "\n\n", "no rows"),

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
-from datasets.masks import VOID, read_instance_mask
+from datasets.masks import VOID
 from utils.metrics import RECALLS, average_precision, pooled_precision
 from utils.predictions import check_size
 
@@ -95,10 +95,10 @@ def _number(value):
 # ---- the page
 
 
-def format_page(methods, summaries, gt_paths, photographs, threshold=0.0):
+def format_page(methods, summaries, gt_masks, photographs, threshold=0.0):
     """The whole evaluation as one HTML page, a str.
 
-    methods: the rows of the table, the first of which ranks the images; summaries: {name: summary}; gt_paths: {stem:
+    methods: the rows of the table, the first of which ranks the images; summaries: {name: summary}; gt_masks: {stem:
     ground-truth mask}; photographs: {stem: photograph}, may lack any; threshold: predictions that score less are
     not drawn. InputError when a picture cannot be read or is not of the size of its mask.
     """
@@ -107,7 +107,7 @@ def format_page(methods, summaries, gt_paths, photographs, threshold=0.0):
     worst = ranked[len(best) :][-SHOWN:][::-1]
     sections = []
     for title, stems in (("Best images", best), ("Worst images", worst)):
-        rows = [_image_row(stem, methods, gt_paths[stem], photographs.get(stem), threshold) for stem in stems]
+        rows = [_image_row(stem, methods, gt_masks[stem], photographs.get(stem), threshold) for stem in stems]
         sections.append(f"<h2>{title}</h2>\n" + "".join(rows))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -200,8 +200,8 @@ def _curves(methods):
     return f'<svg class="curves" {box}>\n' + "\n".join(marks) + f"\n</svg>\n<ul>{''.join(legend)}</ul>"
 
 
-def _image_row(stem, methods, gt_path, photograph, threshold):
-    gt = read_instance_mask(gt_path)
+def _image_row(stem, methods, gt_mask, photograph, threshold):
+    gt = gt_mask.read()
     height, width = gt.shape
     scale = min(1, SIDE / max(gt.shape))
     size = max(1, round(width * scale)), max(1, round(height * scale))

@@ -1,0 +1,171 @@
+"""What --data takes: a folder (or COCO file) in one of the published layouts, found out from what lies in it.
+
+    my_data                     labels.csv and images/
+    VOCdevkit@val               PASCAL VOC: a split, train unless another is named
+    coco@val2017                annotations/instances_val2017.json and its photographs; also the file itself
+    ILSO                        images/ and instance_masks/ (or gt/): counts, no classes
+    photos                      any photographs, without labels
+    VOCdevkit@trainval,classes  only the classes of a source, or only the @count, to go with those of another
+
+The first that fits in this order is taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import coco, ilso, voc
+from datasets.images import image_size, list_images
+from datasets.labels import VOC_CLASSES, Sample, collect, fail, read_labels
+from datasets.masks import MaskFile, list_masks
+from utils.cli import InputError
+
+
+def read_photographs(folder, report=fail):
+    """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern."""
+    return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
+
+
+class Layout(NamedTuple):
+    """A published layout: its name, whether a path has it, and its reader (path, report[, split])."""
+
+    name: str
+    fits: Callable
+    read: Callable
+    splits: bool = False
+
+
+LAYOUTS = (
+    Layout("labels.csv", lambda path: (path / "labels.csv").exists(), read_labels),
+    Layout("PASCAL VOC", voc.find_root, voc.read_voc, splits=True),
+    Layout("COCO", lambda path: path.suffix == ".json" or coco.find_files(path), coco.read_coco, splits=True),
+    Layout("ILSO", ilso.is_ilso, ilso.read_ilso),
+    Layout("photographs", lambda path: _has_images(path), read_photographs),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as it was named: its path and layout, the split or None, and the one label to take, or None for all."""
+
+    path: Path
+    layout: Layout
+    split: str | None = None
+    only: str | None = None
+
+
+def find_source(text):
+    """The Source that PATH or PATH@OPTION[,OPTION] names; an option is a split, ``classes`` or ``count``.
+
+    InputError when no layout fits, for a split of a layout that has none, and for two splits or labels.
+    """
+    path, words = _parse(text)
+    only = [word for word in words if word in ("classes", "count")]
+    split = [word for word in words if word not in only]
+    if len(split) > 1 or len(only) > 1:
+        raise InputError(f"{text} asks for two things at once; give the source once for each")
+    layout = next((layout for layout in LAYOUTS if layout.fits(path)), None)
+    if layout is None:
+        raise InputError(f"there is no {path / 'labels.csv'} nor another known layout in {path}; name a folder with "
+                         "labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs")  # fmt: skip
+    if split and not layout.splits:
+        raise InputError(f"{text} names the split {split[0]}, but {path} ({layout.name}) has none; leave it out")
+    return Source(path, layout, *split or [None], *only or [None])
+
+
+def read_source(source, report=fail):
+    """The Samples of a Source, or of the text that names one; no two have the same stem.
+
+    What is wrong with a single photograph goes to ``report`` as an InputError, and the photograph is left out;
+    what is wrong with the whole source is raised.
+    """
+    source = source if isinstance(source, Source) else find_source(source)
+    options = {"split": source.split} if source.split else {}
+    samples = source.layout.read(source.path, report=report, **options)
+    if source.only:
+        samples = [Sample(sample.path, **{source.only: getattr(sample, source.only)}) for sample in samples]
+    return samples
+
+
+def merge(sources, report=fail):
+    """One list of Samples from {name of a source: its Samples}, what several know about a photograph joined.
+
+    Two files are one photograph when they share the stem and the size and each source knows what the other does not,
+    as classes from one and the count from another. The same file may come as often as it likes. Anything else under
+    one stem goes to ``report`` as an InputError that names both, and the later one is left out.
+    """
+    merged, origin = {}, {}
+    for name, samples in sources.items():
+        for sample in samples:
+            stem = sample.stem
+            try:
+                merged[stem] = _join(merged[stem], sample, origin[stem], name) if stem in merged else sample
+                origin[stem] = f"{origin[stem]}, {name}" if stem in origin else name
+            except InputError as error:
+                report(error)
+    return list(merged.values())
+
+
+def read_ground_truth(source):
+    """The Samples of a source that have a ground-truth mask; InputError when none has.
+
+    A folder with instance_masks/ (or gt/, see datasets.ilso) is taken by its masks, whether it has labels.csv or not.
+    """
+    found = find_source(source)
+    samples = read_source(found) if found.layout.splits else ilso.read_pairs(found.path)
+    samples = [sample for sample in samples if sample.mask is not None]
+    if not samples:
+        raise InputError(f"{source} has no instance masks; name a source that has")
+    return samples
+
+
+def list_ground_truth(source):
+    """{stem: mask} of a source as in ``read_ground_truth``, or of a folder that holds the mask pictures themselves.
+
+    A mask has read(), size() and a name, str(mask), as datasets.labels.Sample says.
+    """
+    path, options = _parse(source)
+    if not options and not any(layout.fits(path) for layout in LAYOUTS if layout.name != "photographs"):
+        return {stem: MaskFile(file) for stem, file in list_masks(path).items()}
+    return {sample.stem: sample.mask for sample in read_ground_truth(source)}
+
+
+def _parse(text):
+    """PATH@OPTION,OPTION -> (Path, [options]); an @ in the name of what exists is no option."""
+    name, _, options = str(text).rpartition("@")
+    if not name or Path(text).exists():
+        name, options = text, ""
+    return Path(name).expanduser(), [word for word in options.split(",") if word]
+
+
+def _join(first, second, origin, name):
+    known = [{key for key in ("classes", "count", "mask") if getattr(s, key) is not None} for s in (first, second)]
+    if first.path.resolve() == second.path.resolve():
+        for key in sorted(known[0] & known[1]):
+            a, b = getattr(first, key), getattr(second, key)
+            if a != b:
+                raise InputError(f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
+                                 f"{_known(key, b)}); take only @classes or @count from one of them")  # fmt: skip
+    elif not known[0] or not known[1] or known[0] & known[1]:
+        raise InputError(f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
+                         "from one source and @count from the other if they are one photograph")  # fmt: skip
+    elif image_size(first.path) != image_size(second.path):
+        raise InputError(f"{first.path} and {second.path} share a name but not a size; rename one of them")
+    return replace(first, **{key: getattr(second, key) for key in known[1]})
+
+
+def _known(key, value):
+    return " ".join(VOC_CLASSES[index] for index in value) or "none" if key == "classes" else str(value)
+
+
+def _images_of(folder):
+    inside = Path(folder) / "images"
+    return list_images(inside if inside.is_dir() else folder)
+
+
+def _has_images(path):
+    try:
+        return bool(_images_of(path))
+    except InputError:
+        return False

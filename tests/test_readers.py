@@ -1,0 +1,510 @@
+"""The published layouts, a few 32 x 48 images of each made on the fly: what is read, merged, refused and reported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets import check
+from datasets.images import image_size, read_image
+from datasets.labels import CLASS_INDEX, VOC_CLASSES, Sample
+from datasets.masks import encode_rle
+from datasets.sources import find_source, list_ground_truth, merge, read_ground_truth, read_source
+from datasets.training import TrainingImages, read_samples, with_classes
+from models.losses import counted_centroid_loss, subitizing_loss
+from utils.cli import InputError
+
+H, W = 32, 48
+CAT, DOG, PERSON = (CLASS_INDEX[name] for name in ("cat", "dog", "person"))
+
+
+def photograph(path, size=(W, H), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+    Image.fromarray(noise).save(path, **options)
+    return path
+
+
+def save(array, path, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(array)
+    if mode == "P":
+        picture.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    picture.save(path)
+    return path
+
+
+def regions(*boxes):
+    """uint8 [H,W]: (label, top, left, bottom, right) painted over 0."""
+    labels = np.zeros((H, W), np.uint8)
+    for label, top, left, bottom, right in boxes:
+        labels[top:bottom, left:right] = label
+    return labels
+
+
+def known(samples):
+    return {sample.stem: (sample.classes, sample.count) for sample in samples}
+
+
+def refused(function, *args):
+    with pytest.raises(InputError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# PASCAL VOC
+
+VOC_LABELS = regions((1, 2, 2, 10, 10), (255, 10, 2, 11, 10), (2, 11, 2, 20, 30))
+
+
+def voc_object(name, width, height, difficult=0):
+    """An object whose box covers width x height pixels, with a part that is none of its own."""
+    box = f"<bndbox><xmax>{width + 2}</xmax><xmin>3</xmin><ymin>5.0</ymin><ymax>{height + 4}</ymax></bndbox>"
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>48</xmax><ymax>32</ymax></bndbox></part>"
+    return f"<object><name>{name}</name>{part}{box}<difficult>{difficult}</difficult></object>"
+
+
+def voc_annotation(root, name, objects, size="<size><width>50</width><height>40</height></size>"):
+    (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
+
+
+NO_SIZE = "<annotation><size><width>0</width><height>40</height></size></annotation>"
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """VOCdevkit/VOC2012 with 2 images in Segmentation/train, 3 in Main/train, 1 in Main/val; 50 x 40 in its XML."""
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("Annotations", "ImageSets/Segmentation", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for name in ("2007_1", "2007_2", "2007_3", "2007_4"):
+        photograph(root / "JPEGImages" / f"{name}.jpg")
+    (root / "ImageSets/Segmentation/train.txt").write_text("2007_2\n2007_1\n")
+    (root / "ImageSets/Main/train.txt").write_text("2007_1\n2007_2\n2007_3\n")
+    (root / "ImageSets/Main/val.txt").write_text("2007_4\n")
+    (root / "ImageSets/Main/dog_train.txt").write_text("2007_1  1\n2007_2 -1\n")
+    # 8 x 5 pixels are 2 % of 50 x 40 and count, 7 x 5 do not; what is difficult says nothing.
+    voc_annotation(root, "2007_1", [voc_object("person", 8, 5), voc_object("person", 20, 20), voc_object("cat", 7, 5)])
+    voc_annotation(root, "2007_2", [voc_object("dog", 20, 20), voc_object("cat", 30, 30, difficult=1)])
+    voc_annotation(root, "2007_3", [])
+    voc_annotation(root, "2007_4", [voc_object("tvmonitor", 9, 9)])
+    save(VOC_LABELS, root / "SegmentationObject" / "2007_1.png", "P")
+    return tmp_path / "VOCdevkit"
+
+
+def test_voc_classes_counts_and_masks(voc):
+    samples = read_source(voc)
+    assert known(samples) == {"2007_2": ((DOG,), 1), "2007_1": ((CAT, PERSON), 2)}
+    assert [sample.stem for sample in samples] == ["2007_2", "2007_1"], "the order of the list"
+    without, with_mask = samples
+    assert without.mask is None and with_mask.mask.size() == (H, W)
+    np.testing.assert_array_equal(with_mask.mask.read(), VOC_LABELS)
+
+
+def test_voc_splits_and_roots(voc):
+    assert list(known(read_source(f"{voc}@Main/train"))) == ["2007_1", "2007_2", "2007_3"]
+    assert known(read_source(f"{voc}@val")) == {"2007_4": ((19,), 1)}, "from Main, as Segmentation has no val"
+    assert read_source(voc) == read_source(voc / "VOC2012") == read_source(voc.parent)
+    assert "no image list ImageSets/Segmentation/test.txt or" in refused(read_source, f"{voc}@test")
+    assert "dog_train.txt is not a list of image names" in refused(read_source, f"{voc}@dog_train")
+
+
+@pytest.mark.parametrize(
+    "xml, complaint",
+    [
+        ("<annotation>", "2007_3.xml is not XML"),
+        ("<annotation/>", "2007_3.xml has an annotation whose size/width is no number"),
+        ("<?xml version='1.0' encoding='klingon'?><annotation/>", "2007_3.xml is not XML"),
+        (NO_SIZE, "2007_3.xml has the size 0 x 40"),
+        ([voc_object("unicorn", 9, 9)], "2007_3.xml has the unknown class 'unicorn'"),
+        (["<object><name>cat</name></object>"], "2007_3.xml has an object whose bndbox/xmin is no number"),
+    ],
+)
+def test_voc_bad_annotation(voc, xml, complaint):
+    if isinstance(xml, list):
+        voc_annotation(voc / "VOC2012", "2007_3", xml)
+    else:
+        (voc / "VOC2012/Annotations/2007_3.xml").write_text(xml)
+    assert complaint in refused(read_source, f"{voc}@Main/train")
+    problems = []
+    assert len(read_source(f"{voc}@Main/train", problems.append)) == 2 and complaint in str(problems[0])
+
+
+def test_voc_missing_files(voc):
+    (voc / "VOC2012/JPEGImages/2007_1.jpg").unlink()
+    assert "2007_1.jpg, which is missing" in refused(read_source, voc)
+    (voc / "VOC2012/Annotations/2007_2.xml").unlink()
+    assert "2007_2.xml (No such file" in refused(read_source, voc)
+
+
+# ILSO
+
+
+@pytest.fixture
+def ilso(tmp_path):
+    """Three photographs: one with three coloured instances, one with an indexed mask of one and void, one without."""
+    folder = tmp_path / "ilso"
+    for stem in "abc":
+        photograph(folder / "images" / f"{stem}.jpg")
+    labels = regions((1, 0, 0, 9, 9), (2, 0, 9, 9, 20), (3, 20, 20, 30, 40))
+    colours = np.array([(0, 0, 0), (200, 0, 0), (0, 200, 0), (200, 0, 100)], np.uint8)
+    save(colours[labels], folder / "gt" / "a.png")
+    save(regions((7, 3, 3, 9, 9), (255, 0, 0, 2, 2)), folder / "gt" / "b.png", "P")
+    return folder
+
+
+def test_ilso_counts_come_from_the_masks(ilso):
+    samples = read_source(ilso)
+    assert known(samples) == {"a": (None, 3), "b": (None, 1), "c": (None, None)}
+    mask = samples[0].mask.read()
+    assert [len(np.unique(mask[region])) for region in (np.s_[:9, :9], np.s_[:9, 9:20], np.s_[20:30, 20:40])] == [1] * 3
+    assert sorted(np.unique(mask)) == [0, 1, 2, 3] and (mask > 0).sum() == 81 + 99 + 200
+    assert samples[2].mask is None
+
+
+def test_ilso_under_its_other_names(ilso):
+    before = known(read_source(ilso))
+    (ilso / "images").rename(ilso / "imgs")
+    (ilso / "gt").rename(ilso / "instance_masks")
+    assert known(read_source(ilso)) == before
+
+
+def test_ilso_bad_masks(ilso):
+    save(regions((255, 3, 3, 9, 9)), ilso / "gt" / "b.png")
+    assert "b.png shows nothing but void" in refused(read_source, ilso)
+    photograph(ilso / "gt" / "z.png")
+    problems = []
+    assert list(known(read_source(ilso, problems.append))) == ["a", "c"]
+    assert "z.png has no photograph in" in str(problems[0]) and "b.png shows" in str(problems[1])
+
+
+# COCO
+
+
+def rectangle(top, left, bottom, right):
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def coco_data():
+    """One image of four annotations, two of them overlapping, and a crowd; one of a giraffe; one of nothing."""
+    names = ["airplane", "motorcycle", "couch", "potted plant", "dining table", "tv", "giraffe", "person", "cat"]
+    rle = encode_rle(regions((1, 10, 30, 20, 40)) > 0)
+    records = [
+        (1, 8, rectangle(2, 2, 22, 22), 400, 0),
+        (1, 9, rectangle(4, 4, 10, 10), 36, 0),
+        (1, 7, {"size": rle["size"], "counts": rle["counts"]}, 100, 0),
+        (1, 8, rectangle(25, 0, 30, 6), 30, 0),  # below 2 % of 32 x 48 = 30.72
+        (1, 8, {"size": [H, W], "counts": [0, 32, H * W - 32]}, 32, 1),
+        (2, 7, rectangle(0, 0, 9, 9), 81, 0),
+    ]
+    keys = ("image_id", "category_id", "segmentation", "area", "iscrowd")
+    return {
+        "images": [{"id": i, "file_name": f"{i:012}.jpg", "height": H, "width": W} for i in (1, 2, 3)],
+        "annotations": [dict(zip(keys, record, strict=True)) for record in records],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+    }
+
+
+def write_coco(folder, data, split="val2017"):
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    folder = tmp_path / "coco"
+    write_coco(folder, coco_data())
+    for i in (1, 2, 3):
+        photograph(folder / "val2017" / f"{i:012}.jpg")
+    return folder
+
+
+def test_coco_classes_counts_and_masks(coco):
+    samples = read_source(coco)
+    assert known(samples) == {
+        "000000000001": ((CAT, PERSON), 3), "000000000002": ((), 1), "000000000003": ((), 0),
+    }  # fmt: skip
+    expected = regions((255, 0, 0, 32, 1), (1, 2, 2, 22, 22), (2, 4, 4, 10, 10), (3, 10, 30, 20, 40), (4, 25, 0, 30, 6))
+    np.testing.assert_array_equal(samples[0].mask.read(), expected)
+    assert samples[0].mask.size() == (H, W) and not samples[2].mask.read().any()
+
+
+def test_coco_names_of_voc_classes(coco):
+    data = coco_data()
+    data["annotations"] = [
+        {"image_id": 1, "category_id": i, "segmentation": rectangle(0, 0, 9, 9), "area": 81} for i in range(1, 8)
+    ]
+    write_coco(coco, data)
+    names = "aeroplane diningtable motorbike pottedplant sofa tvmonitor"
+    assert " ".join(VOC_CLASSES[i] for i in read_source(coco)[0].classes) == names
+
+
+@pytest.mark.parametrize("place", ["images/val2017", "images", "."])
+def test_coco_photographs_elsewhere(coco, place):
+    expected = known(read_source(coco))
+    (coco / "val2017").rename(coco / "moved")
+    (coco / place).mkdir(parents=True, exist_ok=True)
+    for path in (coco / "moved").iterdir():
+        path.rename(coco / place / path.name)
+    assert known(read_source(coco / "annotations" / "instances_val2017.json")) == expected
+
+
+def test_coco_splits(coco):
+    write_coco(coco, coco_data(), "train2017")
+    assert "has the splits train2017, val2017; name one" in refused(read_source, coco)
+    assert len(read_source(f"{coco}@val2017")) == 3
+    assert "name one" in refused(read_source, f"{coco}@minival")
+    assert "is one split already" in refused(read_source, f"{coco}/annotations/instances_val2017.json@val2017")
+
+
+def test_coco_without_segmentation_has_no_mask(coco):
+    data = coco_data()
+    data["annotations"][0]["segmentation"] = []
+    write_coco(coco, data)
+    assert [sample.mask is None for sample in read_source(coco)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "segmentation, complaint",
+    [
+        ([[1, 2, 3, 4]], "three points or more"),
+        ([[1, 2, 3, 4, 5]], "no polygon or RLE"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "three points or more"),
+        ([1, 2, 3, 4, 5, 6], "no polygon or RLE"),
+        ([["a", "b"]], "no polygon or RLE"),
+        ({"size": [W, H], "counts": [H * W]}, "its size is"),
+        ({"size": [H, W], "counts": [5]}, "fill 5 pixels"),
+        ({"counts": [5]}, "no polygon or RLE"),
+    ],
+)
+def test_coco_bad_segmentation(coco, segmentation, complaint):
+    data = coco_data()
+    data["annotations"][0]["segmentation"] = segmentation
+    write_coco(coco, data)
+    message = refused(read_source(coco)[0].mask.read)
+    assert complaint in message and "instances_val2017.json image 1" in message
+
+
+def test_coco_polygon_far_outside_is_clipped(coco):
+    data = coco_data()
+    del data["annotations"][1:]
+    data["annotations"][0]["segmentation"] = rectangle(2, 2, 1e12, 1e12)
+    write_coco(coco, data)
+    np.testing.assert_array_equal(read_source(coco)[0].mask.read(), regions((1, 2, 2, H, W)))
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda data: data["annotations"][5].update(category_id=99), "image 2 has the unknown category 99"),
+        (lambda data: data["annotations"][5].pop("area"), "image 2 has an annotation without an area"),
+        (lambda data: data["images"][1].pop("height"), "image 2 has no height and width"),
+        (lambda data: data["images"][1].update(file_name="gone.jpg"), "gone.jpg, which is missing"),
+    ],
+)
+def test_coco_bad_image_is_one_problem(coco, change, complaint):
+    data = coco_data()
+    change(data)
+    write_coco(coco, data)
+    assert complaint in refused(read_source, coco)
+    problems = []
+    assert list(known(read_source(coco, problems.append))) == ["000000000001", "000000000003"] and len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda data: data.pop("annotations"), "holds no list of annotations"),
+        (lambda data: data.update(images=[]), "holds no list of images"),
+        (lambda data: data["categories"].append({"id": 3}), "categories[9] needs id and name"),
+        (lambda data: [image.update(file_name="x") for image in data["images"]], "are in none of"),
+    ],
+)
+def test_coco_bad_file(coco, change, complaint):
+    data = coco_data()
+    change(data)
+    write_coco(coco, data)
+    assert complaint in refused(read_source, coco)
+
+
+def test_coco_is_not_json(coco):
+    (coco / "annotations" / "instances_val2017.json").write_text("{")
+    assert "is not JSON" in refused(read_source, coco)
+    assert "cannot read" in refused(read_source, coco / "nowhere.json")
+
+
+# Sources and what several of them say
+
+
+def labels_csv(folder, text, size=(W, H)):
+    for line in text.split()[1:]:
+        photograph(folder / "images" / line.split(",")[0], size)
+    (folder / "labels.csv").write_text(text)
+    return folder
+
+
+def test_layouts_are_recognized(voc, ilso, coco, tmp_path):
+    labels_csv(tmp_path / "csv", "image,count\na.jpg,1\n")
+    expected = {voc: "PASCAL VOC", ilso: "ILSO", coco: "COCO", tmp_path / "csv": "labels.csv",
+                ilso / "images": "photographs", ilso / "images" / "*.jpg": "photographs"}  # fmt: skip
+    assert {path: find_source(path).layout.name for path in expected} == expected
+    photographs = read_source(ilso / "images")
+    assert photographs == [Sample(ilso / "images" / f"{stem}.jpg") for stem in "abc"]
+
+
+def test_what_is_no_source(ilso, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "absent"):
+        assert f"there is no {path / 'labels.csv'} nor another known layout" in refused(read_source, path)
+    assert "names the split val, but" in refused(read_source, f"{ilso}@val")
+    assert "two things at once" in refused(read_source, f"{ilso}@classes,count")
+    assert "two things at once" in refused(read_source, f"{ilso}@train,val")
+
+
+def test_an_at_sign_in_a_folder_name(ilso):
+    ilso.rename(ilso.with_name("mine@home"))
+    assert len(read_source(ilso.with_name("mine@home"))) == 3
+    assert known(read_source(str(ilso.with_name("mine@home")) + "@count"))["a"] == (None, 3)
+
+
+def test_classes_from_one_and_counts_from_another(voc, tmp_path):
+    counts = labels_csv(tmp_path / "counts", "image,count\n2007_1.jpg,5\n")
+    samples = read_samples([f"{voc}@classes", counts])
+    assert known(samples) == {"2007_2": ((DOG,), None), "2007_1": ((CAT, PERSON), 5)}
+    assert samples[1].path == voc / "VOC2012/JPEGImages/2007_1.jpg"
+    classes = labels_csv(tmp_path / "classes", "image,classes,count\n2007_1.jpg,sofa,9\n")
+    assert known(read_samples([counts, f"{classes}@classes"])) == {"2007_1": ((17,), 5)}
+
+
+def test_conflicts_name_both(voc, tmp_path):
+    other = labels_csv(tmp_path / "other", "image,classes,count\n2007_1.jpg,person,2\n")
+    message = refused(read_samples, [voc, other])
+    assert "share a name" in message and "JPEGImages/2007_1.jpg" in message and "other/images/2007_1.jpg" in message
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "images").symlink_to(voc / "VOC2012" / "JPEGImages")
+    (tmp_path / "linked" / "labels.csv").write_text("image,count\n2007_1.jpg,7\n")
+    message = refused(read_samples, [voc, tmp_path / "linked"])
+    assert f"{voc} and {tmp_path / 'linked'} disagree on the count of" in message and "(2 and 7)" in message
+
+
+def test_the_same_file_may_come_twice(voc):
+    assert read_samples([voc, f"{voc}@Main/train"])[:2] == read_samples([voc])
+    assert len(read_samples([voc, f"{voc}@Main/train", voc / "VOC2012" / "JPEGImages"])) == 4
+
+
+def test_photographs_of_one_name_are_not_mixed_up(tmp_path):
+    a = labels_csv(tmp_path / "a", "image,classes\nx.jpg,cat\n")
+    b = labels_csv(tmp_path / "b", "image,count\nx.jpg,1\n", size=(W, H + 1))
+    assert "share a name but not a size" in refused(read_samples, [a, b])
+    photograph(tmp_path / "c" / "x.jpg")
+    assert "share a name" in refused(read_samples, [a, tmp_path / "c"]), "an unlabelled photograph adds nothing"
+    photograph(tmp_path / "c" / "x.png")
+    assert "names x again" in refused(read_samples, [tmp_path / "c"])
+
+
+def test_merge_reports_and_keeps_the_first(tmp_path):
+    samples = [[Sample(tmp_path / name / "x.jpg", (1,), count)] for name, count in (("a", 1), ("b", 2))]
+    problems = []
+    assert merge(dict(zip("ab", samples, strict=True)), problems.append) == samples[0] and len(problems) == 1
+
+
+def test_ground_truth_of_every_layout(voc, ilso, coco, tmp_path):
+    assert [sample.stem for sample in read_ground_truth(voc)] == ["2007_1"]
+    assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"]
+    assert len(read_ground_truth(f"{coco}@val2017")) == 3
+    (ilso / "labels.csv").write_text("image,count\na.jpg,1\n")
+    assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"], "labels.csv does not choose"
+    assert "instance_masks is not a folder" in refused(read_ground_truth, ilso / "images")
+    assert "has no instance masks" in refused(read_ground_truth, f"{voc}@val")
+
+
+def test_list_ground_truth(voc, ilso):
+    for source in (ilso, ilso / "gt"):
+        masks = list_ground_truth(source)
+        assert list(masks) == ["a", "b"] and str(masks["a"]) == str(ilso / "gt" / "a.png")
+    assert list(list_ground_truth(voc / "VOC2012" / "SegmentationObject")) == list(list_ground_truth(voc)) == ["2007_1"]
+    assert refused(list_ground_truth, "nowhere").startswith("nowhere is not a folder")
+    assert "has no instance masks" in refused(list_ground_truth, f"{voc}@val")
+
+
+# Training with gaps in what is known
+
+
+def test_with_classes(tmp_path):
+    path = tmp_path / "x.jpg"
+    cat, nothing, unknown_count = Sample(path, (CAT,), 1), Sample(path, (), 0), Sample(path, (CAT,))
+    left_out = [Sample(path), Sample(path, None, 2), Sample(path, (), 2)]
+    assert with_classes([cat, *left_out, nothing, unknown_count]) == [cat, nothing, unknown_count]
+    assert "no photograph has classes" in refused(with_classes, [nothing, *left_out])
+
+
+def test_unknown_labels_leave_the_count_losses_out(tmp_path):
+    item = TrainingImages([Sample(photograph(tmp_path / "x.png"))], 32)[0]
+    assert item["count"] == 0 and not item["classes"].any()
+    offsets = torch.randn(1, 2, 8, 8, requires_grad=True)
+    salient = torch.ones(1, 8, 8, dtype=torch.bool)
+    for count, learns in ((item["count"], False), (torch.tensor(2.0), True)):
+        loss = subitizing_loss(offsets, salient, count[None], 2.0) + counted_centroid_loss(
+            offsets, salient.long(), count[None]
+        )
+        assert (torch.autograd.grad(loss, offsets)[0] != 0).any() == learns
+
+
+# python -m datasets.check
+
+
+def test_check_of_sound_data(voc, ilso, coco, capsys):
+    assert check.main([f"{voc}@Main/train", str(coco), str(ilso), "--deep"]) == 0
+    text = capsys.readouterr().out
+    for line in (f"{voc}@Main/train: PASCAL VOC", "images   3", "classes  cat: 1, person: 1, dog: 1",
+                 "counts   0: 1, 1: 1, 2: 1", "masks    1", "problems 0", "classes  not known: 3",
+                 "counts   1: 1, 3: 1, not known: 1", "all together:", "images   9"):  # fmt: skip
+        assert line in text, line
+
+
+def test_check_names_every_problem(tmp_path, capsys):
+    folder = labels_csv(tmp_path / "mine", "image,classes,count\na.jpg,cat,1\nb.jpg,cat,1\nc.jpg,cat,1\nd.jpg,elk,1\n")
+    (folder / "images" / "b.jpg").write_bytes(b"text")
+    save(np.ones((H, W + 1), np.uint8), folder / "instance_masks" / "c.png")
+    assert check.main([str(folder)]) == 1
+    text = capsys.readouterr().out
+    assert "images   1" in text and "problems 3" in text
+    for problem in ("line 5 has the unknown class 'elk'", "b.jpg is not an image", "c.jpg is 32 x 48 but its mask"):
+        assert problem in text, problem
+
+
+def test_check_reads_pixels_only_when_deep(tmp_path, capsys):
+    path = photograph(tmp_path / "cut.jpg")
+    path.write_bytes(path.read_bytes()[:-500])
+    assert check.main([str(tmp_path)]) == 0
+    assert check.main([str(tmp_path), "--deep"]) == 2, "the only image is broken"
+    assert "cut.jpg is truncated or damaged" in capsys.readouterr().out
+
+
+def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
+    other = labels_csv(tmp_path / "other", "image,classes,count\n2007_1.jpg,person,2\n")
+    assert check.main([str(voc), str(other), str(tmp_path / "absent")]) == 1
+    text = capsys.readouterr().out
+    assert "share a name" in text and "absent: cannot be read" in text
+    assert check.main([str(tmp_path / "absent")]) == 2
+
+
+def test_check_as_a_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "datasets.check", tmp_path], capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # fmt: skip
+    assert done.returncode == 2 and "nor another known layout" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_image_size_is_that_of_the_upright_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for suffix in ("jpg", "png"):
+        path = photograph(tmp_path / f"x.{suffix}", exif=exif)
+        assert image_size(path) == read_image(path).shape[:2]
