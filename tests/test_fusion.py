@@ -123,3 +123,9 @@ def test_pseudo_label_is_the_union_of_instances():
     label = pseudo_label(image, saliency, boundary, offsets, Fusion())
     assert iou(label > 0.5, union) > 0.95
     assert pseudo_label(image, saliency * 0, boundary, offsets, Fusion()) is None
+    # The first pseudo mask, which saw one object only, takes the other one out when it has most of the say.
+    one = truth[0].repeat(4, 0).repeat(4, 1)
+    kept = pseudo_label(image, saliency, boundary, offsets, Fusion(), first=one.astype(np.float32), keep=0.9)
+    other = truth[1].repeat(4, 0).repeat(4, 1)
+    assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
+    assert np.array_equal(label, pseudo_label(image, saliency, boundary, offsets, Fusion(), first=one, keep=0))

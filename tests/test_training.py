@@ -117,6 +117,16 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
         assert name.read_bytes() == (out / "pts" / "r3" / "labels" / "saliency" / name.name).read_bytes()
 
 
+def test_labels_of_another_run_and_of_another_backbone(trained, data, tmp_path):
+    out = tmp_path / "shares"
+    command = [*branches_command(data, out), "--labels", trained / "labels", "--epochs", "1"]
+    done = python(*command, "--stage", "saliency")
+    assert done.returncode == 0, done.stderr
+    assert (out / "saliency" / "weights.pt").exists() and not (out / "labels").exists()
+    done = python(*command, "--stage", "labels")
+    assert done.returncode == 2 and "give one of them" in done.stderr
+
+
 def test_a_run_is_not_mixed_with_another(trained, data):
     done = python(*branches_command(data, trained), "--stage", "saliency", "--lr", "0.5")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -131,6 +141,7 @@ def test_a_run_is_not_mixed_with_another(trained, data):
         (["--size", "100"], "--size 100"),
         (["--canny", "loud"], "--canny loud"),
         (["--stage", "labels"], "run --stage cam first"),
+        (["--labels", "absent"], "photographs have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
     ],
