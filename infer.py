@@ -31,8 +31,8 @@ from models.enhancement import network_input
 from models.fusion import Fusion, connected_components, fuse, instance_masks
 from models.wsid_net import load_weights
 from ops import compiled
-from utils import checkpoint, visualize
-from utils.cli import Help, InputError, make_folder, run, select_device
+from utils import checkpoint, distributed, visualize
+from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import map_ahead
 
 ROOT = Path(__file__).resolve().parent
@@ -200,7 +200,7 @@ def get_args_parser():
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    device = select_device(args.gpu)
+    device = distributed.start(args.gpu)
     batch_size = default_batch_size(device) if args.batch_size is None else args.batch_size
     if min(batch_size, args.workers) < 1:
         raise InputError("--batch-size and --workers must be 1 or more")
@@ -208,17 +208,24 @@ def main(argv=None):
     unique_stems(paths)
     predictor = Predictor(args.weights, device, method=args.method, amp=args.amp)
     make_folder(args.out)
-    print(f"weights: {predictor.weights}")
+    if distributed.is_first():
+        print(f"weights: {predictor.weights}")
+    own = distributed.mine(paths)
     write = partial(write_results, args.out, everything=args.visualize)
-    results = process(paths, predictor, write, batch_size, args.workers, args.saliency_dir)
+    results = process(own, predictor, write, batch_size, args.workers, args.saliency_dir)
     records, written, failed = [], [], []
-    for result in tqdm(results, total=len(paths), disable=len(paths) < 2, mininterval=1):
+    quiet = len(paths) < 2 or not distributed.is_first()
+    for result in tqdm(results, total=len(own), disable=quiet, mininterval=1):
         if isinstance(result, InputError):
             failed.append(result)
         else:
             records += result[0]
             written += result[1]
-    checkpoint.save_json(records, args.out / "predictions.json")
+    records, written, failed = map(distributed.gather, (records, written, failed))
+    if not distributed.is_first():
+        return 0
+    order = {path.stem: place for place, path in enumerate(paths)}
+    checkpoint.save_json(sorted(records, key=lambda record: order[record["image_id"]]), args.out / "predictions.json")
     for line in [*written, args.out / "predictions.json"]:
         print(line)
     for error in failed:

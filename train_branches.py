@@ -10,6 +10,7 @@ settings, and a stage that was stopped, however hard, continues when the same co
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from models.classifier import CAM_SIZE, Classifier, activations
 from models.enhancement import canny_edges, network_input, parse_canny
 from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, pair_labels, subitizing_loss
 from models.wsid_net import NetConfig, WSIDNet, save_weights
-from utils import checkpoint, visualize
-from utils.cli import Help, InputError, make_folder, run, select_device
+from utils import checkpoint, distributed, visualize
+from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
-from utils.training import Schedule, train
+from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 STAGES = ("cam", "labels", "branches", "saliency")
 
@@ -40,11 +41,7 @@ def get_args_parser():
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
-    run_.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     run_.add_argument("--stage", choices=("all", *STAGES), default="all")
-    run_.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
-    run_.add_argument("--seed", type=int, default=0)
-    run_.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
     net.add_argument("--backbone", choices=BACKBONES, default="resnet50")
@@ -64,6 +61,8 @@ def get_args_parser():
     schedule.add_argument("--epochs", type=int, default=5, help="of each stage that trains")
     schedule.add_argument("--batch-size", type=int, default=6)
     schedule.add_argument("--lr", type=float, default=0.01, help="initial learning rate of the new layers")
+    schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
+                          help="adamw moves V in a tenth of the iterations, at an --lr near 0.001")  # fmt: skip
     schedule.add_argument("--backbone-lr", type=float, default=0.1, help="times --lr for the pretrained layers")
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
@@ -79,6 +78,7 @@ def get_args_parser():
     labels.add_argument("--lsu-weight", type=float, default=0.02, help="of L_su beside L_B and L_V")
     labels.add_argument("--counted-weight", type=float, default=0.1,
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
+    add_machine_arguments(parser)
     return parser
 
 
@@ -87,7 +87,7 @@ def main(argv=None):
     args.canny = parse_canny(args.canny)
     if args.size < 64 or args.size % 32:
         raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
-    device = select_device(args.gpu)
+    device = prepare_machine(args)
     found = read_samples(args.data)
     samples = with_classes(found)
     if len(samples) < len(found):
@@ -100,7 +100,9 @@ def main(argv=None):
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
         stages[stage](args, samples, device)
-    assemble(args)
+        distributed.wait_for_all()
+    if distributed.is_first():
+        assemble(args)
 
 
 def net_config(args):
@@ -120,21 +122,26 @@ def stage_config(args, *names):
 
 
 LABELS = ("no_crf", "plain_cam", "cam_scales")
-SCHEDULE = ("batch_size", "epochs", "lr", "backbone_lr", "freeze", "init")
+SCHEDULE = ("batch_size", "epochs", "lr", "optimizer", "backbone_lr", "freeze", "init")
 
 
-def run_stage(args, samples, device, stage, model, dataset, losses, show=None, settings=()):
-    """Train one stage in its folder and return the folder."""
+def run_stage(args, samples, device, stage, model, dataset, losses, show, settings=(), finish=None):
+    """Train one stage in its folder and leave the result in its weights.pt.
+
+    finish: what the first process does with the trained model before it is saved.
+    """
     folder = make_folder(args.out / stage)
     schedule = Schedule.of(args)
     config = stage_config(args, *SCHEDULE, *settings) | {"images": len(samples)}
-    with SummaryWriter(folder) as writer:
+    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,
-            show=show and partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args)),
-            name=stage,
+            show=partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args)), name=stage,
         )  # fmt: skip
-    return folder
+    if distributed.is_first():
+        if finish:
+            finish(model)
+        checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
 
 
 def init_backbone(backbone, args):
@@ -166,10 +173,10 @@ def train_classifier(args, samples, device):
     dataset = TrainingImages(samples, args.size, crop=0.5, jitter=0.2, seed=args.seed)
 
     def losses(model, batch, progress):
-        return {"classification": F.multilabel_soft_margin_loss(model(batch["image"]), batch["classes"])}
+        logits = model(batch["image"]).float()
+        return {"classification": F.multilabel_soft_margin_loss(logits, batch["classes"])}
 
-    folder = run_stage(args, samples, device, "cam", model, dataset, losses, visualize.show_cams)
-    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+    run_stage(args, samples, device, "cam", model, dataset, losses, visualize.show_cams)
 
 
 def make_labels(args, samples, device):
@@ -178,9 +185,11 @@ def make_labels(args, samples, device):
         raise InputError("--stage labels makes what --labels would read; give one of them")
     folder = make_folder(labels_folder(args))
     model = finished_classifier(args).to(device).eval()
-    checkpoint.claim(folder, stage_config(args, *LABELS))  # of any photographs: more can be added
+    if distributed.is_first():
+        checkpoint.claim(folder, stage_config(args, *LABELS))  # of any photographs: more can be added
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
+    samples = distributed.mine(samples)
     todo = [sample for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
     thresholds = pseudo_labels.PLAIN if args.plain_cam else pseudo_labels.SPREAD
     with WorkerPool(args.workers) as pool:
@@ -231,7 +240,8 @@ def train_branches(args, samples, device):
     dataset = TrainingImages(samples, args.size, jitter=0.2, maps=maps, seed=args.seed)
 
     def losses(model, batch, progress):
-        boundary, offsets = model(batch["image"], edges_of(batch["image"], args.canny))
+        maps = model(batch["image"], edges_of(batch["image"], args.canny))
+        boundary, offsets = (m.float() for m in maps)  # the losses are too fine for bfloat16
         grid = boundary.shape[-2:]
         classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()
         pairs = pair_labels(classes, args.radius)
@@ -241,22 +251,22 @@ def train_branches(args, samples, device):
         }
         if not args.no_lsu:
             salient = F.interpolate(batch["pseudo_saliency"][:, None], grid, mode="area")[:, 0] > 0.5
-            seed = torch.Generator().manual_seed(args.seed + int(progress * 1e9))
-            count = subitizing_loss(
-                offsets, salient, batch["count"], bandwidth(progress, args.size), generator=seed
-            )
+            seed = args.seed + int(progress * 1e9)
+            count = subitizing_loss(offsets, salient, batch["count"], bandwidth(progress, args.size), seed=seed)
             terms["subitizing"] = args.lsu_weight * count
             terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, classes, batch["count"])
         return terms
 
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
                 "counted_weight")  # fmt: skip
-    folder = run_stage(
-        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings
-    )
-    if args.no_lsu or not args.counted_weight:  # counted instances have settled the constant
-        model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
-    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+
+    def settle_constant(model):
+        if args.no_lsu or not args.counted_weight:  # counted instances have settled it
+            model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
+
+    run_stage(
+        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, settle_constant
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -281,15 +291,12 @@ def train_saliency(args, samples, device):
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )
     settings = (*LABELS, "channels")
-    folder = run_stage(
-        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings
-    )
-    checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+    run_stage(args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings)
 
 
 def saliency_losses(model, batch, progress):
     """Binary cross entropy of the saliency logits against soft pseudo masks, on the stride-4 grid."""
-    logits = model.logits(batch["image"])
+    logits = model.logits(batch["image"]).float()
     target = F.interpolate(batch["pseudo_saliency"][:, None], logits.shape[-2:], mode="area")
     return {"saliency": F.binary_cross_entropy_with_logits(logits, target)}
 

@@ -10,6 +10,7 @@ weights_pts.pt. A run that was stopped, however hard, continues when the same co
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,10 @@ from models.fusion import Fusion
 from models.pts import pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
 from train_branches import saliency_losses
-from utils import checkpoint, visualize
-from utils.cli import Help, InputError, make_folder, run, select_device
+from utils import checkpoint, distributed, visualize
+from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
-from utils.training import Schedule, train
+from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 
 def get_args_parser():
@@ -38,7 +39,6 @@ def get_args_parser():
                         help="labelled photographs, see README")  # fmt: skip
     parser.add_argument("--unlabelled", nargs="*", default=[], help="folders of photographs without labels")
     parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
-    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     parser.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
     parser.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration")
     parser.add_argument("--batch-size", type=int, default=6)
@@ -49,9 +49,8 @@ def get_args_parser():
     parser.add_argument("--keep", type=float, default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
     parser.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images, fuse and run the CRF")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 
 
@@ -61,7 +60,7 @@ def main(argv=None):
         raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
-    device = select_device(args.gpu)
+    device = prepare_machine(args)
     start = args.out / "weights.pt"
     if not start.exists():
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
@@ -70,7 +69,8 @@ def main(argv=None):
     previous = clone(net.saliency.state_dict())
     for r in range(1, args.iters + 1):
         folder = make_folder(args.out / "pts" / f"r{r}")
-        checkpoint.claim(folder, config_of(args, samples, net))
+        if distributed.is_first():
+            checkpoint.claim(folder, config_of(args, samples, net))
         finished = folder / "weights.pt"
         if finished.exists():
             current = checkpoint.load(finished, device)["model"]
@@ -78,9 +78,13 @@ def main(argv=None):
             labelled = make_labels(net, samples, folder, args, device)
             train_iteration(net, labelled, folder, args, device, r)
             current = refresh(previous, net.saliency.state_dict(), r)
-            checkpoint.save({"model": current}, finished)
+            if distributed.is_first():
+                checkpoint.save({"model": current}, finished)
+            distributed.wait_for_all()
         net.saliency.load_state_dict(current)
         previous = clone(current)
+    if not distributed.is_first():
+        return
     save_weights(net, args.out / "weights_pts.pt", note=f"train_pts.py, {args.iters} iterations")
     print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 
@@ -95,7 +99,7 @@ def clone(state):
 
 
 def config_of(args, samples, net):
-    names = ("epochs", "batch_size", "lr", "backbone_lr", "freeze", "seed", "keep")
+    names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep")
     return {name: getattr(args, name) for name in names} | {"images": len(samples), "size": net.config.size}
 
 
@@ -106,14 +110,16 @@ def make_labels(net, samples, folder, args, device):
     """
     net.eval()
     labels = make_folder(folder / "labels" / "saliency")
-    todo = [sample for sample in samples if not is_tried(labels, sample.stem)]
+    own = distributed.mine(samples)
+    todo = [sample for sample in own if not is_tried(labels, sample.stem)]
     with WorkerPool(args.workers) as pool, torch.no_grad():
-        done = len(samples) - len(todo)
-        for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(samples), mininterval=2):
+        done = len(own) - len(todo)
+        for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
             maps = [m[0].float().cpu().numpy() for m in maps]
             pool.submit(write_label, labels, sample.stem, square, *maps, first_label(sample, args), args.keep)
+    distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]
     if not found:
@@ -157,7 +163,7 @@ def train_iteration(net, samples, folder, args, device, r):
     schedule = Schedule.of(args)
     show = partial(visualize.show_saliency, samples=samples[:8], args=argparse.Namespace(size=net.config.size),
                    device=device, labels=folder / "labels")  # fmt: skip
-    with SummaryWriter(folder) as writer:
+    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             net.saliency, dataset, saliency_losses, schedule, folder=folder,
             config=config_of(args, samples, net), device=device, writer=writer, show=show, name=f"pts r{r}",

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import read_image
 from datasets.sources import merge, read_source
+from utils import distributed
 from utils.cli import InputError
 
 cv2.setNumThreads(0)  # the loader's processes are the parallelism
@@ -134,10 +135,25 @@ class ResumableSampler:
     def __iter__(self):
         for epoch in range(self.start // self.per_epoch, self.epochs):
             order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            order = np.resize(order, max(self.length, self.batch_size))  # fewer images than a batch: some come twice
             for step in range(self.per_epoch):
                 if epoch * self.per_epoch + step >= self.start:
                     batch = order[step * self.batch_size : (step + 1) * self.batch_size]
                     yield [(epoch, int(index)) for index in batch]
+
+
+class ShareOfBatches:
+    """Of every batch of a sampler, the share of this process (utils.distributed)."""
+
+    def __init__(self, sampler):
+        self.sampler, self.share = sampler, distributed.share_of_batch(sampler.batch_size)
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        first = distributed.rank() * self.share
+        return (batch[first : first + self.share] for batch in self.sampler)
 
 
 class _ByEpoch(Dataset):
@@ -152,6 +168,6 @@ class _ByEpoch(Dataset):
 
 
 def training_loader(dataset, *, batch_size, epochs, workers, start=0):
-    """A DataLoader over all epochs of ``dataset`` from iteration ``start`` on."""
+    """A DataLoader over all epochs of ``dataset`` from iteration ``start`` on, for this process's share of a batch."""
     sampler = ResumableSampler(len(dataset), batch_size, epochs, dataset.seed, start)
-    return DataLoader(_ByEpoch(dataset), batch_sampler=sampler, num_workers=workers)
+    return DataLoader(_ByEpoch(dataset), batch_sampler=ShareOfBatches(sampler), num_workers=workers)

@@ -7,6 +7,7 @@ from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 
 import ops
+from utils.distributed import mean_over_processes
 
 IGNORE = 255
 
@@ -30,7 +31,13 @@ def pair_labels(labels, radius):
 
 
 def _mean(values, mask):
-    return (values * mask).sum() / (mask.sum() + 1e-5)
+    return (values * mask).sum() / (mean_over_processes(mask.sum()) + 1e-5)
+
+
+def _mean_of(terms, offsets):
+    """The mean of a list of scalars that depend on ``offsets``; 0 of an empty one."""
+    count = mean_over_processes(offsets.new_tensor(float(len(terms))))
+    return sum(terms, offsets.sum() * 0) / count.clamp(min=1e-5)
 
 
 def boundary_loss(boundary, pairs, radius):
@@ -62,7 +69,8 @@ def centroid_loss(offsets, pairs, radius):
         step = offsets.new_tensor([dy, dx]).view(1, 2, 1, 1)
         inside = inside + ((delta - step).abs() * foreground[:, k, None]).sum()
         outside = outside + (delta.abs() * background[:, k, None]).sum()
-    return (inside / (2 * foreground.sum() + 1e-5) + outside / (2 * background.sum() + 1e-5)) / 2
+    within, around = (2 * mean_over_processes(pairs.sum()) + 1e-5 for pairs in (foreground, background))
+    return (inside / within + outside / around) / 2
 
 
 def centroid_count(points, bandwidth):
@@ -76,7 +84,7 @@ def centroid_count(points, bandwidth):
     return (1 / torch.exp(-distance / (2 * bandwidth**2)).sum(1)).sum()
 
 
-def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, generator=None):
+def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0):
     """L_su: as many centroids in the salient region as the count label says, (T* - T)^2 (Eq. 3, 4).
 
     offsets: V [N,2,H,W] in stride-4 pixels; salient: bool [N,H,W], the region whose offsets count and alone are
@@ -90,12 +98,13 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, generato
         place = region.nonzero()
         if not len(place) or count < 1:
             continue
-        chosen = torch.randperm(len(place), generator=generator, device="cpu")[:subset].to(place.device)
+        generator = torch.Generator().manual_seed(seed + len(place))  # the same in whichever process the image is
+        chosen = torch.randperm(len(place), generator=generator)[:subset].to(place.device)
         place = place[chosen]
         points = place + field[:, place[:, 0], place[:, 1]].t()
         # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
         losses.append(2 * F.smooth_l1_loss(centroid_count(points, bandwidth), count))
-    return torch.stack(losses).mean() if losses else offsets.sum() * 0
+    return _mean_of(losses, offsets)
 
 
 def counted_instances(classes, count, smallest=0.005):
@@ -151,4 +160,4 @@ def counted_centroid_loss(offsets, classes, counts):
             place = (instances == number).nonzero()
             target = place.float().mean(0) - place
             errors.append((field[:, place[:, 0], place[:, 1]].t() - target).abs().sum(1).mean())
-    return torch.stack(errors).mean() if errors else offsets.sum() * 0
+    return _mean_of(errors, offsets)

@@ -31,13 +31,16 @@ def make_data(folder, count=6, size=(72, 96)):
     return folder
 
 
-def python(*args, timeout=240, **kwargs):
-    """Run one of the scripts as a user would; returns the finished process with its output as text."""
+def python(*args, before=(), timeout=240, **kwargs):
+    """Run one of the scripts as a user would; returns the finished process with its output as text.
+
+    before: what stands between the interpreter and the script, such as a launcher.
+    """
     import subprocess
 
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, os.path.join(root, args[0]), *map(str, args[1:])],
+        [sys.executable, *before, os.path.join(root, args[0]), *map(str, args[1:])],
         capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL, **kwargs,
     )  # fmt: skip

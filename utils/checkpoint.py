@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -38,6 +39,33 @@ def load(path, device="cpu"):
         raise InputError(f"no weights at {path}; check the path") from error
     except Exception as error:  # a damaged file shows as any of pickle's, zipfile's and torch's errors
         raise InputError(f"{path} is not a readable weights file; train or copy it again") from error
+
+
+def save_newest(state, path):
+    """``save``, keeping what was at ``path`` beside it as <stem>_before.pt."""
+    if path.exists():
+        os.replace(path, _before(path))
+    save(state, path)
+
+
+def load_newest(path, device="cpu"):
+    """What ``save_newest`` wrote last, or before that when the newest file is damaged or missing; None without one.
+
+    InputError when none can be read.
+    """
+    there = [candidate for candidate in (path, _before(path)) if candidate.exists()]
+    for candidate in there:
+        try:
+            return load(candidate, device)
+        except InputError as error:
+            if candidate is there[-1]:
+                raise
+            print(f"{error}; going on from the one before it", file=sys.stderr)
+    return None
+
+
+def _before(path):
+    return path.with_name(f"{path.stem}_before{path.suffix}")
 
 
 def save_json(value, path):

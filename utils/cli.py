@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,20 +22,38 @@ class InputError(Exception):
     """Input the user can mend. The message is one sentence naming the file and the remedy."""
 
 
+class Stopped(Exception):
+    """SIGTERM came, and everything is saved."""
+
+
+@contextmanager
+def stop_signal():
+    """Within it SIGTERM sets the threading.Event it gives, for the caller to finish what it is at."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(main):
     """Call ``main()`` and exit with its return code (None counts as 0).
 
-    An InputError prints its sentence and exits with 2, Ctrl-C exits with 130; anything else is a bug of
-    ours and keeps its traceback.
+    An InputError prints its sentence and exits with 2; Ctrl-C exits with 130 and SIGTERM, where something is being
+    trained, with 143; anything else is a bug of ours and keeps its traceback.
     """
     try:
         sys.exit(main() or 0)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as error:
         print("stopped; the same command continues where it was", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(error, Stopped) else 130)
 
 
 def select_device(gpu):

@@ -1,0 +1,1 @@
+"""The paper's experiments (Sec. 4.4) as commands."""

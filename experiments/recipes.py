@@ -1,0 +1,138 @@
+"""What the stages are told beside the data: the paper's schedule, that of the bundled weights, and a quick one.
+
+A recipe is the options of each stage as they would be typed. ``python -m experiments.recipes NAME ...`` runs all
+stages of one and leaves the network in OUT/weights_pts.pt:
+
+    python -m experiments.recipes cpu --data data/train --cam-data data/more --out runs/mine --gpu -1
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import train_branches
+import train_pts
+from utils.cli import Help, run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of ``train_branches.py`` for each stage, and of ``train_pts.py``.
+
+    cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
+    network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
+    before PTS. rounds: (R, E) of PTS.
+    """
+
+    cam: str
+    classifier: str
+    labels: str
+    network: str
+    branches: str
+    saliency: str
+    epochs: int
+    pts: str
+    rounds: tuple[int, int]
+
+
+RECIPES = {
+    "paper": Recipe(
+        cam="--backbone resnet50 --size 512",
+        classifier="",
+        labels="",
+        network="--backbone resnet50 --size 512",
+        branches="",
+        saliency="",
+        epochs=5,
+        pts="",
+        rounds=(6, 8),
+    ),
+    "cpu": Recipe(  # the bundled weights
+        cam="--backbone tf_efficientnet_lite2 --size 320",
+        classifier="--output-stride 32 --epochs 4 --batch-size 16 --lr 0.05 --freeze 2",
+        labels="--cam-scales 1 2",
+        network="--backbone mobilenetv2_100 --size 256 --channels 64",
+        branches="--epochs 4 --batch-size 8 --optimizer adamw --lr 0.001 --freeze 3 --radius 5",
+        saliency="--batch-size 8 --lr 0.012 --backbone-lr 0.5 --freeze 2",
+        epochs=6,
+        pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
+        rounds=(2, 1),
+    ),
+    "quick": Recipe(  # minutes, to see that everything runs
+        cam="--backbone mobilenetv2_100 --size 128",
+        classifier="--epochs 2 --batch-size 8 --lr 0.05",
+        labels="--cam-scales 1 2",
+        network="--backbone mobilenetv2_100 --size 128 --channels 32",
+        branches="--epochs 2 --batch-size 8 --optimizer adamw --lr 0.001 --freeze 3 --radius 5",
+        saliency="--batch-size 8 --lr 0.012 --backbone-lr 0.5",
+        epochs=2,
+        pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
+        rounds=(2, 1),
+    ),
+}
+
+
+def add_data_arguments(parser, out):
+    """The options that every experiment has: where the photographs are, where results go, on what to compute."""
+    parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
+    parser.add_argument("--cam-data", nargs="*", default=[], metavar="PATH[@SPLIT]",
+                        help="more photographs with class labels, for the classifier alone")  # fmt: skip
+    parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
+
+
+def stage(args, out, seed, name, *options, data=(), labels=None):
+    """One stage of ``train_branches.py`` in the folder ``out``; what is finished there is not done again."""
+    train_branches.main(
+        ["--data", *args.data, *data, "--out", str(out), "--gpu", str(args.gpu), "--workers", str(args.workers),
+         "--seed", str(seed), "--stage", name, *" ".join(options).split(),
+         *(["--labels", str(labels)] if labels else [])]
+    )  # fmt: skip
+
+
+def train_labels(recipe, args, out, seed, more=""):
+    """The classifier and its pseudo labels; ``more`` goes to the labels' options. Returns out/labels."""
+    stage(args, out, seed, "cam", recipe.cam, recipe.classifier, data=args.cam_data)
+    stage(args, out, seed, "labels", recipe.cam, recipe.labels, more)
+    return out / "labels"
+
+
+def train_saliency(recipe, args, out, seed, labels, epochs):
+    """The saliency branch on the pseudo masks in ``labels``, for ``epochs``."""
+    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", labels=labels)
+
+
+def train_both_branches(recipe, args, out, seed, labels, more=""):
+    """The boundary and the centroid branch; ``more`` are the switches of an ablation. Returns out/weights.pt."""
+    stage(args, out, seed, "branches", recipe.network, recipe.branches, more, labels=labels)
+    return out / "weights.pt"
+
+
+def train_progressively(recipe, args, out, seed, labels):
+    """PTS on the network in ``out``. Returns out/weights_pts.pt."""
+    iterations, epochs = recipe.rounds
+    train_pts.main(
+        ["--data", *args.data, "--unlabelled", *args.unlabelled, "--out", str(out), "--gpu", str(args.gpu),
+         "--workers", str(args.workers), "--seed", str(seed), "--labels", str(labels), "--iters", str(iterations),
+         "--epochs", str(epochs), *recipe.pts.split()]
+    )  # fmt: skip
+    return out / "weights_pts.pt"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("recipe", choices=RECIPES)
+    add_data_arguments(parser, "runs/recipe")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    recipe = RECIPES[args.recipe]
+    labels = train_labels(recipe, args, args.out / "labels_run", args.seed)
+    train_saliency(recipe, args, args.out, args.seed, labels, recipe.epochs)
+    train_both_branches(recipe, args, args.out, args.seed, labels)
+    train_progressively(recipe, args, args.out, args.seed, labels)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,194 @@
+"""Train and evaluate the rows of Tables 2 to 7 (Sec. 4.4) and write each table as Markdown.
+
+    python -m experiments.tables 2 6 --recipe cpu --data data/train --val data/val --seeds 0 1 --gpu -1
+    python -m experiments.tables 6 --saliency-dir EGNet=maps/egnet ...    # maps of another method
+
+What a row shares with others (classifier, pseudo labels, saliency branch) is trained once. The saliency branch gets
+the same number of epochs in every row: those that PTS would give it are added where PTS is off. A run that was
+stopped goes on with the same command; --out/table<N>.md is written as rows become complete.
+
+The table "pts" is Figures 17 and 18 in numbers: the full model after every iteration of PTS.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from statistics import mean
+
+import evaluate
+from experiments.recipes import (
+    RECIPES,
+    add_data_arguments,
+    train_both_branches,
+    train_labels,
+    train_progressively,
+    train_saliency,
+)
+from models.wsid_net import load_weights, save_weights
+from utils import checkpoint
+from utils.cli import Help, make_folder, run
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. switches: of the branches stage; labels: of the labels stage; paper: mAP@0.5, @0.7."""
+
+    name: str
+    paper: tuple[float, float] | None = None
+    switches: str = ""
+    labels: str = ""
+    pts: bool = True
+    evaluate: tuple[str, ...] = ()
+
+
+OURS = Row("ours", (68.3, 51.7))
+COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
+TABLES = {
+    "2": (
+        Row("w/o CA, BE, PTS, L_su", (57.1, 37.4), "--no-ca --no-be --no-lsu", pts=False),
+        Row("w/o CA", (64.3, 48.4), "--no-ca"),
+        Row("w/o BE", (65.2, 48.9), "--no-be"),
+        Row("w/o L_su", (62.1, 46.9), "--no-lsu"),
+        Row("w/o PTS", (63.9, 47.2), pts=False),
+        OURS,
+        COMPONENTS,
+    ),
+    "3": (
+        Row("w/o CFM, w/ parallel MA", (66.1, 49.5), "--no-cfm"),
+        Row("w/ CFM, w/o MA", (66.8, 50.2), "--ma none"),
+        Row("w/ CFM, w/ cascade (s→c) MA", (67.4, 51.4), "--ma s-c"),
+        Row("w/ CFM, w/ cascade (c→s) MA", (67.2, 51.0), "--ma c-s"),
+        OURS,
+    ),
+    "4": (
+        Row("BE w/o Canny", (65.0, 49.3), "--canny none"),
+        Row("Canny only", (63.7, 48.0), "--canny only"),
+        OURS,
+    ),
+    "5": (
+        Row("thresholds 30, 200", (67.4, 50.8), "--canny 30,200"),
+        Row("thresholds 230, 260", (66.9, 50.2), "--canny 230,260"),
+        OURS,
+    ),
+    "6": (OURS,),  # and a row for every --saliency-dir
+    "7": (Row("w/o CRF", None, labels="--no-crf"), OURS),
+    "pts": (),  # a row for every iteration
+}
+COLUMNS = {
+    "pooled @0.5": lambda numbers: 100 * numbers["mAP"]["pooled"]["0.5"],
+    "@0.7": lambda numbers: 100 * numbers["mAP"]["pooled"]["0.7"],
+    "per image @0.5": lambda numbers: 100 * numbers["mAP"]["per-image"]["0.5"],
+    "@0.7 ": lambda numbers: 100 * numbers["mAP"]["per-image"]["0.7"],
+    "exact count": lambda numbers: 100 * numbers["count"]["accuracy"],
+    "saliency F": lambda numbers: 100 * numbers["saliency"]["max_f"],
+    "saliency MAE": lambda numbers: 100 * numbers["saliency"]["mae"],
+}
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("tables", nargs="+", choices=TABLES, metavar="TABLE", help=f"any of {', '.join(TABLES)}")
+    parser.add_argument("--recipe", choices=RECIPES, default="paper", help="schedule of all stages")
+    add_data_arguments(parser, "runs/tables")
+    parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
+    parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
+                        help="saliency maps of other methods, or the ground truth's, for Table 6")  # fmt: skip
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    recipe = RECIPES[args.recipe]
+    maps = [Row(f"saliency of {name}", evaluate=("--saliency-dir", folder)) for name, folder in args.saliency_dir]
+    make_folder(args.out)
+    for table in args.tables:
+        measured = {}
+        for seed in args.seeds:
+            rows = [*TABLES[table], *(maps if table == "6" else ())]
+            todo = ((row, train_row(row, recipe, args, seed)) for row in rows)  # each is written before the next trains
+            for row, weights in pts_rows(recipe, args, seed) if table == "pts" else todo:
+                measured.setdefault(row, []).append(measure(row, weights, args))
+                text = format_table(table, measured, args)
+                (args.out / f"table{table}.md").write_text(text, encoding="utf-8")
+        print(text)
+
+
+def named_folder(argument):
+    """NAME=DIR -> (NAME, DIR)."""
+    name, _, folder = argument.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"{argument} is no NAME=DIR")
+    return name, folder
+
+
+def folder_name(*parts):
+    """A folder's name from option strings."""
+    return re.sub(r"\W+", "_", " ".join(("run", *parts))).strip("_")
+
+
+def share(base, run, stage, *depends_on):
+    """Let the run's stage live where every run of the same settings finds it."""
+    common = make_folder(base / "shared" / folder_name(stage, *depends_on))
+    if not (run / stage).exists():
+        (run / stage).symlink_to(common.resolve(), target_is_directory=True)
+
+
+def train_row(row, recipe, args, seed):
+    """Train what the row needs and no row before it has trained. Returns the file of its weights."""
+    base = args.out / f"seed{seed}"
+    labels_run = make_folder(base / folder_name("labels", row.labels))
+    share(base, labels_run, "cam")
+    labels = train_labels(recipe, args, labels_run, seed, row.labels)
+    rounds, per_round = recipe.rounds
+    epochs = recipe.epochs + (0 if row.pts else rounds * per_round)
+    out = make_folder(base / folder_name(row.labels, row.switches, "" if row.pts else "no PTS"))
+    share(base, out, "saliency", row.labels, str(epochs))
+    share(base, out, "branches", row.labels, row.switches)
+    train_saliency(recipe, args, out, seed, labels, epochs)
+    weights = train_both_branches(recipe, args, out, seed, labels, row.switches)
+    return train_progressively(recipe, args, out, seed, labels) if row.pts else weights
+
+
+def pts_rows(recipe, args, seed):
+    """[(Row, weights)] of the full model before PTS and after each of its iterations."""
+    final = train_row(OURS, recipe, args, seed)
+    net = load_weights(final.parent / "weights.pt")
+    found = [(Row("r = 0, before PTS"), final.parent / "weights.pt")]
+    for r in range(1, recipe.rounds[0] + 1):
+        folder = final.parent / "pts" / f"r{r}"
+        net.saliency.load_state_dict(checkpoint.load(folder / "weights.pt")["model"])
+        save_weights(net, folder / "network.pt", note=f"PTS, iteration {r}")
+        found.append((Row(f"r = {r}"), folder / "network.pt"))
+    return found
+
+
+def measure(row, weights, args):
+    """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them."""
+    kept = weights.with_name(folder_name(weights.stem, *row.evaluate) + ".json")
+    if not kept.exists() or kept.stat().st_mtime < weights.stat().st_mtime:
+        evaluate.main(["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--json", str(kept),
+                       *row.evaluate])  # fmt: skip
+    return json.loads(kept.read_text())
+
+
+def format_table(table, measured, args):
+    """measured: {Row: [summary of each seed]}. Returns Markdown: the mean over seeds, and ± half their range."""
+    command = f"python -m experiments.tables {table} --recipe {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
+    head = [f"Table {table}", "paper", *COLUMNS]
+    lines = [f"`{command}`", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(COLUMNS)]
+    for row, summaries in measured.items():
+        paper = "{} / {}".format(*row.paper) if row.paper else ""
+        cells = [_mean_and_spread([number(summary) for summary in summaries]) for number in COLUMNS.values()]
+        lines.append(f"| {row.name} | {paper} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(values):
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{mean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    run(main)
