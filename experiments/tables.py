@@ -1,6 +1,7 @@
-"""Train and evaluate the rows of Tables 2 to 7 (Sec. 4.4) and write each table as Markdown.
+"""Train and evaluate the rows of Tables 1 to 7 (Sec. 4.3, 4.4) and write each table as Markdown.
 
     python -m experiments.tables 2 6 --recipe cpu --data data/train --val data/val --seeds 0 1 --gpu -1
+    python -m experiments.tables 1 --recipe cpu ...               # the baselines that can be trained here
     python -m experiments.tables 6 --saliency-dir EGNet=maps/egnet ...    # maps of another method
 
 What a row shares with others (classifier, pseudo labels, saliency branch) is trained once. The saliency branch gets
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from statistics import mean
 
 import evaluate
+from experiments import prm
 from experiments.recipes import (
     RECIPES,
     add_data_arguments,
@@ -44,9 +46,12 @@ class Row:
 
 OURS = Row("ours", (68.3, 51.7))
 COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
+IRN = "--no-ca --no-be --no-lsu"
+PRM = Row("PRM, adapted", (49.6, 31.2), pts=False)
 TABLES = {
+    "1": (PRM, Row("IRN, adapted", (57.1, 37.4), IRN, pts=False), COMPONENTS, OURS),
     "2": (
-        Row("w/o CA, BE, PTS, L_su", (57.1, 37.4), "--no-ca --no-be --no-lsu", pts=False),
+        Row("w/o CA, BE, PTS, L_su", (57.1, 37.4), IRN, pts=False),
         Row("w/o CA", (64.3, 48.4), "--no-ca"),
         Row("w/o BE", (65.2, 48.9), "--no-be"),
         Row("w/o L_su", (62.1, 46.9), "--no-lsu"),
@@ -81,8 +86,8 @@ COLUMNS = {
     "per image @0.5": lambda numbers: 100 * numbers["mAP"]["per-image"]["0.5"],
     "@0.7 ": lambda numbers: 100 * numbers["mAP"]["per-image"]["0.7"],
     "exact count": lambda numbers: 100 * numbers["count"]["accuracy"],
-    "saliency F": lambda numbers: 100 * numbers["saliency"]["max_f"],
-    "saliency MAE": lambda numbers: 100 * numbers["saliency"]["mae"],
+    "saliency F": lambda numbers: 100 * numbers["saliency"]["max_f"] if numbers["saliency"] else None,
+    "saliency MAE": lambda numbers: 100 * numbers["saliency"]["mae"] if numbers["saliency"] else None,
 }
 
 
@@ -141,6 +146,8 @@ def train_row(row, recipe, args, seed):
     labels_run = make_folder(base / folder_name("labels", row.labels))
     share(base, labels_run, "cam")
     labels = train_labels(recipe, args, labels_run, seed, row.labels)
+    if row is PRM:
+        return labels_run / "cam" / "weights.pt"
     rounds, per_round = recipe.rounds
     epochs = recipe.epochs + (0 if row.pts else rounds * per_round)
     out = make_folder(base / folder_name(row.labels, row.switches, "" if row.pts else "no PTS"))
@@ -168,8 +175,13 @@ def measure(row, weights, args):
     """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them."""
     kept = weights.with_name(folder_name(weights.stem, *row.evaluate) + ".json")
     if not kept.exists() or kept.stat().st_mtime < weights.stat().st_mtime:
-        evaluate.main(["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--json", str(kept),
-                       *row.evaluate])  # fmt: skip
+        given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *row.evaluate]
+        if row is PRM:
+            found = weights.with_name("predictions.json")
+            prm.main(["--classifier", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--out", str(found),
+                      *RECIPES[args.recipe].cam.split()])  # fmt: skip
+            given = ["--pred", str(found), "--gt", args.val]
+        evaluate.main([*given, "--json", str(kept)])
     return json.loads(kept.read_text())
 
 
@@ -186,6 +198,8 @@ def format_table(table, measured, args):
 
 
 def _mean_and_spread(values):
+    if None in values:
+        return "-"
     spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
     return f"{mean(values):.1f}{spread}"
 

@@ -96,8 +96,8 @@ def instance_masks(maps, saliency, size, settings):
     """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
 
     maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
-    share of its own peak; its score is that of ``score_of``. Returns (masks bool [n',H,W], scores float32 [n'], kept int [n'],
-    the index of each into maps), best first; instances that end up smaller than ``smallest`` are dropped.
+    share of its own peak; its score is that of ``score_of``. Returns (masks bool [n',H,W], scores float32 [n'],
+    kept int [n'], the index of each into maps), best first; instances smaller than ``smallest`` are dropped.
     """
     empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
     if not len(maps):

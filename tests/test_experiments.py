@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
 import train_branches
 import train_pts
-from experiments import recipes, tables
+from experiments import prm, recipes, tables
+from models.classifier import Classifier
 
 
 @pytest.fixture
@@ -94,3 +97,35 @@ def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
     assert tables.measure(tables.OURS, weights, args) == tables.measure(tables.OURS, weights, args) == {"run": 1}
     assert tables.measure(tables.COMPONENTS, weights, args) == {"run": 2} and "components" in written[1]
     assert str(weights) in written[0] and "photographs" in written[0]
+
+
+def test_peaks_are_local_maxima_that_stand_out():
+    response = torch.zeros(9, 12)
+    response[2, 3], response[6, 8], response[6, 9], response[8, 0] = 1.0, 0.8, 0.7, 0.4
+    assert prm.find_peaks(response).tolist() == [[2, 3], [6, 8]]
+    assert len(prm.find_peaks(torch.zeros(4, 4))) == 0
+
+
+def test_every_peak_answers_to_its_own_side():
+    """With a classifier that looks at nothing but brightness, two bright places are two instances."""
+
+    class Bright(torch.nn.Module):
+        def class_maps(self, image):
+            coarse = torch.nn.functional.avg_pool2d(image.mean(1, keepdim=True), 8)
+            return torch.cat([coarse, coarse * 0 - 1], 1)
+
+    yy, xx = np.mgrid[:64, :96]
+    blobs = [255 * np.exp(-((yy - y) ** 2 + (xx - x) ** 2) / 150) for y, x in ((20, 22), (44, 70))]
+    image = np.repeat(np.maximum(*blobs)[..., None], 3, 2).astype(np.uint8)
+    masks, scores = prm.find_instances(Bright(), image, 64, torch.device("cpu"))
+    assert masks.shape == (2, 64, 96) and not masks.all(0).any() and (scores > 0).all()
+    places = sorted(tuple(np.argwhere(mask).mean(0)) for mask in masks)
+    assert np.abs(np.array(places) - [(20, 22), (44, 70)]).max() < 6
+
+
+def test_prm_runs_on_a_classifier_of_the_registry():
+    torch.manual_seed(0)
+    classifier = Classifier("mobilenetv2_100").eval().requires_grad_(False)
+    image = np.random.default_rng(0).integers(0, 255, (40, 56, 3)).astype(np.uint8)
+    masks, scores = prm.find_instances(classifier, image, 64, torch.device("cpu"))
+    assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1

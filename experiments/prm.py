@@ -1,0 +1,99 @@
+"""PRM, adapted to class-agnostic salient instances: a baseline of Table 1 (Zhou et al., CVPR 2018; Sec. 4.3).
+
+    python -m experiments.prm --classifier runs/mine/cam/weights.pt --backbone resnet50 --size 512 --data data/val \\
+        --out predictions.json
+
+The peaks of a classifier's response are taken for instances. What each peak answers to in the photograph, its peak
+response map, is the gradient of the response there; a pixel of the foreground belongs to the peak that answers to it
+most. The classes are merged by their maximum, where the paper trains a layer, and no masks are proposed from outside.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from tqdm import tqdm
+
+from datasets.images import read_image
+from datasets.masks import prediction_records
+from datasets.sources import read_ground_truth
+from datasets.training import resize, to_tensor
+from models.backbones import BACKBONES
+from models.classifier import Classifier
+from models.fusion import Fusion, instance_masks
+from utils import checkpoint
+from utils.cli import Help, run, select_device
+
+PEAK, FOREGROUND = 0.5, 0.3  # shares of the highest response: of a peak [PRM], of the foreground [IRN]
+BLUR = 2.0  # of a gradient, which is noise pixel by pixel, in pixels of the stride-4 grid
+
+
+def find_peaks(response):
+    """The local maxima, in 3x3, of at least PEAK times the highest: response [h,w] >= 0 -> (y, x) int [n,2]."""
+    highest = F.max_pool2d(response[None, None], 3, stride=1, padding=1)[0, 0]
+    return ((response == highest) & (response >= PEAK * response.max()) & (response > 0)).nonzero()
+
+
+def peak_response_maps(classifier, image):
+    """What each peak answers to.
+
+    image: RGB [1,3,S,S] in 0..1. Returns (maps [n,S/4,S/4], one a peak, each a share of its own maximum; the merged
+    response [S/4,S/4] in 0..1). n is 0 when no class responds at all.
+    """
+    image = image.clone().requires_grad_()
+    maps = classifier.class_maps(image)[0]
+    probability = maps.mean((1, 2)).sigmoid()
+    response, of_class = (maps.relu() * probability[:, None, None]).max(0)
+    found = []
+    for y, x in find_peaks(response.detach()):
+        gradient = torch.autograd.grad(maps[of_class[y, x], y, x], image, retain_graph=True)[0]
+        coarse = F.avg_pool2d(gradient.abs().sum(1, keepdim=True), 4)[0, 0]
+        found.append(ndimage.gaussian_filter(coarse.cpu().numpy(), BLUR))
+    grid = tuple(side // 4 for side in image.shape[-2:])
+    response = F.interpolate(response.detach()[None, None], grid, mode="bilinear", align_corners=False)[0, 0]
+    found = np.stack(found) if found else np.zeros((0, *grid), np.float32)
+    peaks = found.max((1, 2), keepdims=True, initial=0).clip(1e-12)
+    return torch.from_numpy(found / peaks), (response / response.max().clamp(min=1e-6)).cpu()
+
+
+def find_instances(classifier, image, size, device):
+    """uint8 RGB [H,W,3] -> (masks bool [n,H,W], scores float32 [n]), best first."""
+    inputs = to_tensor(resize(image, size))[None].to(device)
+    maps, response = peak_response_maps(classifier, inputs)
+    owner = maps.argmax(0) if len(maps) else None
+    foreground = response > FOREGROUND
+    parts = [foreground & (owner == n) for n in range(len(maps))]
+    soft = torch.stack(parts).float() if parts else maps.float()
+    return instance_masks(soft, response, image.shape[:2], Fusion(background=0.5))[:2]
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(prog="python -m experiments.prm", description=__doc__, formatter_class=Help)
+    parser.add_argument("--classifier", type=Path, required=True, help="cam/weights.pt of a run")
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="that of the classifier")
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16)
+    parser.add_argument("--size", type=int, default=512, help="input square, pixels")
+    parser.add_argument("--data", required=True, metavar="PATH[@SPLIT]", help="photographs with instance masks")
+    parser.add_argument("--out", type=Path, default=Path("predictions.json"), help="COCO result records")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    device = select_device(args.gpu)
+    classifier = Classifier(args.backbone, args.output_stride)
+    classifier.load_state_dict(checkpoint.load(args.classifier)["model"])
+    classifier.to(device).eval().requires_grad_(False)
+    records = []
+    for sample in tqdm(read_ground_truth(args.data), "PRM", unit="img", mininterval=2):
+        masks, scores = find_instances(classifier, read_image(sample.path), args.size, device)
+        records += prediction_records(sample.stem, masks, scores)
+    checkpoint.save_json(records, args.out)
+
+
+if __name__ == "__main__":
+    run(main)
