@@ -29,7 +29,7 @@ class Fusion:
     power: float = 10.0
     steps: int = 256
     salient: float = 0.5
-    background: float = 0.65
+    background: float = 0.5
     smallest: float = 0.01
 
 
