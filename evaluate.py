@@ -64,8 +64,8 @@ def get_args_parser():
     model.add_argument("--data", metavar="PATH[@SPLIT]", help="photographs with instance masks, see README")
     model.add_argument("--weights", type=Path, metavar="FILE", help="without it those infer.py takes")
     model.add_argument("--gpu", type=int, default=-1, metavar="N", help="CUDA device, -1 for the CPU")
-    model.add_argument("--method", choices=("wsid", "components"), default="wsid",
-                       help="the method, or the connected components of its saliency map")  # fmt: skip
+    model.add_argument("--method", choices=("wsid", "sinks", "components"), default="wsid",
+                       help="as for infer.py; components of the saliency map are the baseline")  # fmt: skip
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument("--save-pred", type=Path, metavar="FILE", help="write the predictions as COCO results")
 

@@ -71,12 +71,14 @@ class Prediction:
 class Maps(NamedTuple):
     """What the network says of one photograph, float32 on the stride-4 grid: S [h,w], B [h,w], V [2,h,w].
 
-    ready: the CUDA event after which they hold their values, None on the CPU.
+    count: the number of objects, a scalar, 0 when the network does not tell it. ready: the CUDA event after which they
+    hold their values, None on the CPU.
     """
 
     saliency: torch.Tensor
     boundary: torch.Tensor
     offsets: torch.Tensor
+    count: torch.Tensor
     ready: Any = None
 
 
@@ -93,7 +95,8 @@ class Predictor:
     """Trained weights, ready to be asked.
 
     weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
-    method: "wsid", the fusion of the paper, or "components", the connected components of S: the baseline.
+    method: "wsid"; "sinks", the centroids as the paper finds them, whatever the number of objects may be; or
+    "components", the connected components of S: the baseline.
     settings: a models.fusion.Fusion. amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
     Raises InputError when the weights cannot be used.
 
@@ -101,6 +104,7 @@ class Predictor:
     ``instances``, may each run in a thread of their own.
     """
 
+    METHODS = ("wsid", "sinks", "components")
     AMP = ("auto", "bf16", "off")
 
     def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, amp="auto"):
@@ -171,7 +175,8 @@ class Predictor:
             if self.method == "components":
                 soft, centroids = connected_components(s.cpu().numpy(), self.settings)
             else:
-                soft, centroids = fuse(s, b, v, self.settings)
+                count = 0 if self.method == "sinks" else int(maps.count)
+                soft, centroids = fuse(s, b, v, self.settings, count)
             masks, scores, kept = instance_masks(soft, s, size, self.settings)
             s, b, v = (m.cpu().numpy() for m in (s, b, v))
         height, width = size
@@ -187,8 +192,8 @@ def get_args_parser():
     parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 is the CPU")
     parser.add_argument("--saliency-dir", type=Path, help="<stem>.png maps that replace the saliency branch (Table 6)")
-    parser.add_argument("--method", choices=("wsid", "components"), default="wsid",
-                        help="the paper's fusion, or the connected components of S")  # fmt: skip
+    parser.add_argument("--method", choices=Predictor.METHODS, default="wsid",
+                        help="how instances are told apart; components of S are the baseline")  # fmt: skip
     parser.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
     parser.add_argument("--batch-size", type=int, help="photographs per pass; default: 16 on a GPU, 2 on the CPU")
     parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()),

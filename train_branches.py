@@ -110,7 +110,7 @@ def net_config(args):
     return NetConfig(
         backbone=args.backbone, output_stride=args.output_stride, size=args.size, channels=args.channels,
         mixing=not (args.no_ca or args.no_cfm), attention="none" if args.no_ca else args.ma,
-        enhancement=not args.no_be, canny=args.canny,
+        enhancement=not args.no_be, canny=args.canny, counting=not args.no_lsu,
     )  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def train_branches(args, samples, device):
 
     def losses(model, batch, progress):
         maps = model(batch["image"], edges_of(batch["image"], args.canny))
-        boundary, offsets = (m.float() for m in maps)  # the losses are too fine for bfloat16
+        boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
         grid = boundary.shape[-2:]
         classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()
         pairs = pair_labels(classes, args.radius)
@@ -260,26 +260,40 @@ def train_branches(args, samples, device):
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
                 "counted_weight")  # fmt: skip
 
-    def settle_constant(model):
-        if args.no_lsu or not args.counted_weight:  # counted instances have settled it
-            model.centroid.mean_offset.copy_(mean_offset(model, dataset, args, device))
+    def finish(model):
+        if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
+            model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
+        if model.counting:
+            fit_count(model, samples, args, device)
 
     run_stage(
-        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, settle_constant
+        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, finish
     )  # fmt: skip
 
 
 @torch.no_grad()
-def mean_offset(model, dataset, args, device):
+def mean_offset(model, samples, args, device):
     """The mean of V over the training set: L_V fixes V only up to a constant [IRN]. Returns [1,2,1,1]."""
     model.eval()
     model.centroid.mean_offset.zero_()
-    chosen = dataset.samples[:: max(1, len(dataset.samples) // 500)]  # 500 photographs fix two numbers well enough
+    chosen = samples[:: max(1, len(samples) // 500)]  # 500 photographs fix two numbers well enough
     total = torch.zeros(1, 2, 1, 1, device=device)
     for sample in tqdm(chosen, desc="mean offset", mininterval=2):
         inputs = network_input(load_square(sample.path, args.size), args.canny, device)
         total += model(*inputs)[1].mean((2, 3), keepdim=True)
     return total / len(chosen)
+
+
+@torch.no_grad()
+def fit_count(model, samples, args, device):
+    """Teach the count head the labels of all photographs that have one."""
+    model.eval()
+    counted = [sample for sample in samples if sample.count]
+    pooled = []
+    for sample in tqdm(counted, desc="count", mininterval=2):
+        image = to_tensor(load_square(sample.path, args.size))[None].to(device)
+        pooled.append(model.counting.pool(model.backbone(image)))
+    model.counting.fit(torch.cat(pooled), torch.tensor([sample.count for sample in counted], device=device))
 
 
 def train_saliency(args, samples, device):

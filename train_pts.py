@@ -117,8 +117,9 @@ def make_labels(net, samples, folder, args, device):
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
-            maps = [m[0].float().cpu().numpy() for m in maps]
-            pool.submit(write_label, labels, sample.stem, square, *maps, first_label(sample, args), args.keep)
+            *maps, count = (m[0].float().cpu().numpy() for m in maps)
+            given = (int(count), first_label(sample, args), args.keep)
+            pool.submit(write_label, labels, sample.stem, square, *maps, *given)
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]
@@ -139,7 +140,7 @@ def is_tried(labels, stem):
     return (labels / f"{stem}.png").exists() or (labels / f"{stem}.none").exists()
 
 
-def write_label(labels, stem, image, saliency, boundary, offsets, first, keep):
+def write_label(labels, stem, image, saliency, boundary, offsets, count, first, keep):
     """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none.
 
     first: the PNG of its first pseudo mask, or None for Algorithm 1 to the letter.
@@ -148,7 +149,7 @@ def write_label(labels, stem, image, saliency, boundary, offsets, first, keep):
     maps = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     if first is not None:
         first = resize(read_map(first), image.shape[0]) / 255
-    label = pseudo_label(image, *maps, Fusion(), first, keep)
+    label = pseudo_label(image, *maps, count, Fusion(), first, keep)
     if label is None:
         (labels / f"{stem}.none").touch()
     else:

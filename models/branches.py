@@ -6,6 +6,7 @@ from torch import nn
 
 from models.attention import CrossLayerAttention, conv_block
 from models.backbones import Backbone
+from models.counting import CountHead
 from models.enhancement import BoundaryEnhancement
 
 
@@ -52,27 +53,32 @@ class BoundaryCentroidNet(nn.Module):
     """The boundary and the centroid branch on their common backbone, joined by the CA module (Fig. 2).
 
     channels: width of f', f'' and f* (256 in the paper). mixing, attention: see CrossLayerAttention.
-    enhancement: whether the boundary branch sees fb1, fb2; canny: see BoundaryEnhancement.
+    enhancement: whether the boundary branch sees fb1, fb2; canny: see BoundaryEnhancement. counting: whether it
+    tells the number of objects (CountHead).
     """
 
     def __init__(self, backbone, output_stride=16, channels=256, *, mixing=True, attention="parallel",
-                 enhancement=True, canny="auto"):  # fmt: skip
+                 enhancement=True, canny="auto", counting=True):  # fmt: skip
         super().__init__()
         self.backbone = Backbone(backbone, output_stride)
         self.attention = CrossLayerAttention(self.backbone.channels, channels, mixing=mixing, attention=attention)
         self.enhancement = BoundaryEnhancement(canny=canny) if enhancement else None
         self.boundary = BoundaryBranch(channels, 32 if enhancement else 0)
         self.centroid = CentroidBranch(channels)
+        self.counting = CountHead(sum(self.backbone.channels[3:])) if counting else None
 
     def forward(self, image, edges):
         """image: RGB [N,3,H,W] in 0..1; edges: Canny map [N,1,H,W].
 
-        Returns B [N,1,H/4,W/4] in 0..1 and V [N,2,H/4,W/4] in stride-4 pixels.
+        Returns B [N,1,H/4,W/4] in 0..1, V [N,2,H/4,W/4] in stride-4 pixels, and the number of salient objects [N],
+        1 or more, or 0 when it is not told.
         """
         grid = tuple(-(-side // 4) for side in image.shape[-2:])
-        for_boundary, for_centroid = self.attention(self.backbone(image), grid)
+        features = self.backbone(image)
+        for_boundary, for_centroid = self.attention(features, grid)
         enhanced = self.enhancement(image, edges) if self.enhancement else ()
-        return self.boundary(for_boundary, enhanced), self.centroid(for_centroid)
+        count = self.counting(features) if self.counting else image.new_zeros(len(image))
+        return self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count
 
 
 class SaliencyNet(nn.Module):

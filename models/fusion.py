@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
+from models.counting import divide
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fusion:
     sink: float = 2.5
     region: str = "salient"
     radius: int = 5
-    power: float = 10.0
+    power: float = 5.0
     steps: int = 256
     salient: float = 0.5
     background: float = 0.5
@@ -75,16 +76,38 @@ def connected_components(saliency, settings):
     return keep[:, None, None] == labels, centroids
 
 
-def fuse(saliency, boundary, offsets, settings):
+def counted_clusters(saliency, offsets, count, settings):
+    """The salient region in ``count`` parts, by where its pixels point to [ours].
+
+    Where the field has formed, its sinks are the centroids (``find_clusters``). Long before that the places p + V(p)
+    draw together, and knowing their number, k-means finds the groups. Components stay apart; the largest are divided.
+    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; count: 1 or more. Returns as ``salient_clusters``; a
+    centroid is the mean place that a cluster points to.
+    """
+    labels, found = ndimage.label(saliency > settings.salient)
+    parts = [np.argwhere(labels == k) for k in range(1, found + 1)]
+    parts = divide([part for part in parts if len(part) >= settings.smallest * labels.size], count, offsets)
+    clusters = np.zeros((len(parts), *labels.shape), bool)
+    for cluster, (y, x) in zip(clusters, (part.T for part in parts), strict=True):
+        cluster[y, x] = True
+    centroids = [(part + offsets[:, part[:, 0], part[:, 1]].T).mean(0) for part in parts]
+    return clusters, np.array(centroids).reshape(-1, 2)
+
+
+def fuse(saliency, boundary, offsets, settings, count=0):
     """One soft map per salient instance: SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
 
-    saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid.
+    saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid. count: the number of
+    objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does.
     Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
     """
     seen = saliency.cpu().numpy()
-    region = seen > settings.salient if settings.region == "salient" else None
-    labels, centroids = find_clusters(offsets, settings.sink, region)
-    clusters, centroids = salient_clusters(labels, seen, centroids, settings)
+    if count:
+        clusters, centroids = counted_clusters(seen, offsets.cpu().numpy(), count, settings)
+    else:
+        region = seen > settings.salient if settings.region == "salient" else None
+        labels, centroids = find_clusters(offsets, settings.sink, region)
+        clusters, centroids = salient_clusters(labels, seen, centroids, settings)
     if not len(clusters):
         return saliency.new_zeros(0, *saliency.shape), centroids
     start = torch.from_numpy(clusters).to(saliency) * saliency * (1 - boundary)

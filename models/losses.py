@@ -4,9 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from scipy.cluster.vq import kmeans2
 
 import ops
+from models.counting import divide
 from utils.distributed import mean_over_processes
 
 IGNORE = 255
@@ -111,8 +111,7 @@ def counted_instances(classes, count, smallest=0.005):
     """The photograph's objects in as many parts as the count label says [ours].
 
     Parts are the connected components of each class: touching objects of two classes are two. Where there are too
-    many, the largest T stay; where there are too few, those with the most pixels per object are divided by k-means
-    of the pixels' places, so that each part holds about as much as another.
+    many, the largest T stay; where there are too few, they are divided (``models.counting.divide``).
 
     classes: int64 [H,W], 0 background, 1..20 class, 255 undecided; count: T; smallest: share of the image below which
     a component is noise. Returns int64 [H,W], 0 elsewhere and 1..n in the parts; n is T, or 0 without any component.
@@ -123,26 +122,10 @@ def counted_instances(classes, count, smallest=0.005):
         labels, found = ndimage.label(classes == name)
         parts += [np.argwhere(labels == k) for k in range(1, found + 1)]
     parts = sorted((part for part in parts if len(part) >= smallest * classes.size), key=len, reverse=True)[:count]
-    shares = [1] * len(parts)
-    while parts and sum(shares) < count:
-        shares[max(range(len(parts)), key=lambda k: len(parts[k]) / shares[k])] += 1
-    divided = [piece for part, share in zip(parts, shares, strict=True) for piece in _divide(part, share)]
     instances = np.zeros(classes.shape, np.int64)
-    for number, piece in enumerate(divided, 1):
+    for number, piece in enumerate(divide(parts, count), 1):
         instances[piece[:, 0], piece[:, 1]] = number
     return torch.from_numpy(instances)
-
-
-def _divide(place, share):
-    """Pixels [M,2] in ``share`` compact groups: k-means that starts from even steps along the longest axis."""
-    if share == 1:
-        return [place]
-    points = place - place.mean(0)
-    axis = np.linalg.eigh(points.T @ points)[1][:, -1]
-    order = np.argsort(points @ axis, kind="stable")
-    start = points[order[((np.arange(share) + 0.5) / share * len(points)).astype(int)]]
-    group = kmeans2(points, start, minit="matrix", missing="warn")[1]
-    return [place[group == k] for k in range(share) if (group == k).any()]
 
 
 def counted_centroid_loss(offsets, classes, counts):

@@ -21,16 +21,17 @@ def refresh(previous, current, iteration):
     }
 
 
-def pseudo_label(image, saliency, boundary, offsets, settings, first=None, keep=0.0):
+def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None, keep=0.0):
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
-    image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid.
+    image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid; count: as in
+    ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
     know; keep: its share in what the CRF starts from [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
-    maps, _ = fuse(saliency, boundary, offsets, settings)
+    maps, _ = fuse(saliency, boundary, offsets, settings, count)
     masks, _, _ = instance_masks(maps, saliency, image.shape[:2], settings)
     if not len(masks):
         return None

@@ -16,6 +16,7 @@ class NetConfig:
 
     size: the input square in pixels. channels: width of the CA module and the ASPP. mixing: the CFM unit;
     attention: the MA unit, "parallel", "s-c", "c-s" or "none"; enhancement: the BE module; canny: its edges.
+    counting: whether it tells the number of objects.
     """
 
     backbone: str = "resnet50"
@@ -26,11 +27,12 @@ class NetConfig:
     attention: str = "parallel"
     enhancement: bool = True
     canny: str = "auto"
+    counting: bool = True
 
     def boundary_centroid_net(self):
         return BoundaryCentroidNet(
             self.backbone, self.output_stride, self.channels, mixing=self.mixing, attention=self.attention,
-            enhancement=self.enhancement, canny=self.canny,
+            enhancement=self.enhancement, canny=self.canny, counting=self.counting,
         )  # fmt: skip
 
     def saliency_net(self):
@@ -38,7 +40,7 @@ class NetConfig:
 
 
 class WSIDNet(nn.Module):
-    """S, B and V of a batch of images."""
+    """S, B, V and the number of objects of a batch of images."""
 
     def __init__(self, config):
         super().__init__()
@@ -49,10 +51,11 @@ class WSIDNet(nn.Module):
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
 
-        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid.
+        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the number of
+        objects [N], 0 where it is not told.
         """
-        boundary, offsets = self.branches(image, edges)
-        return self.saliency(image)[:, 0], boundary[:, 0], offsets
+        boundary, offsets, count = self.branches(image, edges)
+        return self.saliency(image)[:, 0], boundary[:, 0], offsets, count
 
 
 def save_weights(net, path, note=""):
