@@ -66,6 +66,7 @@ def get_args_parser():
     model.add_argument("--gpu", type=int, default=-1, metavar="N", help="CUDA device, -1 for the CPU")
     model.add_argument("--method", choices=("wsid", "sinks", "components"), default="wsid",
                        help="as for infer.py; components of the saliency map are the baseline")  # fmt: skip
+    model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument("--save-pred", type=Path, metavar="FILE", help="write the predictions as COCO results")
 
@@ -111,11 +112,12 @@ def measure_files(args, gt_masks):
 
 def measure_weights(args, gt_masks, photographs):
     """Run the network on every photograph that has a mask and measure what it finds; returns a Method."""
-    from infer import Predictor, default_batch_size, process  # here, because evaluating files needs no network
+    import infer  # here, because evaluating files needs no network
 
     _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
     device = select_device(args.gpu)
-    predictor = Predictor(args.weights, device, method=args.method)
+    settings = infer.read_fusion(args.fusion or [])
+    predictor = infer.Predictor(args.weights, device, method=args.method, settings=settings)
 
     def finish(path, image, prediction):
         gt = gt_masks[path.stem].read()
@@ -126,7 +128,7 @@ def measure_weights(args, gt_masks, photographs):
     method, records = Method(f"{predictor.weights.stem} ({args.method})"), []
     workers = min(4, torch.get_num_threads())
     paths = [photographs[stem] for stem in gt_masks]
-    measured = process(paths, predictor, finish, default_batch_size(device), workers, args.saliency_dir)
+    measured = infer.process(paths, predictor, finish, infer.default_batch_size(device), workers, args.saliency_dir)
     for result in tqdm(measured, "evaluate", len(paths), unit="img", disable=None):
         if isinstance(result, InputError):
             raise result
@@ -145,7 +147,7 @@ def _check_options(args):
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    strangers = ("weights", "saliency_dir", "save_pred") if args.pred else ("gt", "saliency_pred", "images")
+    strangers = ("weights", "saliency_dir", "save_pred", "fusion") if args.pred else ("gt", "saliency_pred", "images")
     for name in strangers:
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"

@@ -194,6 +194,8 @@ def get_args_parser():
     parser.add_argument("--saliency-dir", type=Path, help="<stem>.png maps that replace the saliency branch (Table 6)")
     parser.add_argument("--method", choices=Predictor.METHODS, default="wsid",
                         help="how instances are told apart; components of S are the baseline")  # fmt: skip
+    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="settings of models.fusion.Fusion, such as power=10 background=0.25")  # fmt: skip
     parser.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
     parser.add_argument("--batch-size", type=int, help="photographs per pass; default: 16 on a GPU, 2 on the CPU")
     parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()),
@@ -211,7 +213,7 @@ def main(argv=None):
         raise InputError("--batch-size and --workers must be 1 or more")
     paths = list_images(args.img)
     unique_stems(paths)
-    predictor = Predictor(args.weights, device, method=args.method, amp=args.amp)
+    predictor = Predictor(args.weights, device, method=args.method, settings=read_fusion(args.fusion), amp=args.amp)
     make_folder(args.out)
     if distributed.is_first():
         print(f"weights: {predictor.weights}")
@@ -238,6 +240,14 @@ def main(argv=None):
     if failed and len(failed) == len(paths):
         return 2
     return 1 if failed else 0
+
+
+def read_fusion(arguments):
+    """Fusion.of what --fusion was given; InputError for what it does not know."""
+    try:
+        return Fusion.of(arguments)
+    except ValueError as error:
+        raise InputError(f"--fusion {' '.join(arguments)}: {error}") from error
 
 
 def default_batch_size(device):

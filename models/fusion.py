@@ -1,6 +1,6 @@
 """Fusion: saliency, boundary and offsets to one soft map per salient instance (Sec. 3.1.1, 4.2; Fig. 2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -32,6 +32,18 @@ class Fusion:
     salient: float = 0.5
     background: float = 0.5
     smallest: float = 0.01
+
+    @classmethod
+    def of(cls, arguments):
+        """The settings with those of ["NAME=VALUE", ...] changed; ValueError for one that is none."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        given = {}
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            if name not in kinds:
+                raise ValueError(f"{name} is no setting of the fusion; there are {', '.join(kinds)}")
+            given[name] = kinds[name](value)
+        return cls(**given)
 
 
 def find_clusters(offsets, sink=2.5, region=None):

@@ -6,7 +6,7 @@ import torch
 
 from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
-from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks
+from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks, score_of
 from models.pts import pseudo_label
 
 HEIGHT, WIDTH = 32, 48
@@ -47,6 +47,48 @@ def test_touching_objects_are_told_apart_by_their_centroids():
         assert np.abs(found - centre).sum(1).min() < 1
     components, _ = connected_components(saliency, Fusion())
     assert len(components) == 1, "one connected component: what the centroids are for"
+
+
+@pytest.mark.parametrize("formed", [1.0, 0.5])
+def test_a_number_of_objects_parts_the_region_before_the_offsets_have_formed(formed):
+    """Half as long as they should be, the offsets have one sink between the two objects; their groups are two."""
+    saliency, boundary, offsets, truth = scene()
+    maps, centroids = fuse(saliency, boundary, formed * offsets, Fusion(), count=2)
+    masks, _, _ = instance_masks(maps, saliency, (128, 192), Fusion())
+    truth = truth.repeat(4, 1).repeat(4, 2)
+    assert len(masks) == 2 and min(max(iou(mask, t) for t in truth) for mask in masks) > 0.85
+    for centre in CENTRES:
+        assert np.abs(centroids - centre).sum(1).min() < 1.5
+    assert len(fuse(saliency, boundary, offsets, Fusion(), count=1)[0]) == 1
+    assert len(fuse(saliency * 0, boundary, offsets, Fusion(), count=3)[0]) == 0
+
+
+def test_components_are_never_joined_for_a_number():
+    saliency, boundary, offsets, truth = scene()
+    saliency[:, 22:24] = 0  # apart
+    assert len(fuse(saliency, boundary, offsets, Fusion(), count=1)[0]) == 2
+    parts = fuse(saliency, boundary, offsets * 0, Fusion(), count=3)[0]
+    assert len(parts) == 3, "the larger of the two is divided"
+
+
+def test_settings_by_name():
+    assert Fusion.of([]) == Fusion()
+    assert Fusion.of(["power=10", "steps=64", "region=image"]) == Fusion(power=10.0, steps=64, region="image")
+    for wrong in ("strength=3", "steps=many", "power"):
+        with pytest.raises(ValueError):
+            Fusion.of([wrong])
+
+
+def test_scores_know_an_object_from_a_part_and_from_a_blur():
+    saliency = torch.zeros(32, 48)
+    saliency[8:24, 8:24] = 0.9
+    whole, half = np.zeros((128, 192), bool), np.zeros((128, 192), bool)
+    whole[32:96, 32:96], half[32:96, 32:64] = True, True
+    sure = score_of(whole, saliency.numpy())
+    assert 0.7 < sure < 0.82, "0.9 times a fall of nearly 0.9"
+    assert score_of(half, saliency.numpy()) < 0.85 * sure
+    assert score_of(whole, np.full((32, 48), 0.9, np.float32)) == pytest.approx(1e-3), "nothing falls"
+    assert score_of(whole, 0.5 * saliency.numpy()) == pytest.approx(sure / 4, rel=0.01)
 
 
 def test_every_pixel_has_a_cluster():
@@ -121,13 +163,13 @@ def test_pseudo_label_is_the_union_of_instances():
     image = np.full((128, 192, 3), 60, np.uint8)
     union = truth.any(0).repeat(4, 0).repeat(4, 1)
     image[union] = 180
-    label = pseudo_label(image, saliency, boundary, offsets, Fusion())
+    label = pseudo_label(image, saliency, boundary, offsets, 0, Fusion())
     assert iou(label > 0.5, union) > 0.95
-    assert pseudo_label(image, saliency * 0, boundary, offsets, Fusion()) is None
+    assert pseudo_label(image, saliency * 0, boundary, offsets, 0, Fusion()) is None
     # The first pseudo mask, which saw one object only, takes the other one out when it has most of the say.
     one = truth[0].repeat(4, 0).repeat(4, 1)
-    kept = pseudo_label(image, saliency, boundary, offsets, Fusion(), first=one.astype(np.float32), keep=0.9)
+    kept = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0.9)
     other = truth[1].repeat(4, 0).repeat(4, 1)
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
-    alone = pseudo_label(image, saliency, boundary, offsets, Fusion(), first=one.astype(np.float32), keep=0)
+    alone = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
