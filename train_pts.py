@@ -69,14 +69,15 @@ def main(argv=None):
     previous = clone(net.saliency.state_dict())
     for r in range(1, args.iters + 1):
         folder = make_folder(args.out / "pts" / f"r{r}")
+        config = config_of(args, samples, net)
         if distributed.is_first():
-            checkpoint.claim(folder, config_of(args, samples, net))
+            checkpoint.claim(folder, config)
         finished = folder / "weights.pt"
         if finished.exists():
             current = checkpoint.load(finished, device)["model"]
         else:
             labelled = make_labels(net, samples, folder, args, device)
-            train_iteration(net, labelled, folder, args, device, r)
+            train_iteration(net, labelled, folder, args, config, device, r)
             current = refresh(previous, net.saliency.state_dict(), r)
             if distributed.is_first():
                 checkpoint.save({"model": current}, finished)
@@ -156,7 +157,7 @@ def write_label(labels, stem, image, saliency, boundary, offsets, count, first, 
         checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / f"{stem}.png")
 
 
-def train_iteration(net, samples, folder, args, device, r):
+def train_iteration(net, samples, folder, args, config, device, r):
     """Lines 2-4 of Algorithm 1: E epochs of the saliency branch on the labels of this iteration, in place."""
     net.saliency.backbone.freeze(args.freeze)
     maps = {"pseudo_saliency": folder / "labels" / "saliency"}
@@ -167,7 +168,7 @@ def train_iteration(net, samples, folder, args, device, r):
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             net.saliency, dataset, saliency_losses, schedule, folder=folder,
-            config=config_of(args, samples, net), device=device, writer=writer, show=show, name=f"pts r{r}",
+            config=config, device=device, writer=writer, show=show, name=f"pts r{r}",
         )  # fmt: skip
 
 

@@ -411,7 +411,7 @@ def model(monkeypatch):
     seen = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
-        def __init__(self, weights, device, method="wsid"):
+        def __init__(self, weights, device, method="wsid", settings=None):
             seen.created.append((weights, device.type, method))
             self.weights = weights or Path("bundled.pt")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import make_data, python
 
+import train_pts
 from datasets.training import ResumableSampler, TrainingImages, read_samples
 from utils import checkpoint
 from utils.cli import InputError
@@ -115,6 +116,24 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
     assert same_weights(out / "weights_pts.pt", trained / "weights_pts.pt")
     for name in (trained / "pts" / "r3" / "labels" / "saliency").iterdir():
         assert name.read_bytes() == (out / "pts" / "r3" / "labels" / "saliency" / name.name).read_bytes()
+
+
+def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_path, monkeypatch):
+    out, calls, real = tmp_path / "run", [], train_pts.pseudo_label
+    out.mkdir()
+    shutil.copy(trained / "weights.pt", out)
+    shutil.copytree(trained / "labels", out / "labels")
+
+    def blind_to_the_first(*args):
+        calls.append(args)
+        return None if len(calls) == 1 else real(*args)
+
+    monkeypatch.setattr(train_pts, "pseudo_label", blind_to_the_first)
+    options = [*PTS, "--iters", "1", "--workers", "0"]
+    train_pts.main(["--data", str(data), "--out", str(out), *options])
+    labels = out / "pts" / "r1" / "labels" / "saliency"
+    assert len(list(labels.glob("*.none"))) == 1 and len(list(labels.glob("*.png"))) == len(calls) - 1
+    assert (out / "weights_pts.pt").exists()
 
 
 def test_labels_of_another_run_and_of_another_backbone(trained, data, tmp_path):

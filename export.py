@@ -1,0 +1,62 @@
+"""Export the network part, S, B, V and the number of objects of a batch of photographs, with torch.export.
+
+    python export.py --out wsid.pt2                          # the weights infer.py would take
+    python export.py --weights runs/mine/weights_pts.pt --out wsid.pt2
+
+The file runs without this repository: torch.export.load("wsid.pt2").module()(image, edges), with image RGB
+[N,3,size,size] in 0..1 and edges its Canny map [N,1,size,size] in 0 or 1 (models.enhancement.canny_edges), any N. What
+it returns is compared with the network's own answer before the file is named.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from infer import Predictor
+from utils.cli import Help, InputError, run
+
+
+def export_network(net):
+    """A WSIDNet in evaluation mode as a torch.export.ExportedProgram, for any batch size from 1."""
+    size = net.config.size
+    image, edges = torch.rand(2, 3, size, size), torch.zeros(2, 1, size, size)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    return torch.export.export(net, (image, edges), dynamic_shapes=(batch, batch))
+
+
+def difference(net, program):
+    """The largest difference between the network and what was exported of it, on a batch of three."""
+    size = net.config.size
+    generator = torch.Generator().manual_seed(0)
+    image, edges = (torch.rand(3, channels, size, size, generator=generator) for channels in (3, 1))
+    edges = (edges > 0.9).float()
+    pairs = zip(net(image, edges), program.module()(image, edges), strict=True)
+    return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument("--out", type=Path, default=Path("wsid.pt2"), help="file to write")
+    return parser
+
+
+@torch.no_grad()
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    net = Predictor(args.weights).net
+    program = export_network(net)
+    try:
+        torch.export.save(program, args.out)
+        program = torch.export.load(args.out)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot write {args.out} ({error}); choose another --out") from error
+    error = difference(net, program)
+    if not error < 1e-4:
+        raise RuntimeError(f"{args.out} differs from the network by {error:.1e}")
+    print(f"{args.out} (differs from the network by {error:.1e} at most)")
+
+
+if __name__ == "__main__":
+    run(main)

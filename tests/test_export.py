@@ -1,0 +1,36 @@
+"""The exported network against the network."""
+
+import pytest
+import torch
+from conftest import python
+
+from export import difference, export_network
+from models.wsid_net import NetConfig, WSIDNet, save_weights
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=16)).eval()
+
+
+def test_export_equals_the_network_for_any_batch(net):
+    with torch.no_grad():
+        program = export_network(net)
+        assert difference(net, program) < 1e-5
+        image, edges = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
+        for ours, theirs in zip(net(image, edges), program.module()(image, edges), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        other = WSIDNet(net.config).eval()
+        assert difference(other, program) > 1e-3, "the comparison sees a difference"
+
+
+def test_exported_file_runs_alone(net, tmp_path):
+    save_weights(net, tmp_path / "weights.pt")
+    done = python("export.py", "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2")
+    assert done.returncode == 0 and "differs from the network by" in done.stdout, done.stderr
+    program = torch.export.load(tmp_path / "net.pt2")
+    saliency, boundary, offsets, count = program.module()(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))
+    assert saliency.shape == boundary.shape == (2, 16, 16) and offsets.shape == (2, 2, 16, 16) and count.shape == (2,)
+    done = python("export.py", "--weights", tmp_path / "weights.pt", "--out", tmp_path / "absent" / "net.pt2")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: cannot write")
