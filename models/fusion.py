@@ -20,7 +20,7 @@ class Fusion:
     region: "salient" looks for centroids among the salient pixels, "image" everywhere.
     radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
     background: share of an instance's peak below which a pixel is background. smallest: share of the image
-    under which an instance is dropped.
+    under which an instance is dropped; unsure: score under which it is.
     """
 
     theta: float = 0.5
@@ -32,6 +32,7 @@ class Fusion:
     salient: float = 0.5
     background: float = 0.5
     smallest: float = 0.01
+    unsure: float = 0.1
 
     @classmethod
     def of(cls, arguments):
@@ -132,7 +133,7 @@ def instance_masks(maps, saliency, size, settings):
 
     maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
     share of its own peak; its score is that of ``score_of``. Returns (masks bool [n',H,W], scores float32 [n'],
-    kept int [n'], the index of each into maps), best first; instances smaller than ``smallest`` are dropped.
+    kept int [n'], the index of each into maps), best first; those under ``smallest`` and ``unsure`` are dropped.
     """
     empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
     if not len(maps):
@@ -151,8 +152,8 @@ def instance_masks(maps, saliency, size, settings):
     found = []
     for index in range(len(maps)):
         mask = winner == index
-        if mask.sum() > settings.smallest * mask.size:
-            found.append((score_of(mask, saliency), index, mask))
+        if mask.sum() > settings.smallest * mask.size and (score := score_of(mask, saliency)) >= settings.unsure:
+            found.append((score, index, mask))
     if not found:
         return empty
     found.sort(key=lambda entry: -entry[0])
@@ -161,7 +162,7 @@ def instance_masks(maps, saliency, size, settings):
 
 
 def score_of(mask, saliency):
-    """How sure an instance is, in (0, 1]: the mean of S inside, times how far S falls around it [ours].
+    """How sure an instance is, in (0, 1]: the geometric mean of S inside and of how far S falls around it [ours].
 
     A wrong instance is weakly salient, or it is a part of something or a blur: then S hardly falls at its contour.
     mask: bool [H,W]; saliency: float32 [h,w] in 0..1, over the same photograph. Around is a band of a 25th of S's side.
@@ -171,4 +172,4 @@ def score_of(mask, saliency):
     reach = 2 * max(1, round(max(height, width) / 25)) + 1
     around = cv2.dilate(inside, np.ones((reach, reach), np.uint8)) - inside
     within, beside = ((saliency * share).sum() / max(share.sum(), 1e-6) for share in (inside, around))
-    return float(np.clip(within * (within - beside), 1e-3, 1))
+    return float(np.sqrt(np.clip(within * (within - beside), 1e-6, 1)))

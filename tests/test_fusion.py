@@ -85,10 +85,10 @@ def test_scores_know_an_object_from_a_part_and_from_a_blur():
     whole, half = np.zeros((128, 192), bool), np.zeros((128, 192), bool)
     whole[32:96, 32:96], half[32:96, 32:64] = True, True
     sure = score_of(whole, saliency.numpy())
-    assert 0.7 < sure < 0.82, "0.9 times a fall of nearly 0.9"
-    assert score_of(half, saliency.numpy()) < 0.85 * sure
+    assert 0.84 < sure < 0.9, "between 0.9 and a fall of nearly 0.9"
+    assert score_of(half, saliency.numpy()) < 0.92 * sure
     assert score_of(whole, np.full((32, 48), 0.9, np.float32)) == pytest.approx(1e-3), "nothing falls"
-    assert score_of(whole, 0.5 * saliency.numpy()) == pytest.approx(sure / 4, rel=0.01)
+    assert score_of(whole, 0.5 * saliency.numpy()) == pytest.approx(sure / 2, rel=0.01)
 
 
 def test_every_pixel_has_a_cluster():
