@@ -8,7 +8,8 @@ import torch
 
 import train_branches
 import train_pts
-from experiments import prm, recipes, tables
+from experiments import prm, recipes, stages, tables
+from infer import Maps
 from models.classifier import Classifier
 
 
@@ -129,3 +130,15 @@ def test_prm_runs_on_a_classifier_of_the_registry():
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3)).astype(np.uint8)
     masks, scores = prm.find_instances(classifier, image, 64, torch.device("cpu"))
     assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1
+
+
+def test_true_maps_say_what_the_mask_says():
+    gt = np.zeros((40, 60), np.uint8)
+    gt[8:32, 8:28], gt[8:32, 28:48], gt[0:4] = 1, 2, 255
+    saliency, boundary, count = stages.true_maps(gt, (10, 15))
+    assert count == 2 and saliency[0].max() == 0 and saliency[2:8, 2:12].min() == 1 and saliency.sum() == 60
+    assert boundary[2:8, 7].min() == 1 and boundary[3:7, 3:6].max() == 0, "between the two, not inside"
+    maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor(3.0))
+    replaced = stages.with_truth(maps, gt, "ST")
+    assert int(replaced.count) == 2 and torch.equal(replaced.boundary, maps.boundary)
+    assert np.array_equal(replaced.saliency.numpy(), saliency) and stages.with_truth(maps, gt, "") == maps

@@ -1,0 +1,71 @@
+"""Where instances are lost: the network's answers replaced by the truth, one after another.
+
+    python -m experiments.stages --data data/val --gpu -1
+    python -m experiments.stages --weights runs/mine/weights_pts.pt --data data/val
+
+A row that gains much names a stage that limits. T is the number of objects, S the saliency, B the boundary; V has no
+true value where masks overlap or are void, and its share is what is still missing with all three true.
+"""
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datasets.images import read_image
+from datasets.sources import read_ground_truth
+from infer import Predictor
+from utils.cli import Help, run, select_device
+from utils.metrics import match_instances, summarize
+from utils.report import format_table
+
+VOID = 255
+ROWS = {"as it is": "", "T true": "T", "B true": "B", "S true": "S", "S, T true": "ST", "S, B, T true": "SBT"}
+
+
+def true_maps(gt, grid):
+    """uint8 [H,W] instance mask -> S [h,w], the share of each cell that is salient; B [h,w], 1 on the contours between
+    instances and around them; T, the number of instances. Void counts as background."""
+    height, width = grid
+    salient = ((gt > 0) & (gt != VOID)).astype(np.float32)
+    coarse = cv2.resize(np.where(gt == VOID, 0, gt), (width, height), interpolation=cv2.INTER_NEAREST)
+    contour = np.zeros(grid, np.float32)
+    contour[:, 1:] += coarse[:, 1:] != coarse[:, :-1]
+    contour[1:] += coarse[1:] != coarse[:-1]
+    numbers = np.unique(gt[(gt > 0) & (gt != VOID)])
+    return cv2.resize(salient, (width, height), interpolation=cv2.INTER_AREA), contour.clip(0, 1), len(numbers)
+
+
+def with_truth(maps, gt, replaced):
+    """Maps of one photograph in which those named in ``replaced``, of "SBT", are true."""
+    saliency, boundary, count = true_maps(gt, maps.saliency.shape)
+    true = {"S": ("saliency", saliency), "B": ("boundary", boundary), "T": ("count", np.float32(count))}
+    return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(prog="python -m experiments.stages", description=__doc__, formatter_class=Help)
+    parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
+    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    return parser
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    predictor = Predictor(args.weights, select_device(args.gpu))
+    results = {row: [] for row in ROWS}
+    for sample in tqdm(read_ground_truth(args.data), unit="img", mininterval=2):
+        image, gt = read_image(sample.path), sample.mask.read()
+        (maps,) = predictor.network([predictor.prepare(image)])
+        for row, replaced in ROWS.items():
+            found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
+            results[row].append(match_instances(found.masks, found.scores, gt))
+    print(format_table({row: summarize(result) for row, result in results.items()}))
+
+
+if __name__ == "__main__":
+    run(main)
