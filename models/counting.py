@@ -35,7 +35,7 @@ class CountHead(nn.Module):
     def fit(self, pooled, counts, decay=0.3):
         """Multinomial logistic regression in which every number weighs the same: most photographs show one object.
 
-        pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: of the squared weights, for standardised
+        pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: of the squared parameters, for standardised
         features (.3 from five-fold cross-validation on the training photographs).
         """
         self.mean.copy_(pooled.mean(0))
@@ -48,7 +48,8 @@ class CountHead(nn.Module):
 
         def closure():
             optimizer.zero_grad()
-            loss = F.cross_entropy(self.linear(x), y, weight=weight) + decay / 2 * self.linear.weight.square().sum()
+            size = sum(parameter.square().sum() for parameter in self.linear.parameters())
+            loss = F.cross_entropy(self.linear(x), y, weight=weight) + decay / 2 * size
             loss.backward()
             return loss
 

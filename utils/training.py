@@ -138,7 +138,8 @@ def train(model, dataset, losses, schedule, *, folder, config, device, writer=No
             part.compile()
     step_of = _Step(model, losses, device, schedule.amp)
     if distributed.size() > 1:
-        step_of = DistributedDataParallel(step_of, broadcast_buffers=False)
+        # The branches leave the backbone's last convolution, which the classifier uses, without a gradient.
+        step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     loader = training_loader(
         dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start
     )
