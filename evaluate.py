@@ -30,6 +30,7 @@ from tqdm import tqdm
 from datasets.images import list_images
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
+from models.fusion import Fusion
 from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
 from utils.predictions import check_size, group_records, open_predictions
@@ -116,7 +117,7 @@ def measure_weights(args, gt_masks, photographs):
 
     _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
     device = select_device(args.gpu)
-    settings = infer.read_fusion(args.fusion or [])
+    settings = Fusion.of(args.fusion or [])
     predictor = infer.Predictor(args.weights, device, method=args.method, settings=settings)
 
     def finish(path, image, prediction):

@@ -46,6 +46,8 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     net = Predictor(args.weights).net
+    if not args.out.parent.is_dir():
+        raise InputError(f"cannot write {args.out}, whose folder does not exist; make it or choose another --out")
     program = export_network(net)
     try:
         torch.export.save(program, args.out)

@@ -213,7 +213,7 @@ def main(argv=None):
         raise InputError("--batch-size and --workers must be 1 or more")
     paths = list_images(args.img)
     unique_stems(paths)
-    predictor = Predictor(args.weights, device, method=args.method, settings=read_fusion(args.fusion), amp=args.amp)
+    predictor = Predictor(args.weights, device, method=args.method, settings=Fusion.of(args.fusion), amp=args.amp)
     make_folder(args.out)
     if distributed.is_first():
         print(f"weights: {predictor.weights}")
@@ -240,14 +240,6 @@ def main(argv=None):
     if failed and len(failed) == len(paths):
         return 2
     return 1 if failed else 0
-
-
-def read_fusion(arguments):
-    """Fusion.of what --fusion was given; InputError for what it does not know."""
-    try:
-        return Fusion.of(arguments)
-    except ValueError as error:
-        raise InputError(f"--fusion {' '.join(arguments)}: {error}") from error
 
 
 def default_batch_size(device):

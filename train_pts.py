@@ -11,6 +11,7 @@ weights_pts.pt. A run that was stopped, however hard, continues when the same co
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -50,12 +51,14 @@ def get_args_parser():
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
     parser.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
+    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
+    args.fusion = Fusion.of(args.fusion)
     if not 0 <= args.keep < 1:
         raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:
@@ -101,7 +104,8 @@ def clone(state):
 
 def config_of(args, samples, net):
     names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep")
-    return {name: getattr(args, name) for name in names} | {"images": len(samples), "size": net.config.size}
+    values = {name: getattr(args, name) for name in names} | asdict(args.fusion)
+    return values | {"images": len(samples), "size": net.config.size}
 
 
 def make_labels(net, samples, folder, args, device):
@@ -119,7 +123,7 @@ def make_labels(net, samples, folder, args, device):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
             *maps, count = (m[0].float().cpu().numpy() for m in maps)
-            given = (int(count), first_label(sample, args), args.keep)
+            given = (int(count), args.fusion, first_label(sample, args), args.keep)
             pool.submit(write_label, labels, sample.stem, square, *maps, *given)
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
@@ -141,16 +145,15 @@ def is_tried(labels, stem):
     return (labels / f"{stem}.png").exists() or (labels / f"{stem}.none").exists()
 
 
-def write_label(labels, stem, image, saliency, boundary, offsets, count, first, keep):
+def write_label(labels, stem, image, saliency, boundary, offsets, count, settings, first, keep):
     """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none.
 
     first: the PNG of its first pseudo mask, or None for Algorithm 1 to the letter.
     """
-    torch.set_num_threads(1)
     maps = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     if first is not None:
         first = resize(read_map(first), image.shape[0]) / 255
-    label = pseudo_label(image, *maps, count, Fusion(), first, keep)
+    label = pseudo_label(image, *maps, count, settings, first, keep)
     if label is None:
         (labels / f"{stem}.none").touch()
     else:

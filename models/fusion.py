@@ -10,6 +10,7 @@ from scipy import ndimage
 
 import ops
 from models.counting import divide
+from utils.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,17 @@ class Fusion:
 
     @classmethod
     def of(cls, arguments):
-        """The settings with those of ["NAME=VALUE", ...] changed; ValueError for one that is none."""
+        """The settings with those of --fusion NAME=VALUE ... changed; InputError for what is none."""
         kinds = {field.name: field.type for field in fields(cls)}
         given = {}
         for argument in arguments:
             name, _, value = argument.partition("=")
             if name not in kinds:
-                raise ValueError(f"{name} is no setting of the fusion; there are {', '.join(kinds)}")
-            given[name] = kinds[name](value)
+                raise InputError(f"--fusion {argument}: there is no such setting; there are {', '.join(kinds)}")
+            try:
+                given[name] = kinds[name](value)
+            except ValueError as error:
+                raise InputError(f"--fusion {argument}: {name} is of type {kinds[name].__name__}") from error
         return cls(**given)
 
 

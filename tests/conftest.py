@@ -1,12 +1,16 @@
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from utils import checkpoint
+from utils.cli import run
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("WSID_TEST_THREADS", "2")))
 
 
@@ -31,16 +35,24 @@ def make_data(folder, count=6, size=(72, 96)):
     return folder
 
 
+def call(main, *args):
+    """A script's ``main`` in this process, which spares its start; returns the exit code."""
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: main(list(map(str, args))))
+    return stop.value.code
+
+
 def python(*args, before=(), timeout=240, **kwargs):
     """Run one of the scripts as a user would; returns the finished process with its output as text.
 
     before: what stands between the interpreter and the script, such as a launcher.
     """
-    import subprocess
-
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, *before, os.path.join(root, args[0]), *map(str, args[1:])],
-        capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL, **kwargs,
+        [sys.executable, *before, ROOT / args[0], *map(str, args[1:])],
+        capture_output=True, text=True, timeout=timeout, env=environment(), stdin=subprocess.DEVNULL, **kwargs,
     )  # fmt: skip
+
+
+def environment():
+    """That of every script a test starts: as many threads as the tests, so that equal runs are equal bit by bit."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import python
+from conftest import call
 
+import export
 from export import difference, export_network
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 
@@ -25,12 +26,16 @@ def test_export_equals_the_network_for_any_batch(net):
         assert difference(other, program) > 1e-3, "the comparison sees a difference"
 
 
-def test_exported_file_runs_alone(net, tmp_path):
+def test_exported_file_runs_alone(net, tmp_path, capsys):
     save_weights(net, tmp_path / "weights.pt")
-    done = python("export.py", "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2")
-    assert done.returncode == 0 and "differs from the network by" in done.stdout, done.stderr
+    assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2") == 0
+    assert "differs from the network by" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "net.pt2")
     saliency, boundary, offsets, count = program.module()(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))
     assert saliency.shape == boundary.shape == (2, 16, 16) and offsets.shape == (2, 2, 16, 16) and count.shape == (2,)
-    done = python("export.py", "--weights", tmp_path / "weights.pt", "--out", tmp_path / "absent" / "net.pt2")
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: cannot write")
+
+
+def test_a_place_that_cannot_be_written_to(net, tmp_path, capsys):
+    save_weights(net, tmp_path / "weights.pt")
+    assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "absent" / "net.pt2") == 2
+    assert capsys.readouterr().err.startswith("error: cannot write")

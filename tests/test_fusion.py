@@ -8,6 +8,7 @@ from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks, score_of
 from models.pts import pseudo_label
+from utils.cli import InputError
 
 HEIGHT, WIDTH = 32, 48
 POINTS = torch.stack(torch.meshgrid(torch.arange(32.0), torch.arange(48.0), indexing="ij"))
@@ -75,7 +76,7 @@ def test_settings_by_name():
     assert Fusion.of([]) == Fusion()
     assert Fusion.of(["power=10", "steps=64", "region=image"]) == Fusion(power=10.0, steps=64, region="image")
     for wrong in ("strength=3", "steps=many", "power"):
-        with pytest.raises(ValueError):
+        with pytest.raises(InputError, match=wrong):
             Fusion.of([wrong])
 
 

@@ -4,7 +4,9 @@ import itertools
 import json
 import threading
 import time
+from functools import partial
 
+import conftest
 import cv2
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from PIL import Image
 import infer
 from datasets.images import read_image
 from datasets.masks import decode_rle
+from models.fusion import Fusion
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, visualize
-from utils.cli import InputError, run
+from utils.cli import InputError
 from utils.parallel import map_ahead
 
 
@@ -34,11 +37,10 @@ def weights(tmp_path_factory):
     return path
 
 
-def call(*arguments):
-    """infer.py in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: infer.main(list(map(str, arguments))))
-    return stop.value.code
+call = partial(conftest.call, infer.main)
+
+
+SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
 
 
 def noise(height, width):
@@ -64,7 +66,8 @@ def write_kinds(folder):
 
 def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
     photographs = write_kinds(tmp_path / "in")
-    assert call("--img", photographs, "--weights", weights, "--out", tmp_path / "out", "--visualize") == 0
+    options = ("--weights", weights, "--out", tmp_path / "out", "--visualize", "--fusion", "unsure=0")
+    assert call("--img", photographs, *options) == 0
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
     for path in photographs.iterdir():
         size = read_image(path).shape
@@ -149,7 +152,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
 
 
 def test_a_batch_equals_its_photographs_one_by_one(weights):
-    predictor = infer.Predictor(weights)
+    predictor = infer.Predictor(weights, settings=SURE)
     torch.nn.init.normal_(predictor.net.branches.centroid.predict.weight, std=0.01)  # offsets that are not all zero
     images = [noise(40, 60), noise(90, 30), np.full((64, 64, 3), 200, np.uint8)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
@@ -157,6 +160,7 @@ def test_a_batch_equals_its_photographs_one_by_one(weights):
         assert together.offsets.any()
         for name in ("scores", "centroids", "saliency", "boundary", "offsets"):
             np.testing.assert_allclose(getattr(together, name), getattr(alone, name), atol=1e-4, err_msg=name)
+        assert len(alone.masks)
         assert (together.masks != alone.masks).mean() < 1e-3, "a pixel on an edge may fall to the other side"
     assert predictor.predict_batch([]) == []
 
@@ -173,6 +177,7 @@ def test_batches_and_threads_leave_the_results_as_they_are(weights, tmp_path, ca
     printed = []
     for name, options in (("single", (1, 1)), ("batches", (3, 2)), ("all", (50, 4))):
         options = ("--batch-size", options[0], "--workers", options[1], "--visualize", "--amp", "off")
+        options += ("--fusion", "unsure=0")
         assert call("--img", photographs, "--weights", weights, "--out", tmp_path / name, *options) == 1
         text, errors = capsys.readouterr()
         assert errors.splitlines()[-1].startswith("error: ") and "cut.jpg" in errors.splitlines()[-1]
@@ -235,7 +240,7 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
 
 
 def test_bfloat16_is_near_float32(weights):
-    exact, rounded = (infer.Predictor(weights, amp=amp) for amp in ("off", "bf16"))
+    exact, rounded = (infer.Predictor(weights, amp=amp, settings=SURE) for amp in ("off", "bf16"))
     assert (exact.bf16, rounded.bf16) == (False, True)
     assert infer.Predictor(weights).bf16 == infer.bfloat16_pays(torch.device("cpu"))
     inputs = [exact.prepare(noise(50, 50))]

