@@ -133,6 +133,10 @@ def run_stage(args, samples, device, stage, model, dataset, losses, show, settin
     folder = make_folder(args.out / stage)
     schedule = Schedule.of(args)
     config = stage_config(args, *SCHEDULE, *settings) | {"images": len(samples)}
+    if (folder / "weights.pt").exists():
+        checkpoint.claim(folder, config)
+        print(f"{stage}: already trained")
+        return
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,

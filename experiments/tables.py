@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 
 import evaluate
@@ -98,6 +99,8 @@ def get_args_parser():
     add_data_arguments(parser, "runs/tables")
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
+    parser.add_argument("--labels", type=Path, metavar="DIR",
+                        help="pseudo labels of a run, for all seeds; default: each trains a classifier")  # fmt: skip
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
                         help="saliency maps of other methods, or the ground truth's, for Table 6")  # fmt: skip
     return parser
@@ -143,11 +146,14 @@ def share(base, run, stage, *depends_on):
 def train_row(row, recipe, args, seed):
     """Train what the row needs and no row before it has trained. Returns the file of its weights."""
     base = args.out / f"seed{seed}"
-    labels_run = make_folder(base / folder_name("labels", row.labels))
-    share(base, labels_run, "cam")
-    labels = train_labels(recipe, args, labels_run, seed, row.labels)
+    if args.labels and not row.labels:
+        labels = args.labels
+    else:
+        labels_run = make_folder(base / folder_name("labels", row.labels))
+        share(base, labels_run, "cam")
+        labels = train_labels(recipe, args, labels_run, seed, row.labels)
     if row is PRM:
-        return labels_run / "cam" / "weights.pt"
+        return labels.parent / "cam" / "weights.pt"
     rounds, per_round = recipe.rounds
     epochs = recipe.epochs + (0 if row.pts else rounds * per_round)
     out = make_folder(base / folder_name(row.labels, row.switches, "" if row.pts else "no PTS"))

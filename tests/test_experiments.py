@@ -84,6 +84,17 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     assert epochs["run_no_PTS"] == epochs["run"] + rounds * each
 
 
+def test_given_labels_serve_all_seeds(called, tmp_path):
+    given = tmp_path / "other" / "labels"
+    tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--labels", str(given)])
+    assert {getattr(args, "stage", "pts") for args in called} == {"saliency", "branches", "pts"}
+    assert {args.labels for args in called} == {given} and {args.seed for args in called} == {0, 1}
+    args = tables.get_args_parser().parse_args(["1", "--out", str(tmp_path), "--labels", str(given)])
+    assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
+    tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
+    assert called[-3].labels == tmp_path / "seed0" / "run_labels_no_crf" / "labels", "this row is about the labels"
+
+
 def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
     weights = tmp_path / "weights.pt"
     weights.touch()
