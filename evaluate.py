@@ -31,6 +31,7 @@ from datasets.images import list_images
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
 from models.fusion import Fusion
+from utils import hparams
 from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
 from utils.predictions import check_size, group_records, open_predictions
@@ -69,6 +70,8 @@ def get_args_parser():
                        help="as for infer.py; components of the saliency map are the baseline")  # fmt: skip
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
+    model.add_argument("--log", type=Path, metavar="RUN",
+                       help="put the figures into TensorBoard's HParams tab, with this run's settings")  # fmt: skip
     model.add_argument("--save-pred", type=Path, metavar="FILE", help="write the predictions as COCO results")
 
     parser.add_argument("--count-threshold", type=float, default=0.0, metavar="T",
@@ -88,6 +91,8 @@ def main(argv=None):
 
     summaries = {method.name: method.summary(args.count_threshold) for method in methods}
     print(format_table(summaries))
+    if args.log:
+        hparams.write(args.log, methods[0].name, summaries[methods[0].name])
     if args.json:
         numbers = summaries if len(methods) > 1 else summaries[methods[0].name]
         _write(args.json, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
@@ -148,8 +153,8 @@ def _check_options(args):
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    strangers = ("weights", "saliency_dir", "save_pred", "fusion") if args.pred else ("gt", "saliency_pred", "images")
-    for name in strangers:
+    of_weights = ("weights", "saliency_dir", "save_pred", "fusion", "log")
+    for name in of_weights if args.pred else ("gt", "saliency_pred", "images"):
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"
             raise InputError(f"{flag} has no meaning with {mode}; leave one of the two out")
@@ -159,6 +164,8 @@ def _check_options(args):
         raise InputError("--saliency-pred is of one method; give one --pred with it")
     if not math.isfinite(args.count_threshold):
         raise InputError("--count-threshold must be a finite number")
+    if args.log:
+        hparams.settings_of(args.log)
     for path in filter(None, (args.json, args.save_pred, args.html)):
         _check_writable(path)
 

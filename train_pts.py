@@ -171,7 +171,7 @@ def train_iteration(net, samples, folder, args, config, device, r):
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             net.saliency, dataset, saliency_losses, schedule, folder=folder,
-            config=config, device=device, writer=writer, show=show, name=f"pts r{r}",
+            config=config, device=device, writer=writer, show=show, name="pts",
         )  # fmt: skip
 
 

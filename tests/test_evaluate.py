@@ -13,6 +13,8 @@ import numpy as np
 import pycocotools.mask
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate
 from datasets.masks import (
@@ -465,6 +467,23 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
     np.testing.assert_allclose(list(model.maps.values()), 0.2)
     (maps / "c.png").unlink()
     assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
+
+
+def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
+    run = folder / "run"
+    for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
+        (run / stage).mkdir(parents=True)
+        (run / stage / "config.json").write_text(json.dumps(settings))
+    numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--log", run)
+    capsys.readouterr()
+    events = EventAccumulator(str(run / "val" / "w (wsid)")).Reload()
+    start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    told = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in told.items()} == {
+        "branches/lr": 0.5, "branches/canny": "auto", "pts/keep": "", "pts/scales": "[1, 2]"
+    }  # fmt: skip
+    assert events.Scalars("pooled mAP@0.7")[0].value == numbers["mAP"]["pooled"]["0.7"] == 1
+    assert "holds no settings of a training" in failure(capsys, "--data", folder, "--log", folder)
 
 
 def test_bad_data_folder(folder, model, capsys):

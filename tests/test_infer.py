@@ -40,6 +40,7 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
+BUNDLED = infer.ROOT / "weights" / "wsid_mobilenetv2_256.pt"
 SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
 
 
@@ -47,10 +48,15 @@ def noise(height, width):
     return np.random.default_rng(0).integers(0, 255, (height, width, 3)).astype(np.uint8)
 
 
-def write_kinds(folder):
-    """One photograph of every kind a user may have."""
+def cat(height, width):
+    """A photograph of which the bundled weights are sure."""
+    return cv2.resize(read_image(infer.ROOT / "samples" / "cat.jpg"), (width, height), interpolation=cv2.INTER_AREA)
+
+
+def write_kinds(folder, image):
+    """One photograph of every kind a user may have, those of usual shape from ``image``, uint8 RGB."""
     folder.mkdir()
-    picture = Image.fromarray(noise(40, 60))
+    picture = Image.fromarray(image)
     picture.save(folder / "plain.jpg")
     picture.convert("L").save(folder / "grey.png")
     picture.convert("P").save(folder / "palette.png")
@@ -58,14 +64,14 @@ def write_kinds(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     picture.save(folder / "rotated.jpg", exif=exif)
-    cv2.imwrite(str(folder / "deep.png"), noise(40, 60).astype(np.uint16) * 257)
+    cv2.imwrite(str(folder / "deep.png"), image[..., ::-1].astype(np.uint16) * 257)
     Image.fromarray(noise(1, 1)).save(folder / "dot.png")
     Image.fromarray(noise(3, 4000)).save(folder / "thin.png")
     return folder
 
 
 def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
-    photographs = write_kinds(tmp_path / "in")
+    photographs = write_kinds(tmp_path / "in", noise(40, 60))
     options = ("--weights", weights, "--out", tmp_path / "out", "--visualize", "--fusion", "unsure=0")
     assert call("--img", photographs, *options) == 0
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -144,22 +150,21 @@ def _truncated(path):
 
 
 def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
-    photographs = write_kinds(tmp_path / "in")
+    photographs = write_kinds(tmp_path / "in", noise(40, 60))
     _truncated(photographs / "cut.jpg")
     assert call("--img", photographs, "--weights", weights, "--out", tmp_path / "out") == 1
     assert "cut.jpg" in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*_instances.png"))) == 8
 
 
-def test_a_batch_equals_its_photographs_one_by_one(weights):
-    predictor = infer.Predictor(weights, settings=SURE)
-    torch.nn.init.normal_(predictor.net.branches.centroid.predict.weight, std=0.01)  # offsets that are not all zero
-    images = [noise(40, 60), noise(90, 30), np.full((64, 64, 3), 200, np.uint8)]
+def test_a_batch_equals_its_photographs_one_by_one():
+    predictor = infer.Predictor(BUNDLED, amp="off")
+    images = [cat(40, 60), cat(90, 30), cat(300, 451)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
     for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
         assert together.offsets.any()
         for name in ("scores", "centroids", "saliency", "boundary", "offsets"):
-            np.testing.assert_allclose(getattr(together, name), getattr(alone, name), atol=1e-4, err_msg=name)
+            np.testing.assert_allclose(getattr(together, name), getattr(alone, name), atol=1e-3, err_msg=name)
         assert len(alone.masks)
         assert (together.masks != alone.masks).mean() < 1e-3, "a pixel on an edge may fall to the other side"
     assert predictor.predict_batch([]) == []
@@ -171,23 +176,23 @@ def results(folder):
     return json.loads((folder / "predictions.json").read_text()), pictures
 
 
-def test_batches_and_threads_leave_the_results_as_they_are(weights, tmp_path, capsys):
-    photographs = write_kinds(tmp_path / "in")
+def test_batches_and_threads_leave_the_results_as_they_are(tmp_path, capsys):
+    photographs = write_kinds(tmp_path / "in", cat(180, 260))
     _truncated(photographs / "cut.jpg")
     printed = []
     for name, options in (("single", (1, 1)), ("batches", (3, 2)), ("all", (50, 4))):
         options = ("--batch-size", options[0], "--workers", options[1], "--visualize", "--amp", "off")
-        options += ("--fusion", "unsure=0")
-        assert call("--img", photographs, "--weights", weights, "--out", tmp_path / name, *options) == 1
+        assert call("--img", photographs, "--weights", BUNDLED, "--out", tmp_path / name, *options) == 1
         text, errors = capsys.readouterr()
         assert errors.splitlines()[-1].startswith("error: ") and "cut.jpg" in errors.splitlines()[-1]
         printed.append(text.replace(str(tmp_path / name), "OUT"))
     assert printed[0] == printed[1] == printed[2], "in the order of the photographs"
     records, pictures = results(tmp_path / "single")
+    assert len(records) >= 4, "cats"
     for name in ("batches", "all"):
         others, other_pictures = results(tmp_path / name)
         assert [record["image_id"] for record in records] == [record["image_id"] for record in others]
-        assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-4)
+        assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-3)
         assert pictures.keys() == other_pictures.keys()
         for key, picture in pictures.items():
             assert (picture != other_pictures[key]).mean() < 0.01, key

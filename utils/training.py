@@ -143,7 +143,7 @@ def train(model, dataset, losses, schedule, *, folder, config, device, writer=No
     loader = training_loader(
         dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start
     )
-    bar = tqdm(loader, initial=start, total=total, desc=name, mininterval=2, dynamic_ncols=True,
+    bar = tqdm(loader, initial=start, total=total, desc=folder.name, mininterval=2, dynamic_ncols=True,
                disable=not distributed.is_first())  # fmt: skip
     saved_at = logged_at = time.monotonic()
     with stop_signal() as stopped:
