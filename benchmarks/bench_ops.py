@@ -272,24 +272,31 @@ def growth(args, device):
 
 
 def plot(rows, path):
-    """Small log-log panels as SVG: one per (operator, quantity), time in ms over the quantity."""
+    """Small log-log panels as SVG, one per (operator, quantity): time (blue) and memory (orange) as multiples of those
+    at the quantity's first value."""
     cases = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"]))
+        cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"], max(row["peak_mib"], 0.1)))
     parts, wide, high = [], 230, 190
     for i, (case, points) in enumerate(cases.items()):
-        left, top = i % 4 * wide + 45, i // 4 * high + 30
-        xs, ys = ([math.log2(max(v, 1e-3)) for v in axis] for axis in zip(*points))
-        low, span_x, span_y = min(ys), max(max(xs) - min(xs), 1), max(max(ys) - min(ys), 1)
-        dots = [(left + 150 * (a - min(xs)) / span_x, top + 120 - 110 * (b - low) / span_y) for a, b in zip(xs, ys)]
-        parts.append(f'<text x="{left}" y="{top - 10}" font-weight="bold">{case}</text>')
-        parts.append(f'<path d="M{left} {top}V{top + 120}H{left + 160}" fill="none" stroke="#888"/>')
-        line = " ".join(f"{a:.0f},{b:.0f}" for a, b in dots)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="#06c" stroke-width="2"/>')
-        for (a, b), (value, ms) in zip(dots, points):
-            parts.append(f'<circle cx="{a:.0f}" cy="{b:.0f}" r="3" fill="#06c"/>')
-            parts.append(f'<text x="{a:.0f}" y="{b - 6:.0f}" text-anchor="middle">{ms:.3g}</text>')
-            parts.append(f'<text x="{a:.0f}" y="{top + 133}" text-anchor="middle">{value:g}</text>')
+        left, top = i % 4 * wide + 45, i // 4 * high + 40
+        values, *curves = zip(*points)
+        xs = [math.log2(value / values[0]) for value in values]
+        curves = [[math.log2(value / curve[0]) for value in curve] for curve in curves]
+        low, span = min(map(min, curves)), max(max(map(max, curves)) - min(map(min, curves)), 1)
+        across, up = 130 / xs[-1], 110 / span
+        parts.append(f'<text x="{left}" y="{top - 16}" font-weight="bold">{case}</text>')
+        parts.append(f'<path d="M{left} {top}V{top + 120}H{left + 140}" fill="none" stroke="#888"/>')
+        for curve, colour in zip(curves, ("#06c", "#c60")):
+            dots = [(left + across * x, top + 115 - up * (y - low)) for x, y in zip(xs, curve)]
+            line = " ".join(f"{x:.0f},{y:.0f}" for x, y in dots)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}"/>' for x, y in dots]
+            times, shift = 2 ** curve[-1], -4 if curve[-1] == max(c[-1] for c in curves) else 12
+            parts.append(f'<text x="{left + 137}" y="{dots[-1][1] + shift:.0f}" fill="{colour}">'
+                         f'{times:.{0 if times > 9.5 else 1}f}x</text>')  # fmt: skip
+        parts += [f'<text x="{left + across * x:.0f}" y="{top + 135}" text-anchor="middle">{value:g}</text>'
+                  for x, value in zip(xs, values)]  # fmt: skip
     rows_high = (len(cases) + 3) // 4 * high + 20
     path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
                     f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
