@@ -26,8 +26,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }
 h1, h2, h3 { font-weight: 600; line-height: 1.2 } h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em }
 h3 { font-size: 1em; margin: 1.5em 0 .4em; overflow-wrap: anywhere }
-.wide { overflow-x: auto } table { border-collapse: collapse }
-th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #8885 } th { font-weight: 600 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .93em }
+th, td { padding: .25em .55em; text-align: right; border-bottom: 1px solid #8885 } th { font-weight: 600 }
 th[colspan] { text-align: center } th[scope=row] { text-align: left }
 svg.curves { width: 100%; max-width: 40em } svg text { font-size: 12px; fill: currentColor }
 svg .grid { stroke: #8885 } svg .curve { fill: none; stroke-width: 2 }
