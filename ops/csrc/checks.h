@@ -2,9 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/where.h>
 
 #include <limits>
+#include <tuple>
 
 #include "paths.h"
 
@@ -24,6 +26,15 @@ inline at::Tensor checked_boundary(const at::Tensor& boundary, int64_t radius) {
   return at::where(boundary.isnan(), std::numeric_limits<double>::infinity(), boundary)
       .to(boundary.scalar_type())
       .contiguous();
+}
+
+// What boundary_affinity fills for a checked B: the affinity, and the place of each path's maximum or nothing.
+inline std::tuple<at::Tensor, at::Tensor> affinity_outputs(const at::Tensor& b, int64_t radius, bool with_winner) {
+  const int64_t k_count = half_plane(radius).size();
+  at::Tensor affinity = at::empty({b.size(0), k_count, b.size(1), b.size(2)}, b.options());
+  at::Tensor winner = with_winner ? at::empty(affinity.sizes(), b.options().dtype(at::kByte))
+                                  : at::empty({0}, b.options().dtype(at::kByte));
+  return {affinity, winner};
 }
 
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {

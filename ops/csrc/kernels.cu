@@ -146,12 +146,11 @@ __global__ void path_max_backward(const T* __restrict__ grad, const uint8_t* __r
 
 std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary, int64_t radius, bool with_winner) {
   const c10::cuda::CUDAGuard guard(boundary.device());
-  const int64_t n = boundary.size(0), height = boundary.size(1), width = boundary.size(2);
-  const int64_t k_count = wsid::half_plane(radius).size();
   const at::Tensor b = wsid::checked_boundary(boundary, radius);
-  at::Tensor affinity = at::empty({n, k_count, height, width}, b.options());
-  at::Tensor winner = with_winner ? at::empty(affinity.sizes(), b.options().dtype(at::kByte))
-                                  : at::empty({0}, b.options().dtype(at::kByte));
+  const int64_t n = b.size(0), height = b.size(1), width = b.size(2);
+  at::Tensor affinity, winner;
+  std::tie(affinity, winner) = wsid::affinity_outputs(b, radius, with_winner);
+  const int64_t k_count = affinity.size(1);
   if (!affinity.numel()) return {affinity, winner};
   const PathTable table = path_table(radius, width, b);
   AT_DISPATCH_FLOATING_TYPES(b.scalar_type(), "boundary_affinity", [&] {
