@@ -99,9 +99,9 @@ def train_labels(recipe, args, out, seed, more=""):
     return out / "labels"
 
 
-def train_saliency(recipe, args, out, seed, labels, epochs):
-    """The saliency branch on the pseudo masks in ``labels``, for ``epochs``."""
-    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", labels=labels)
+def train_saliency(recipe, args, out, seed, labels, epochs, more=""):
+    """The saliency branch on the pseudo masks in ``labels``, for ``epochs``; ``more`` as in ``train_both_branches``."""
+    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", more, labels=labels)
 
 
 def train_both_branches(recipe, args, out, seed, labels, more=""):

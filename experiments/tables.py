@@ -12,6 +12,7 @@ The table "pts" is Figures 17 and 18 in numbers: the full model after every iter
 """
 
 import argparse
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def train_row(row, recipe, args, seed):
     out = make_folder(base / folder_name(row.labels, row.switches, "" if row.pts else "no PTS"))
     share(base, out, "saliency", row.labels, str(epochs))
     share(base, out, "branches", row.labels, row.switches)
-    train_saliency(recipe, args, out, seed, labels, epochs)
+    train_saliency(recipe, args, out, seed, labels, epochs, row.switches)
     weights = train_both_branches(recipe, args, out, seed, labels, row.switches)
     return train_progressively(recipe, args, out, seed, labels) if row.pts else weights
 
@@ -178,9 +179,10 @@ def pts_rows(recipe, args, seed):
 
 
 def measure(row, weights, args):
-    """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them."""
-    kept = weights.with_name(folder_name(weights.stem, *row.evaluate) + ".json")
-    if not kept.exists() or kept.stat().st_mtime < weights.stat().st_mtime:
+    """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them, under their digest."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
+    kept = weights.with_name(folder_name(weights.stem, *row.evaluate, digest) + ".json")
+    if not kept.exists():
         given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *row.evaluate]
         if row is PRM:
             found = weights.with_name("predictions.json")

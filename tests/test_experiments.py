@@ -80,6 +80,8 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     assert not same("run/branches", "run_no_ca_no_be_no_lsu_no_PTS/branches")
     assert same("run_labels/cam", "run_labels_no_crf/cam") and not same("run/saliency", "run_no_crf/saliency")
     epochs = {args.out.name: args.epochs for args in called if getattr(args, "stage", "") == "saliency"}
+    stages = [args for args in called if getattr(args, "stage", "") in ("saliency", "branches")]
+    assert all(args.no_ca == ("no_ca" in args.out.name) for args in stages), "either may be the last, which assembles"
     rounds, each = recipe.rounds
     assert epochs["run_no_PTS"] == epochs["run"] + rounds * each
 
@@ -108,6 +110,8 @@ def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
     args = tables.get_args_parser().parse_args(["2", "--val", "photographs"])
     assert tables.measure(tables.OURS, weights, args) == tables.measure(tables.OURS, weights, args) == {"run": 1}
     assert tables.measure(tables.COMPONENTS, weights, args) == {"run": 2} and "components" in written[1]
+    weights.write_bytes(b"other")
+    assert tables.measure(tables.OURS, weights, args) == {"run": 3}
     assert str(weights) in written[0] and "photographs" in written[0]
 
 
