@@ -320,8 +320,13 @@ def saliency_losses(model, batch, progress):
 
 
 def assemble(args):
-    """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained."""
+    """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained.
+
+    With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches.
+    """
     parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
+    if args.labels and args.labels.parent.parent.name == "pts" and not parts["saliency"].exists():
+        parts["saliency"] = args.labels.parent / "weights.pt"
     if not all(path.exists() for path in parts.values()):
         return
     net = WSIDNet(net_config(args))

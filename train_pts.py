@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from datasets.images import list_images
 from datasets.labels import Sample
-from datasets.training import TrainingImages, load_square, read_map, read_samples, resize
+from datasets.sources import merge
+from datasets.training import TrainingImages, load_square, read_classes, read_map, read_samples, resize
 from models.enhancement import network_input
 from models.fusion import Fusion
-from models.pts import pseudo_label, refresh
+from models.pts import instance_label, pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
 from train_branches import saliency_losses
 from utils import checkpoint, distributed, visualize
@@ -67,7 +68,7 @@ def main(argv=None):
     start = args.out / "weights.pt"
     if not start.exists():
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
-    samples = read_samples(args.data) + unlabelled_samples(args.unlabelled)
+    samples = with_unlabelled(read_samples(args.data), args.unlabelled)
     net = load_weights(start, device)
     previous = clone(net.saliency.state_dict())
     for r in range(1, args.iters + 1):
@@ -93,9 +94,10 @@ def main(argv=None):
     print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 
 
-def unlabelled_samples(folders):
-    """Photographs without labels as Samples."""
-    return [Sample(path) for folder in folders for path in list_images(folder)]
+def with_unlabelled(samples, folders):
+    """The samples and all photographs in the folders, whose labels are not asked for."""
+    more = {folder: [Sample(path) for path in list_images(folder)] for folder in folders}
+    return merge({"--data": samples} | more)
 
 
 def clone(state):
@@ -111,53 +113,60 @@ def config_of(args, samples, net):
 def make_labels(net, samples, folder, args, device):
     """Pseudo label generation (Sec. 3.4.1), for all photographs that show an instance.
 
-    Writes ``folder``/labels/saliency/<stem>.png. Returns the samples that got a label.
+    Writes ``folder``/labels/saliency/<stem>.png; and for photographs with labels ``folder``/labels/classes/<stem>.png,
+    which is not used here: train_branches.py may be given these labels. Returns the samples that got a label.
     """
     net.eval()
-    labels = make_folder(folder / "labels" / "saliency")
+    labels = folder / "labels"
+    for kind in ("saliency", "classes"):
+        make_folder(labels / kind)
     own = distributed.mine(samples)
-    todo = [sample for sample in own if not is_tried(labels, sample.stem)]
+    todo = [sample for sample in own if not is_tried(labels, sample)]
     with WorkerPool(args.workers) as pool, torch.no_grad():
         done = len(own) - len(todo)
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
             *maps, count = (m[0].float().cpu().numpy() for m in maps)
-            given = (int(count), args.fusion, first_label(sample, args), args.keep)
-            pool.submit(write_label, labels, sample.stem, square, *maps, *given)
+            first = (args.labels or args.out / "labels") if sample.classes else None
+            pool.submit(write_label, labels, sample, square, *maps, int(count), args.fusion, first, args.keep)
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
-    found = [sample for sample in samples if (labels / f"{sample.stem}.png").exists()]
+    found = [sample for sample in samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
     if not found:
         raise InputError(f"the network finds no salient instance in any photograph; train the run {args.out} longer")
     print(f"{folder.name}: {len(found)} of {len(samples)} photographs show salient instances")
     return found
 
 
-def first_label(sample, args):
-    """Where the pseudo mask of a labelled photograph's activation maps lies; None when nothing of it is kept."""
-    if not args.keep or not sample.classes:
-        return None
-    return (args.labels or args.out / "labels") / "saliency" / f"{sample.stem}.png"
+def is_tried(labels, sample):
+    """Whether ``write_label`` came to the end of a photograph: a labelled one always has a label."""
+    suffixes = (".png",) if sample.classes else (".png", ".none")
+    return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
 
-def is_tried(labels, stem):
-    return (labels / f"{stem}.png").exists() or (labels / f"{stem}.none").exists()
+def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep):
+    """One photograph of ``make_labels``, in a worker process: its labels; where nothing is found, an empty
+    <stem>.none and the first labels again.
 
-
-def write_label(labels, stem, image, saliency, boundary, offsets, count, settings, first, keep):
-    """One photograph of ``make_labels``, in a worker process: its label, or an empty <stem>.none.
-
-    first: the PNG of its first pseudo mask, or None for Algorithm 1 to the letter.
+    first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter.
     """
-    maps = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
-    if first is not None:
-        first = resize(read_map(first), image.shape[0]) / 255
-    label = pseudo_label(image, *maps, count, settings, first, keep)
+    saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
+    size, png = image.shape[0], f"{sample.stem}.png"
+    mask = classes = instances = None
+    if first:
+        mask = resize(read_map(first / "saliency" / png), size) / 255
+        classes = read_classes(first / "classes" / png, size)
+    label = pseudo_label(image, saliency, boundary, offsets, count, settings, mask if keep else None, keep)
     if label is None:
-        (labels / f"{stem}.none").touch()
-    else:
-        checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / f"{stem}.png")
+        (labels / "saliency" / f"{sample.stem}.none").touch()
+        label = mask
+    elif sample.count:
+        instances = instance_label(label, boundary, offsets, sample.count, settings, classes)
+    if first:
+        checkpoint.save_png(classes if instances is None else instances, labels / "classes" / png)
+    if label is not None:
+        checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 
 
 def train_iteration(net, samples, folder, args, config, device, r):

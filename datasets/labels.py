@@ -16,6 +16,7 @@ VOC_CLASSES = (
 )  # fmt: skip
 CLASS_INDEX = {name: index for index, name in enumerate(VOC_CLASSES)}
 COLUMNS = ("image", "classes", "count")
+IGNORE = 255  # in class and instance labels: not known
 
 
 @dataclass(frozen=True)

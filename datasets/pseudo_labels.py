@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from datasets.crf import refine_labels, refine_saliency
+from datasets.labels import IGNORE
 from datasets.training import load_square, resize
 from utils import checkpoint
-
-IGNORE = 255
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,7 @@ class TrainingImages(Dataset):
         for name, folder in self.maps.items():
             labels = np.ascontiguousarray(window(read_map(folder / f"{sample.stem}.png")))
             if name.endswith("_classes"):
-                labels = cv2.resize(labels, (self.size, self.size), interpolation=cv2.INTER_NEAREST)
-                item[name] = torch.from_numpy(labels).long()
+                item[name] = torch.from_numpy(_nearest(labels, self.size)).long()
             else:
                 item[name] = torch.from_numpy(resize(labels, self.size)).float() / 255
         return item
@@ -115,6 +114,15 @@ def read_map(path):
     if labels is None:
         raise InputError(f"the label map {path} is missing or broken; run the labels stage again")
     return labels
+
+
+def read_classes(path, size):
+    """A map of class or instance labels as uint8 [size,size]; InputError when it is missing or broken."""
+    return _nearest(read_map(path), size)
+
+
+def _nearest(labels, size):
+    return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST)
 
 
 class ResumableSampler:

@@ -6,17 +6,16 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
+from datasets.labels import IGNORE
 from models.counting import divide
 from utils.distributed import mean_over_processes
-
-IGNORE = 255
 
 
 def pair_labels(labels, radius):
     """Which pairs (p, p + d) of pixels belong together, for the K offsets d of ``ops.path_offsets(radius)``.
 
-    labels: int64 [N,H,W] on the stride-4 grid: 0 background, 1..20 class, 255 ignore.
-    Returns three bool [N,K,H,W]: both background, both of one class, of different labels. Pairs that touch an
+    labels: int64 [N,H,W] on the stride-4 grid: 0 background, 1..20 class (or 1..n instance), 255 ignore.
+    Returns three bool [N,K,H,W]: both background, both of one label, of different labels. Pairs that touch an
     ignored pixel or leave the image are in none.
     """
     height, width = labels.shape[-2:]

@@ -4,7 +4,10 @@ import numpy as np
 import torch
 
 from datasets.crf import refine_saliency
+from datasets.labels import IGNORE
 from models.fusion import fuse, instance_masks
+
+SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
 
 def refresh(previous, current, iteration):
@@ -40,3 +43,30 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
     if first is not None:
         foreground = (1 - keep) * foreground + keep * first
     return refine_saliency(image, foreground)
+
+
+def instance_label(label, boundary, offsets, count, settings, classes=None):
+    """The salient region of a pseudo label in as many instances as were counted, for the branches to learn [ours].
+
+    The class labels that the branches first learn from hold touching objects of one class together; these part them,
+    by V and B as they are, and lie where the CRF has put the contour.
+    label: float32 [S,S] in 0..1 of ``pseudo_label``; boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid;
+    count: the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255
+    unknown) or None: where they contradict the class that most of an instance has, the instance is not known.
+    Returns uint8 [S,S]: 0 background, 1..n instance, 255 not known; None when there is no instance.
+    """
+    saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
+    maps, _ = fuse(saliency, boundary, offsets, settings, count)
+    if not len(maps):
+        return None
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    maps = torch.nn.functional.interpolate(maps[None], label.shape, mode="bilinear")[0]
+    nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
+    result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)
+    if classes is not None:
+        known = (classes > 0) & (classes != IGNORE)
+        for number in range(1, len(maps) + 1):
+            inside = known & (result == number)
+            if inside.any():
+                result[inside & (classes != np.bincount(classes[inside]).argmax())] = IGNORE
+    return result

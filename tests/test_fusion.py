@@ -7,7 +7,7 @@ import torch
 from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks, score_of
-from models.pts import pseudo_label
+from models.pts import instance_label, pseudo_label
 from utils.cli import InputError
 
 HEIGHT, WIDTH = 32, 48
@@ -174,3 +174,22 @@ def test_pseudo_label_is_the_union_of_instances():
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
     alone = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
+
+
+def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
+    label = np.full((64, 96), 0.1, np.float32)
+    label[16:48, 8:88], label[16:48, 88:92] = 0.9, 0.5  # one region of two objects, and a rim that is unsure
+    boundary = torch.zeros(16, 24)
+    boundary[:, 12] = 1
+    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
+    offsets = torch.stack([8 - yy, torch.where(xx < 12, 6, 17) - xx])
+    classes = np.zeros((64, 96), np.uint8)
+    classes[16:48, 8:46], classes[20:24, 10:14] = 7, 9
+    found = instance_label(label, boundary, offsets, 2, Fusion(), classes)
+    assert found.dtype == np.uint8 and sorted(np.unique(found)) == [0, 1, 2, 255]
+    assert (found[:12] == 0).all() and (found[16:48, 88:92] == 255).all()
+    left, right = found[32, 30], found[32, 70]
+    assert left != right and (found[26:48, 10:44] == left).all() and (found[16:48, 54:86] == right).all()
+    assert (found[20:24, 10:14] == 255).all(), "another class than the rest of its instance"
+    assert sorted(np.unique(instance_label(label, boundary, offsets, 1, Fusion()))) == [0, 1, 255]
+    assert instance_label(label * 0, boundary, offsets, 2, Fusion()) is None

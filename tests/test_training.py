@@ -124,7 +124,7 @@ def test_killed_pts_continues_to_the_same_weights(trained, data, tmp_path):
         assert name.read_bytes() == (out / "pts" / "r3" / "labels" / "saliency" / name.name).read_bytes()
 
 
-def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_path, monkeypatch):
+def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_path, monkeypatch, capsys):
     out, calls = tmp_path / "run", []
     out.mkdir()
     shutil.copy(trained / "weights.pt", out)
@@ -132,14 +132,30 @@ def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_pa
 
     def blind_to_the_first(image, *args):
         calls.append(args)
-        return None if len(calls) == 1 else np.full(image.shape[:2], 0.5, np.float32)
+        return None if len(calls) == 1 else np.full(image.shape[:2], 0.8, np.float32)
 
     monkeypatch.setattr(train_pts, "pseudo_label", blind_to_the_first)
     options = [*PTS, "--iters", "1", "--workers", "0"]
     train_pts.main(["--data", str(data), "--out", str(out), *options])
-    labels = out / "pts" / "r1" / "labels" / "saliency"
-    assert len(list(labels.glob("*.none"))) == 1 and len(list(labels.glob("*.png"))) == len(calls) - 1
+    labels = out / "pts" / "r1" / "labels"
+    [none] = (labels / "saliency").glob("*.none")
+    assert len(calls) == len(list((labels / "saliency").glob("*.png"))) == len(list((labels / "classes").glob("*.png")))
+    for kind in ("saliency", "classes"):
+        first, kept = (cv2.imread(str(d / kind / f"{none.stem}.png"), 0) for d in (out / "labels", labels))
+        assert np.array_equal(first, kept), "its first labels"
+    assert "r1: 5 of 6 photographs show" in capsys.readouterr().out
     assert (out / "weights_pts.pt").exists()
+
+
+def test_branches_learn_from_the_instances_of_pts(trained, data, tmp_path):
+    labels = trained / "pts" / "r3" / "labels"
+    options = [*branches_options(data, tmp_path), "--stage", "branches", "--labels", labels]
+    assert call(train_branches.main, *options) == 0
+    state = checkpoint.load(tmp_path / "weights.pt")["state"]
+    saliency = checkpoint.load(trained / "pts" / "r3" / "weights.pt")["model"]
+    assert all(torch.equal(state[f"saliency.{key}"].float(), value.half().float()) for key, value in saliency.items())
+    before = checkpoint.load(trained / "weights.pt")["state"]
+    assert not torch.equal(state["branches.centroid.predict.weight"], before["branches.centroid.predict.weight"])
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
