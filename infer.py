@@ -187,21 +187,26 @@ class Predictor:
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--img", required=True, help="a photograph, a folder of them, or a glob")
-    parser.add_argument("--out", type=Path, default=Path("output"), help="folder for the results")
-    parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
-    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 is the CPU")
-    parser.add_argument("--saliency-dir", type=Path, help="<stem>.png maps that replace the saliency branch (Table 6)")
-    parser.add_argument("--method", choices=Predictor.METHODS, default="wsid",
+    files = parser.add_argument_group("files")
+    files.add_argument("--img", required=True, help="a photograph, a folder of them, or a glob")
+    files.add_argument("--out", type=Path, default=Path("output"), help="folder for the results")
+    files.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
+    files.add_argument("--saliency-dir", type=Path, help="<stem>.png maps that replace the saliency branch (Table 6)")
+    files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", choices=Predictor.METHODS, default="wsid",
                         help="how instances are told apart; components of S are the baseline")  # fmt: skip
-    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
+    method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
                         help="settings of models.fusion.Fusion, such as power=10 background=0.25")  # fmt: skip
-    parser.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
-    parser.add_argument("--batch-size", type=int, help="photographs per pass; default: 16 on a GPU, 2 on the CPU")
-    parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()),
-                        help="threads that load photographs, and as many that fuse and write")  # fmt: skip
-    parser.add_argument("--amp", choices=Predictor.AMP, default="auto",
-                        help="the network in bfloat16: where the machine is fast at it, always, never")  # fmt: skip
+
+    machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
+    machine.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 is the CPU")
+    machine.add_argument("--batch-size", type=int, help="photographs per pass; default: 16 on a GPU, 2 on the CPU")
+    machine.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()),
+                         help="threads that load photographs, and as many that fuse and write")  # fmt: skip
+    machine.add_argument("--amp", choices=Predictor.AMP, default="auto",
+                         help="the network in bfloat16: where the machine is fast at it, always, never")  # fmt: skip
     return parser
 
 

@@ -41,10 +41,11 @@ def get_args_parser():
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
-    run_.add_argument("--stage", choices=("all", *STAGES), default="all")
+    run_.add_argument("--stage", choices=("all", *STAGES), default="all", help="one of them alone")
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
-    net.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    net.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME",
+                     help=f"one of {', '.join(BACKBONES)}")  # fmt: skip
     net.add_argument("--backbone-weights", type=Path, help="local ImageNet weights instead of the download")
     net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
     net.add_argument("--size", type=int, default=512, help="input square, pixels")
@@ -59,7 +60,7 @@ def get_args_parser():
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
     schedule.add_argument("--epochs", type=int, default=5, help="of each stage that trains")
-    schedule.add_argument("--batch-size", type=int, default=6)
+    schedule.add_argument("--batch-size", type=int, default=6, help="photographs a step")
     schedule.add_argument("--lr", type=float, default=0.01, help="initial learning rate of the new layers")
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
                           help="adamw moves V in a tenth of the iterations, at an --lr near 0.001")  # fmt: skip
@@ -70,7 +71,8 @@ def get_args_parser():
                           help="start the branches from ImageNet or from the CAM classifier's backbone")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
-    labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0])
+    labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0],
+                        help="sizes of a photograph whose activations are averaged")  # fmt: skip
     labels.add_argument("--plain-cam", action="store_true", help="activations as they are, not spread over likes [IRN]")
     labels.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of another run (its labels/) instead of making some")  # fmt: skip

@@ -37,22 +37,27 @@ from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
-                        help="labelled photographs, see README")  # fmt: skip
-    parser.add_argument("--unlabelled", nargs="*", default=[], help="folders of photographs without labels")
-    parser.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
-    parser.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration")
-    parser.add_argument("--batch-size", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=1e-4, help="at the start of each iteration")
-    parser.add_argument("--backbone-lr", type=float, default=1.0, help="times --lr for the pretrained layers")
-    parser.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
-                        help="pretrained levels f1..fN that stay as they are")  # fmt: skip
-    parser.add_argument("--keep", type=float, default=1 / 3,
+    run_ = parser.add_argument_group("run")
+    run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
+                      help="labelled photographs, see README")  # fmt: skip
+    run_.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="photographs without labels")
+    run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
+
+    schedule = parser.add_argument_group("schedule (Sec. 4.1)")
+    schedule.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
+    schedule.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration")
+    schedule.add_argument("--batch-size", type=int, default=6, help="photographs a step")
+    schedule.add_argument("--lr", type=float, default=1e-4, help="at the start of each iteration")
+    schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the saliency branch")
+    schedule.add_argument("--backbone-lr", type=float, default=1.0, help="times --lr for the pretrained layers")
+    schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
+                          help="pretrained levels f1..fN that stay as they are")  # fmt: skip
+
+    labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
+    labels.add_argument("--keep", type=float, default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
-    parser.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd")
-    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
+    labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
+    labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 

@@ -12,10 +12,11 @@ import torch
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with the script's own description as it stands, and with default values but no 'default: None'."""
+    """--help with the script's own description as it stands, and with default values where there are any."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class InputError(Exception):

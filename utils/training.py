@@ -59,7 +59,7 @@ def add_machine_arguments(parser, workers="processes that load images and run th
                          help="compute each batch in N parts, for a GPU that cannot hold it")  # fmt: skip
     machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the network")
     machine.add_argument("--deterministic", action="store_true", help="on a GPU too, the same weights every time")
-    machine.add_argument("--seed", type=int, default=0)
+    machine.add_argument("--seed", type=int, default=0, help="of everything random")
     machine.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
 
 
