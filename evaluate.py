@@ -30,7 +30,6 @@ from tqdm import tqdm
 from datasets.images import list_images
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
-from models.fusion import Fusion
 from utils import hparams
 from utils.cli import Help, InputError, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
@@ -119,6 +118,7 @@ def measure_files(args, gt_masks):
 def measure_weights(args, gt_masks, photographs):
     """Run the network on every photograph that has a mask and measure what it finds; returns a Method."""
     import infer  # here, because evaluating files needs no network
+    from models.fusion import Fusion
 
     _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
     device = select_device(args.gpu)
