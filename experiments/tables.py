@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 import evaluate
+from datasets.sources import read_ground_truth
 from experiments import prm
 from experiments.recipes import (
     RECIPES,
@@ -78,7 +81,7 @@ TABLES = {
         Row("thresholds 230, 260", (66.9, 50.2), "--canny 230,260"),
         OURS,
     ),
-    "6": (OURS,),  # and a row for every --saliency-dir
+    "6": (OURS,),  # and a row for the ground truth and every --saliency-dir
     "7": (Row("w/o CRF", None, labels="--no-crf"), OURS),
     "pts": (),  # a row for every iteration
 }
@@ -103,19 +106,20 @@ def get_args_parser():
     parser.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of a run, for all seeds; default: each trains a classifier")  # fmt: skip
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
-                        help="saliency maps of other methods, or the ground truth's, for Table 6")  # fmt: skip
+                        help="saliency maps of other methods, for Table 6")  # fmt: skip
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     recipe = RECIPES[args.recipe]
-    maps = [Row(f"saliency of {name}", evaluate=("--saliency-dir", folder)) for name, folder in args.saliency_dir]
     make_folder(args.out)
     for table in args.tables:
+        maps = [("the ground truth", write_truth(args)), *args.saliency_dir] if table == "6" else []
+        maps = [Row(f"saliency of {name}", evaluate=("--saliency-dir", str(folder))) for name, folder in maps]
         measured = {}
         for seed in args.seeds:
-            rows = [*TABLES[table], *(maps if table == "6" else ())]
+            rows = (*TABLES[table], *maps)
             todo = ((row, train_row(row, recipe, args, seed)) for row in rows)  # each is written before the next trains
             for row, weights in pts_rows(recipe, args, seed) if table == "pts" else todo:
                 measured.setdefault(row, []).append(measure(row, weights, args))
@@ -130,6 +134,15 @@ def named_folder(argument):
     if not folder:
         raise argparse.ArgumentTypeError(f"{argument} is no NAME=DIR")
     return name, folder
+
+
+def write_truth(args):
+    """The saliency maps that the instance masks of --val make, as PNGs. Returns their folder."""
+    folder = make_folder(args.out / "truth")
+    for sample in read_ground_truth(args.val):
+        gt = sample.mask.read()
+        checkpoint.save_png(np.uint8(255 * ((gt > 0) & (gt < 255))), folder / f"{sample.stem}.png")
+    return folder
 
 
 def folder_name(*parts):

@@ -2,6 +2,7 @@
 
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ import train_pts
 from experiments import prm, recipes, stages, tables
 from infer import Maps
 from models.classifier import Classifier
+from utils import checkpoint
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ def called(monkeypatch, tmp_path):
     monkeypatch.setattr(train_branches, "main", branches)
     monkeypatch.setattr(train_pts, "main", pts)
     monkeypatch.setattr(tables, "measure", measure)
+    monkeypatch.setattr(tables, "write_truth", lambda args: args.out / "truth")
     return calls
 
 
@@ -55,10 +58,11 @@ def test_recipes_are_options_of_the_scripts(called, recipe, tmp_path):
 
 @pytest.mark.parametrize("table", [table for table in tables.TABLES if table != "pts"])
 def test_every_row_is_an_option_and_stands_in_the_table(called, table, tmp_path):
-    options = ["--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--saliency-dir", "truth=maps"]
+    options = ["--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--saliency-dir", "X=maps"]
     tables.main([table, *options])
     text = (tmp_path / f"table{table}.md").read_text()
-    rows = [row.name for row in tables.TABLES[table]] + ["saliency of truth"] * (table == "6")
+    rows = [row.name for row in tables.TABLES[table]]
+    rows += ["saliency of the ground truth", "saliency of X"] if table == "6" else []
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]] == rows
     numbers = [25, 12.5, 25, 12.5, 50, 100, 0]
     assert text.splitlines()[4].endswith("".join(f" | {number:.1f} ± 0.0" for number in numbers) + " |")
@@ -95,6 +99,14 @@ def test_given_labels_serve_all_seeds(called, tmp_path):
     assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
     tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
     assert called[-3].labels == tmp_path / "seed0" / "run_labels_no_crf" / "labels", "this row is about the labels"
+
+
+def test_saliency_of_the_ground_truth(tmp_path):
+    for kind in ("images", "instance_masks"):
+        (tmp_path / kind).mkdir()
+        checkpoint.save_png(np.array([[0, 1, 2, 255]] * 3, np.uint8), tmp_path / kind / "a.png")
+    args = tables.get_args_parser().parse_args(["6", "--val", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert cv2.imread(str(tables.write_truth(args) / "a.png"), 0)[0].tolist() == [0, 255, 255, 0]
 
 
 def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
