@@ -106,7 +106,7 @@ def get_args_parser():
     parser.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of a run, for all seeds; default: each trains a classifier")  # fmt: skip
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
-                        help="saliency maps of other methods, for Table 6")  # fmt: skip
+                        help="saliency maps of other methods, a row each in Tables 1 and 6")  # fmt: skip
     return parser
 
 
@@ -115,7 +115,9 @@ def main(argv=None):
     recipe = RECIPES[args.recipe]
     make_folder(args.out)
     for table in args.tables:
-        maps = [("the ground truth", write_truth(args)), *args.saliency_dir] if table == "6" else []
+        maps = args.saliency_dir if table in ("1", "6") else []
+        if table == "6":
+            maps = [("the ground truth", write_truth(args)), *maps]
         maps = [Row(f"saliency of {name}", evaluate=("--saliency-dir", str(folder))) for name, folder in maps]
         measured = {}
         for seed in args.seeds:
