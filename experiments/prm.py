@@ -32,8 +32,12 @@ BLUR = 2.0  # of a gradient, which is noise pixel by pixel, in pixels of the str
 
 
 def find_peaks(response):
-    """The local maxima, in 3x3, of at least PEAK times the highest: response [h,w] >= 0 -> (y, x) int [n,2]."""
-    highest = F.max_pool2d(response[None, None], 3, stride=1, padding=1)[0, 0]
+    """The local maxima of at least PEAK times the highest: response [h,w] >= 0 -> (y, x) int [n,2].
+
+    Local is 3x3 [PRM] on small maps, and a third of the shorter side on larger ones, where an object has many such.
+    """
+    reach = max(1, min(response.shape) // 6)
+    highest = F.max_pool2d(response[None, None], 2 * reach + 1, stride=1, padding=reach)[0, 0]
     return ((response == highest) & (response >= PEAK * response.max()) & (response > 0)).nonzero()
 
 
