@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -103,6 +103,7 @@ def get_args_parser():
     add_data_arguments(parser, "runs/tables")
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
+    parser.add_argument("--no-pts", action="store_true", help="all rows without PTS, in half the time")
     parser.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of a run, for all seeds; default: each trains a classifier")  # fmt: skip
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
@@ -122,11 +123,14 @@ def main(argv=None):
         measured = {}
         for seed in args.seeds:
             rows = (*TABLES[table], *maps)
+            if args.no_pts:
+                rows = [replace(row, pts=False) if row.pts else row for row in rows if row.name != "w/o PTS"]
             todo = ((row, train_row(row, recipe, args, seed)) for row in rows)  # each is written before the next trains
             for row, weights in pts_rows(recipe, args, seed) if table == "pts" else todo:
                 measured.setdefault(row, []).append(measure(row, weights, args))
                 text = format_table(table, measured, args)
-                (args.out / f"table{table}.md").write_text(text, encoding="utf-8")
+                name = f"table{table}_no_pts.md" if args.no_pts else f"table{table}.md"
+                (args.out / name).write_text(text, encoding="utf-8")
         print(text)
 
 
@@ -211,6 +215,7 @@ def measure(row, weights, args):
 def format_table(table, measured, args):
     """measured: {Row: [summary of each seed]}. Returns Markdown: the mean over seeds, and ± half their range."""
     command = f"python -m experiments.tables {table} --recipe {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
+    command += " --no-pts" if args.no_pts else ""
     head = [f"Table {table}", "paper", *COLUMNS]
     lines = [f"`{command}`", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(COLUMNS)]
     for row, summaries in measured.items():

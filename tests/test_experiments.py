@@ -90,6 +90,14 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     assert epochs["run_no_PTS"] == epochs["run"] + rounds * each
 
 
+def test_all_rows_without_pts(called, tmp_path):
+    tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--no-pts"])
+    assert {getattr(args, "stage", "pts") for args in called} == {"cam", "labels", "saliency", "branches"}
+    text = (tmp_path / "table2_no_pts.md").read_text()
+    assert "w/o PTS" not in text and "--no-pts`" in text and "| w/o CA |" in text and "| ours |" in text
+    assert len({args.epochs for args in called if args.stage == "saliency"}) == 1
+
+
 def test_given_labels_serve_all_seeds(called, tmp_path):
     given = tmp_path / "other" / "labels"
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--labels", str(given)])
