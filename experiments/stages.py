@@ -16,27 +16,32 @@ import torch
 from tqdm import tqdm
 
 from datasets.images import read_image
+from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from infer import Predictor
 from utils.cli import Help, run, select_device
 from utils.metrics import match_instances, summarize
 from utils.report import format_table
 
-VOID = 255
 ROWS = {"as it is": "", "T true": "T", "B true": "B", "S true": "S", "S, T true": "ST", "S, B, T true": "SBT"}
+
+
+def true_saliency(gt):
+    """uint8 [H,W] instance mask -> bool [H,W], where an instance is; void counts as background."""
+    return (gt > 0) & (gt != VOID)
 
 
 def true_maps(gt, grid):
     """uint8 [H,W] instance mask -> S [h,w], the share of each cell that is salient; B [h,w], 1 on the contours between
     instances and around them; T, the number of instances. Void counts as background."""
     height, width = grid
-    salient = ((gt > 0) & (gt != VOID)).astype(np.float32)
-    coarse = cv2.resize(np.where(gt == VOID, 0, gt), (width, height), interpolation=cv2.INTER_NEAREST)
+    salient = true_saliency(gt)
+    coarse = cv2.resize(np.where(salient, gt, 0), (width, height), interpolation=cv2.INTER_NEAREST)
     contour = np.zeros(grid, np.float32)
     contour[:, 1:] += coarse[:, 1:] != coarse[:, :-1]
     contour[1:] += coarse[1:] != coarse[:-1]
-    numbers = np.unique(gt[(gt > 0) & (gt != VOID)])
-    return cv2.resize(salient, (width, height), interpolation=cv2.INTER_AREA), contour.clip(0, 1), len(numbers)
+    share = cv2.resize(salient.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    return share, contour.clip(0, 1), len(np.unique(gt[salient]))
 
 
 def with_truth(maps, gt, replaced):

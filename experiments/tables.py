@@ -32,6 +32,7 @@ from experiments.recipes import (
     train_progressively,
     train_saliency,
 )
+from experiments.stages import true_saliency
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint
 from utils.cli import Help, make_folder, run
@@ -146,8 +147,7 @@ def write_truth(args):
     """The saliency maps that the instance masks of --val make, as PNGs. Returns their folder."""
     folder = make_folder(args.out / "truth")
     for sample in read_ground_truth(args.val):
-        gt = sample.mask.read()
-        checkpoint.save_png(np.uint8(255 * ((gt > 0) & (gt < 255))), folder / f"{sample.stem}.png")
+        checkpoint.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
     return folder
 
 

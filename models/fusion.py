@@ -132,6 +132,11 @@ def fuse(saliency, boundary, offsets, settings, count=0):
     return ops.random_walk(start[None], affinity, settings.radius, settings.power, settings.steps)[0], centroids
 
 
+def shares_of_peak(maps):
+    """Soft maps [n,h,w], each as a share of its own peak."""
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+
+
 def instance_masks(maps, saliency, size, settings):
     """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
 
@@ -143,7 +148,7 @@ def instance_masks(maps, saliency, size, settings):
     if not len(maps):
         return empty
     maps = torch.as_tensor(maps, dtype=saliency.dtype, device=saliency.device)
-    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    maps = shares_of_peak(maps)
 
     # One full-size map at a time, however many instances there are.
     value = saliency.new_full(size, settings.background)

@@ -5,7 +5,7 @@ import torch
 
 from datasets.crf import refine_saliency
 from datasets.labels import IGNORE
-from models.fusion import fuse, instance_masks
+from models.fusion import fuse, instance_masks, shares_of_peak
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
@@ -59,8 +59,7 @@ def instance_label(label, boundary, offsets, count, settings, classes=None):
     maps, _ = fuse(saliency, boundary, offsets, settings, count)
     if not len(maps):
         return None
-    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
-    maps = torch.nn.functional.interpolate(maps[None], label.shape, mode="bilinear")[0]
+    maps = torch.nn.functional.interpolate(shares_of_peak(maps)[None], label.shape, mode="bilinear")[0]
     nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
     result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)
     if classes is not None:

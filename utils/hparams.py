@@ -2,8 +2,6 @@
 
 import json
 
-from torch.utils.tensorboard import SummaryWriter
-
 from utils.cli import InputError
 
 
@@ -21,6 +19,8 @@ def settings_of(run):
 
 def write(run, name, summary):
     """Put the main figures of utils.metrics.summarize beside the run's settings, in run/val/``name``."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because few evaluations are put there
+
     figures = {
         f"{protocol} mAP@{threshold}": ap for protocol, by in summary["mAP"].items() for threshold, ap in by.items()
     }

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-VOID = 255
+from datasets.masks import VOID
+
 # The very expressions of COCOeval, so that IoU and recall on a threshold fall on the same side of it.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
