@@ -8,7 +8,7 @@ What a row shares with others (classifier, pseudo labels, saliency branch) is tr
 the same number of epochs in every row: those that PTS would give it are added where PTS is off. A run that was
 stopped goes on with the same command; --out/table<N>.md is written as rows become complete.
 
-The table "pts" is Figures 17 and 18 in numbers: the full model after every iteration of PTS.
+The table "pts" is Figures 17 and 18: the full model after every iteration of PTS, and --out/pts.svg draws it.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 import evaluate
@@ -52,6 +53,7 @@ class Row:
 
 OURS = Row("ours", (68.3, 51.7))
 COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
+PTS_ITERATIONS = 6  # of the table "pts", whatever the recipe has
 IRN = "--no-ca --no-be --no-lsu"
 PRM = Row("PRM, adapted", (49.6, 31.2), pts=False)
 TABLES = {
@@ -132,6 +134,8 @@ def main(argv=None):
                 text = format_table(table, measured, args)
                 name = f"table{table}_no_pts.md" if args.no_pts else f"table{table}.md"
                 (args.out / name).write_text(text, encoding="utf-8")
+        if table == "pts":
+            draw_iterations(measured, args.out / "pts.svg")
         print(text)
 
 
@@ -163,15 +167,20 @@ def share(base, run, stage, *depends_on):
         (run / stage).symlink_to(common.resolve(), target_is_directory=True)
 
 
+def labels_of(row, recipe, args, seed):
+    """The folder of the pseudo labels that the row is trained on; they are made when no row before it has."""
+    if args.labels and not row.labels:
+        return args.labels
+    base = args.out / f"seed{seed}"
+    labels_run = make_folder(base / folder_name("labels", row.labels))
+    share(base, labels_run, "cam")
+    return train_labels(recipe, args, labels_run, seed, row.labels)
+
+
 def train_row(row, recipe, args, seed):
     """Train what the row needs and no row before it has trained. Returns the file of its weights."""
     base = args.out / f"seed{seed}"
-    if args.labels and not row.labels:
-        labels = args.labels
-    else:
-        labels_run = make_folder(base / folder_name("labels", row.labels))
-        share(base, labels_run, "cam")
-        labels = train_labels(recipe, args, labels_run, seed, row.labels)
+    labels = labels_of(row, recipe, args, seed)
     if row is PRM:
         return labels.parent / "cam" / "weights.pt"
     rounds, per_round = recipe.rounds
@@ -185,16 +194,37 @@ def train_row(row, recipe, args, seed):
 
 
 def pts_rows(recipe, args, seed):
-    """[(Row, weights)] of the full model before PTS and after each of its iterations."""
-    final = train_row(OURS, recipe, args, seed)
-    net = load_weights(final.parent / "weights.pt")
-    found = [(Row("r = 0, before PTS"), final.parent / "weights.pt")]
-    for r in range(1, recipe.rounds[0] + 1):
-        folder = final.parent / "pts" / f"r{r}"
+    """[(Row, weights)] of the full model before PTS and after each of its iterations, as many as in the paper."""
+    ours = train_row(OURS, recipe, args, seed).parent
+    out = make_folder(ours.with_name(f"run_{PTS_ITERATIONS}_iterations"))
+    for part in ("weights.pt", "pts"):  # the first iterations are those of ours
+        if not (out / part).exists():
+            (out / part).symlink_to((ours / part).resolve())
+    longer = replace(recipe, rounds=(PTS_ITERATIONS, recipe.rounds[1]))
+    train_progressively(longer, args, out, seed, labels_of(OURS, recipe, args, seed))
+    net = load_weights(out / "weights.pt")
+    found = [(Row("r = 0, before PTS"), out / "weights.pt")]
+    for r in range(1, PTS_ITERATIONS + 1):
+        folder = out / "pts" / f"r{r}"
         net.saliency.load_state_dict(checkpoint.load(folder / "weights.pt")["model"])
         save_weights(net, folder / "network.pt", note=f"PTS, iteration {r}")
         found.append((Row(f"r = {r}"), folder / "network.pt"))
     return found
+
+
+def draw_iterations(measured, path):
+    """Figures 17 and 18: what the rows of the table "pts" measure over r; a line each, the mean over seeds."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    for panel, columns in zip(panels, (("saliency MAE",), ("saliency F",), ("pooled @0.5", "@0.7")), strict=True):
+        for column in columns:
+            lines = np.array([[COLUMNS[column](summary) for summary in summaries] for summaries in measured.values()])
+            panel.plot(lines, ".", color="0.7")
+            panel.plot(lines.mean(1), "o-", label=column)
+        panel.set(xlabel="iteration of PTS", ylabel="mAP" if len(columns) > 1 else columns[0])
+        panel.grid(alpha=0.3)
+    panels[-1].legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def measure(row, weights, args):

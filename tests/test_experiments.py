@@ -12,6 +12,7 @@ import train_pts
 from experiments import prm, recipes, stages, tables
 from infer import Maps
 from models.classifier import Classifier
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint
 
 
@@ -107,6 +108,40 @@ def test_given_labels_serve_all_seeds(called, tmp_path):
     assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
     tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
     assert called[-3].labels == tmp_path / "seed0" / "run_labels_no_crf" / "labels", "this row is about the labels"
+
+
+def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatch):
+    """As many as the paper has; the saliency branch of each is joined with the branches that all have in common."""
+    config = NetConfig(backbone="mobilenetv2_100", size=64, channels=8)
+    before = WSIDNet(config)
+    written = []
+
+    def pts(argv):
+        args = train_pts.get_args_parser().parse_args(argv)
+        for r in range(1, args.iters + 1):
+            folder = args.out / "pts" / f"r{r}"
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                state = {key: torch.full_like(value, r) for key, value in before.saliency.state_dict().items()}
+                checkpoint.save({"model": state}, folder / "weights.pt")
+                written.append((args.out.name, r))
+        (args.out / "weights_pts.pt").write_text(str(args.iters))
+
+    def branches(argv):
+        save_weights(before, train_branches.get_args_parser().parse_args(argv).out / "weights.pt")
+
+    monkeypatch.setattr(train_pts, "main", pts)
+    monkeypatch.setattr(train_branches, "main", branches)
+    tables.main(["pts", "--recipe", "quick", "--out", str(tmp_path), "--labels", str(tmp_path)])
+    assert written == [("run", 1), ("run", 2), *(("run_6_iterations", r) for r in range(3, 7))]
+    assert (tmp_path / "seed0" / "run" / "weights_pts.pt").read_text() == "2", "ours is what it was"
+    rows = [line.split(" | ")[0].strip("| ") for line in (tmp_path / "tablepts.md").read_text().splitlines()[4:]]
+    assert rows == ["r = 0, before PTS", *(f"r = {r}" for r in range(1, 7))]
+    assert "iteration of PTS" in (tmp_path / "pts.svg").read_text()
+    last = load_weights(tmp_path / "seed0" / "run" / "pts" / "r6" / "network.pt")
+    assert {float(value.detach().min()) for value in last.saliency.parameters()} == {6.0}
+    part = before.branches.state_dict()["centroid.predict.weight"]
+    assert torch.allclose(last.branches.state_dict()["centroid.predict.weight"], part, atol=1e-3)
 
 
 def test_saliency_of_the_ground_truth(tmp_path):
