@@ -90,10 +90,7 @@ def main(argv=None):
     if args.size < 64 or args.size % 32:
         raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
     device = prepare_machine(args)
-    found = read_samples(args.data)
-    samples = with_classes(found)
-    if len(samples) < len(found):
-        print(f"{len(found) - len(samples)} of {len(found)} photographs have no class of the 20 and are left out")
+    samples = usable_samples(args)
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
         raise InputError("no photograph has a count; name a source in --data that has them, or give --no-lsu")
     make_folder(args.out)
@@ -105,6 +102,19 @@ def main(argv=None):
         distributed.wait_for_all()
     if distributed.is_first():
         assemble(args)
+
+
+def usable_samples(args):
+    """The Samples of --data that pseudo labels can be made of or, in --labels, have been made of."""
+    found = samples = read_samples(args.data)
+    if args.labels:
+        samples = [sample for sample in found if not pseudo_labels.is_untold(args.labels, sample.stem)]
+    if not all(args.labels and pseudo_labels.is_done(args.labels, sample.stem) for sample in samples):
+        samples = with_classes(samples)
+    if len(samples) < len(found):
+        left = len(found) - len(samples)
+        print(f"{left} of {len(found)} photographs are left out: no class of the 20 and no labels from train_pts.py")
+    return samples
 
 
 def net_config(args):

@@ -39,7 +39,7 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     run_ = parser.add_argument_group("run")
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
-                      help="labelled photographs, see README")  # fmt: skip
+                      help="labelled photographs; without classes (PATH@count) they need no pseudo masks")  # fmt: skip
     run_.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="photographs without labels")
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
 
@@ -118,8 +118,8 @@ def config_of(args, samples, net):
 def make_labels(net, samples, folder, args, device):
     """Pseudo label generation (Sec. 3.4.1), for all photographs that show an instance.
 
-    Writes ``folder``/labels/saliency/<stem>.png; and for photographs with labels ``folder``/labels/classes/<stem>.png,
-    which is not used here: train_branches.py may be given these labels. Returns the samples that got a label.
+    Writes ``folder``/labels/saliency/<stem>.png; and for photographs with labels ``folder``/labels/classes/<stem>.png
+    (see ``write_label``). Returns the samples that got a label.
     """
     net.eval()
     labels = folder / "labels"
@@ -151,14 +151,15 @@ def is_tried(labels, sample):
 
 
 def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep):
-    """One photograph of ``make_labels``, in a worker process: its labels; where nothing is found, an empty
-    <stem>.none and the first labels again.
+    """One photograph of ``make_labels``, in a worker process: its saliency; and, not used here, its instances in
+    classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels.
 
+    What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
     first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter.
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
-    mask = classes = instances = None
+    mask = classes = None
     if first:
         mask = resize(read_map(first / "saliency" / png), size) / 255
         classes = read_classes(first / "classes" / png, size)
@@ -168,8 +169,11 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
         label = mask
     elif sample.count:
         instances = instance_label(label, boundary, offsets, sample.count, settings, classes)
-    if first:
-        checkpoint.save_png(classes if instances is None else instances, labels / "classes" / png)
+        classes = classes if instances is None else instances
+    if classes is not None:
+        checkpoint.save_png(classes, labels / "classes" / png)
+    else:
+        (labels / "classes" / f"{sample.stem}.none").touch()
     if label is not None:
         checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 

@@ -77,6 +77,11 @@ def is_done(folder, stem):
     return all((Path(folder) / kind / f"{stem}.png").exists() for kind in ("saliency", "classes"))
 
 
+def is_untold(folder, stem):
+    """Whether train_pts.py could not tell a photograph's instances, and it has no class labels either."""
+    return (Path(folder) / "classes" / f"{stem}.none").exists()
+
+
 def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf):
     """Make and write both maps of the photograph at ``path``; cams: float [C,h,w] in 0..1 on any grid."""
     image = load_square(path, size)

@@ -53,11 +53,12 @@ def instance_label(label, boundary, offsets, count, settings, classes=None):
     label: float32 [S,S] in 0..1 of ``pseudo_label``; boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid;
     count: the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255
     unknown) or None: where they contradict the class that most of an instance has, the instance is not known.
-    Returns uint8 [S,S]: 0 background, 1..n instance, 255 not known; None when there is no instance.
+    Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
+    instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
     """
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
     maps, _ = fuse(saliency, boundary, offsets, settings, count)
-    if not len(maps):
+    if len(maps) != count:
         return None
     maps = torch.nn.functional.interpolate(shares_of_peak(maps)[None], label.shape, mode="bilinear")[0]
     nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
@@ -68,4 +69,5 @@ def instance_label(label, boundary, offsets, count, settings, classes=None):
             inside = known & (result == number)
             if inside.any():
                 result[inside & (classes != np.bincount(classes[inside]).argmax())] = IGNORE
-    return result
+    size = np.bincount(result.ravel(), minlength=count + 1)[1 : count + 1]
+    return result if size.min() >= settings.smallest * result.size else None

@@ -193,3 +193,7 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     assert (found[20:24, 10:14] == 255).all(), "another class than the rest of its instance"
     assert sorted(np.unique(instance_label(label, boundary, offsets, 1, Fusion()))) == [0, 1, 255]
     assert instance_label(label * 0, boundary, offsets, 2, Fusion()) is None
+    speck = label * 0
+    speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
+    assert instance_label(speck, boundary, offsets, 1, Fusion()) is not None
+    assert instance_label(speck, boundary, offsets, 2, Fusion(smallest=0.3)) is None, "not two of that size"

@@ -158,6 +158,37 @@ def test_branches_learn_from_the_instances_of_pts(trained, data, tmp_path):
     assert not torch.equal(state["branches.centroid.predict.weight"], before["branches.centroid.predict.weight"])
 
 
+def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, monkeypatch, capsys):
+    """They need no class: the network labels them, and where it finds as many as counted the branches learn from it."""
+    out, more = tmp_path / "run", tmp_path / "more"
+    out.mkdir(), (more / "images").mkdir(parents=True)
+    shutil.copy(trained / "weights.pt", out)
+    for i in range(3):
+        shutil.copy(data / "images" / f"photo{i}.png", more / "images" / f"more{i}.png")
+    (more / "labels.csv").write_text("image,classes,count\nmore0.png,cat,2\nmore1.png,dog,2\nmore2.png,dog,0\n")
+
+    def instances(label, boundary, offsets, count, settings, classes=None):
+        assert classes is not None or count == 2
+        told.append(classes is None)
+        return np.full(label.shape, 3, np.uint8) if classes is not None or sum(told) == 1 else None
+
+    told = []
+    monkeypatch.setattr(train_pts, "instance_label", instances)
+    sources = ["--data", data, f"{more}@count"]
+    options = [*sources, "--out", out, "--labels", trained / "labels", *PTS, "--iters", "1", "--workers", "0"]
+    assert call(train_pts.main, *options) == 0
+    labels = out / "pts" / "r1" / "labels"
+    assert {path.name for path in (labels / "classes").glob("more*")} == {"more0.png", "more1.none", "more2.none"}
+    assert len(list((labels / "saliency").glob("more*.png"))) == 3, "S learns from all of them"
+    capsys.readouterr()
+    again = [*sources, "--out", tmp_path / "again", *QUICK, "--stage", "branches", "--labels", labels]
+    assert call(train_branches.main, *again) == 0
+    assert "2 of 9 photographs are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["images"] == 7
+    assert call(train_branches.main, *again[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
+    assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
+
+
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
     out = tmp_path / "shares"
     command = [*branches_options(data, out), "--labels", trained / "labels", "--epochs", "1"]
