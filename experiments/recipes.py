@@ -1,18 +1,20 @@
 """What the stages are told beside the data: the paper's schedule, that of the bundled weights, and a quick one.
 
 A recipe is the options of each stage as they would be typed. ``python -m experiments.recipes NAME ...`` runs all
-stages of one and leaves the network in OUT/weights_pts.pt:
+stages of one and leaves the network in OUT/weights_pts.pt; with --counted, after a second cycle, in
+OUT/final/weights.pt:
 
-    python -m experiments.recipes cpu --data data/train --cam-data data/more --out runs/mine --gpu -1
+    python -m experiments.recipes cpu --data data --cam-data more --counted more@count --out runs/mine --gpu -1
 """
 
 import argparse
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_branches
 import train_pts
-from utils.cli import Help, run
+from utils.cli import Help, make_folder, run
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Recipe:
 
     cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
     network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
-    before PTS. rounds: (R, E) of PTS.
+    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time.
     """
 
     cam: str
@@ -33,6 +35,7 @@ class Recipe:
     epochs: int
     pts: str
     rounds: tuple[int, int]
+    again: str
 
 
 RECIPES = {
@@ -46,6 +49,7 @@ RECIPES = {
         epochs=5,
         pts="",
         rounds=(6, 8),
+        again="",
     ),
     "cpu": Recipe(  # the bundled weights
         cam="--backbone tf_efficientnet_lite2 --size 320",
@@ -57,6 +61,7 @@ RECIPES = {
         epochs=6,
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
         rounds=(2, 1),
+        again="--epochs 3",
     ),
     "quick": Recipe(  # minutes, to see that everything runs
         cam="--backbone mobilenetv2_100 --size 128",
@@ -68,6 +73,7 @@ RECIPES = {
         epochs=2,
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
         rounds=(2, 1),
+        again="",
     ),
 }
 
@@ -110,21 +116,38 @@ def train_both_branches(recipe, args, out, seed, labels, more=""):
     return out / "weights.pt"
 
 
-def train_progressively(recipe, args, out, seed, labels):
-    """PTS on the network in ``out``. Returns out/weights_pts.pt."""
+def train_progressively(recipe, args, out, seed, labels, data=()):
+    """PTS on the network in ``out``, with more photographs in ``data``. Returns out/weights_pts.pt."""
     iterations, epochs = recipe.rounds
     train_pts.main(
-        ["--data", *args.data, "--unlabelled", *args.unlabelled, "--out", str(out), "--gpu", str(args.gpu),
+        ["--data", *args.data, *data, "--unlabelled", *args.unlabelled, "--out", str(out), "--gpu", str(args.gpu),
          "--workers", str(args.workers), "--seed", str(seed), "--labels", str(labels), "--iters", str(iterations),
          "--epochs", str(epochs), *recipe.pts.split()]
     )  # fmt: skip
     return out / "weights_pts.pt"
 
 
+def train_again(recipe, args, out, seed, labels):
+    """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
+    that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
+    start = make_folder(out / "cycle2") / "weights.pt"
+    if not start.exists():
+        shutil.copy(out / "weights_pts.pt", start.with_suffix(".part"))
+        start.with_suffix(".part").rename(start)
+    once = replace(recipe, rounds=(1, recipe.rounds[1]))
+    train_progressively(once, args, start.parent, seed, labels, args.counted)
+    instances = start.parent / "pts" / "r1" / "labels"
+    stage(args, out / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, data=args.counted,
+          labels=instances)  # fmt: skip
+    return out / "final" / "weights.pt"
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("recipe", choices=RECIPES)
     add_data_arguments(parser, "runs/recipe")
+    parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
+                        help="more photographs, with a count, for a second cycle")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
@@ -132,6 +155,8 @@ def main(argv=None):
     train_saliency(recipe, args, args.out, args.seed, labels, recipe.epochs)
     train_both_branches(recipe, args, args.out, args.seed, labels)
     train_progressively(recipe, args, args.out, args.seed, labels)
+    if args.counted:
+        train_again(recipe, args, args.out, args.seed, labels)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,16 @@ def test_recipes_are_options_of_the_scripts(called, recipe, tmp_path):
     assert (pts.iters, pts.epochs) == recipes.RECIPES[recipe].rounds and not branches.no_ca
 
 
+def test_a_second_cycle_learns_from_instances_of_counted_photographs(called, tmp_path):
+    recipes.main(["cpu", "--data", "a", "--counted", "b@count", "--out", str(tmp_path)])
+    first, second, branches = called[-3:]
+    assert [args.data for args in called[-3:]] == [["a"], ["a", "b@count"], ["a", "b@count"]]
+    assert (second.iters, second.out) == (1, tmp_path / "cycle2") and (second.out / "weights.pt").exists()
+    assert first.labels == second.labels, "the first pseudo masks"
+    assert (branches.stage, branches.labels) == ("branches", second.out / "pts" / "r1" / "labels")
+    assert branches.epochs == 3 and branches.out == tmp_path / "final"
+
+
 @pytest.mark.parametrize("table", [table for table in tables.TABLES if table != "pts"])
 def test_every_row_is_an_option_and_stands_in_the_table(called, table, tmp_path):
     options = ["--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--saliency-dir", "X=maps"]
