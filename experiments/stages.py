@@ -3,8 +3,8 @@
     python -m experiments.stages --data data/val --gpu -1
     python -m experiments.stages --weights runs/mine/weights_pts.pt --data data/val
 
-A row that gains much names a stage that limits. T is the number of objects, S the saliency, B the boundary; V has no
-true value where masks overlap or are void, and its share is what is still missing with all three true.
+A row that gains much names a stage that limits. S is the saliency, B the boundary, V the offsets, T the number of
+objects; what is missing with all four true is the fusion's and the grid's.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from scipy import ndimage
 from tqdm import tqdm
 
 from datasets.images import read_image
@@ -23,7 +24,8 @@ from utils.cli import Help, run, select_device
 from utils.metrics import match_instances, summarize
 from utils.report import format_table
 
-ROWS = {"as it is": "", "T true": "T", "B true": "B", "S true": "S", "S, T true": "ST", "S, B, T true": "SBT"}
+TRUE = ("T", "V", "B", "S", "ST", "SBT", "SBVT")
+ROWS = {"as it is": ""} | {f"{', '.join(true)} true": true for true in TRUE}
 
 
 def true_saliency(gt):
@@ -33,7 +35,8 @@ def true_saliency(gt):
 
 def true_maps(gt, grid):
     """uint8 [H,W] instance mask -> S [h,w], the share of each cell that is salient; B [h,w], 1 on the contours between
-    instances and around them; T, the number of instances. Void counts as background."""
+    instances and around them; V [2,h,w], from each cell to the centre of the instance nearest to it; T, the number of
+    instances. Void counts as background."""
     height, width = grid
     salient = true_saliency(gt)
     coarse = cv2.resize(np.where(salient, gt, 0), (width, height), interpolation=cv2.INTER_NEAREST)
@@ -41,13 +44,18 @@ def true_maps(gt, grid):
     contour[:, 1:] += coarse[:, 1:] != coarse[:, :-1]
     contour[1:] += coarse[1:] != coarse[:-1]
     share = cv2.resize(salient.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    return share, contour.clip(0, 1), len(np.unique(gt[salient]))
+    nearest = ndimage.distance_transform_edt(coarse == 0, return_distances=False, return_indices=True)
+    owner, place = coarse[tuple(nearest)], np.indices(grid, np.float32)
+    offsets = np.zeros_like(place)
+    for number in np.unique(coarse[coarse > 0]):
+        here, centre = owner == number, np.argwhere(coarse == number).mean(0)
+        offsets[:, here] = centre[:, None] - place[:, here]
+    return share, contour.clip(0, 1), offsets, len(np.unique(gt[salient]))
 
 
 def with_truth(maps, gt, replaced):
-    """Maps of one photograph in which those named in ``replaced``, of "SBT", are true."""
-    saliency, boundary, count = true_maps(gt, maps.saliency.shape)
-    true = {"S": ("saliency", saliency), "B": ("boundary", boundary), "T": ("count", np.float32(count))}
+    """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true."""
+    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "count"), true_maps(gt, maps.saliency.shape))))
     return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
 
 
@@ -67,7 +75,7 @@ def main(argv=None):
         image, gt = read_image(sample.path), sample.mask.read()
         (maps,) = predictor.network([predictor.prepare(image)])
         for row, replaced in ROWS.items():
-            found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
+            found = predictor.instances(with_truth(maps, gt, replaced), image)
             results[row].append(match_instances(found.masks, found.scores, gt))
     print(format_table({row: summarize(result) for row, result in results.items()}))
 

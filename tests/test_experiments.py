@@ -215,8 +215,9 @@ def test_prm_runs_on_a_classifier_of_the_registry():
 def test_true_maps_say_what_the_mask_says():
     gt = np.zeros((40, 60), np.uint8)
     gt[8:32, 8:28], gt[8:32, 28:48], gt[0:4] = 1, 2, 255
-    saliency, boundary, count = stages.true_maps(gt, (10, 15))
+    saliency, boundary, offsets, count = stages.true_maps(gt, (10, 15))
     assert count == 2 and saliency[0].max() == 0 and saliency[2:8, 2:12].min() == 1 and saliency.sum() == 60
+    assert offsets[:, 4, 4].tolist() == [0.5, 0] and offsets[:, 4, 12].tolist() == [0.5, -3], "centres of the two"
     assert boundary[2:8, 7].min() == 1 and boundary[3:7, 3:6].max() == 0, "between the two, not inside"
     maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor(3.0))
     replaced = stages.with_truth(maps, gt, "ST")
