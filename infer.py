@@ -127,7 +127,7 @@ class Predictor:
         """``predict`` for a list of images, each of its own size, that pass the network together."""
         maps = self.network([self.prepare(image) for image in images])
         given = saliencies or [None] * len(images)
-        return [self.instances(m, image, s) for m, image, s in zip(maps, images, given, strict=True)]
+        return [self.instances(m, image.shape[:2], s) for m, image, s in zip(maps, images, given, strict=True)]
 
     def prepare(self, image):
         """uint8 RGB [H,W,3] -> what ``network`` takes: RGB [1,3,S,S] in 0..1 and edges [1,1,S,S], on the CPU."""
@@ -164,9 +164,8 @@ class Predictor:
             yield
 
     @torch.no_grad()
-    def instances(self, maps, image, saliency=None):
-        """The Prediction of one photograph, uint8 RGB [H,W,3], from its Maps; saliency: as for ``predict``."""
-        size = image.shape[:2]
+    def instances(self, maps, size, saliency=None):
+        """The Prediction of one photograph of ``size`` (H, W) from its Maps; saliency: as for ``predict``."""
         with self._beside_the_network(maps.ready):
             s, b, v = (m.to(self.fusion_device) for m in maps[:3])
             if saliency is not None:
@@ -178,7 +177,7 @@ class Predictor:
             else:
                 count = 0 if self.method == "sinks" else int(maps.count)
                 soft, centroids = fuse(s, b, v, self.settings, count)
-            masks, scores, kept = instance_masks(soft, s, size, self.settings, image)
+            masks, scores, kept = instance_masks(soft, s, size, self.settings)
             s, b, v = (m.cpu().numpy() for m in (s, b, v))
         height, width = size
         centroids = (centroids[kept] + 0.5) * (np.array(size) / s.shape) - 0.5
@@ -279,7 +278,7 @@ def process(paths, predictor, finish, batch_size, workers=1, saliency_dir=None):
         if isinstance(entry, InputError):
             return entry
         path, image, saliency, maps = entry
-        return finish(path, image, predictor.instances(maps, image, saliency))
+        return finish(path, image, predictor.instances(maps, image.shape[:2], saliency))
 
     ahead = batch_size + workers  # a whole batch is under way while the network takes the next one
     return map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)

@@ -9,7 +9,7 @@ ITERATIONS = 10
 PAPER_SIZE = 512  # the sigmas in pixels are those of a 512x512 image; other sizes scale them
 
 
-def crf(image, probabilities, iterations=ITERATIONS):
+def crf(image, probabilities):
     """Refine label probabilities against the image.
 
     image: uint8 RGB [H,W,3]; probabilities: [L,H,W], positive. Returns float32 [L,H,W] that sums to 1 over L.
@@ -24,7 +24,7 @@ def crf(image, probabilities, iterations=ITERATIONS):
     model.addPairwiseBilateral(
         sxy=SIGMA_ALPHA * scale, srgb=SIGMA_BETA, rgbim=np.ascontiguousarray(image), compat=W1
     )
-    return np.array(model.inference(iterations), dtype=np.float32).reshape(labels, height, width)
+    return np.array(model.inference(ITERATIONS), dtype=np.float32).reshape(labels, height, width)
 
 
 def refine_saliency(image, foreground):

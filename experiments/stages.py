@@ -75,7 +75,7 @@ def main(argv=None):
         image, gt = read_image(sample.path), sample.mask.read()
         (maps,) = predictor.network([predictor.prepare(image)])
         for row, replaced in ROWS.items():
-            found = predictor.instances(with_truth(maps, gt, replaced), image)
+            found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
             results[row].append(match_instances(found.masks, found.scores, gt))
     print(format_table({row: summarize(result) for row, result in results.items()}))
 

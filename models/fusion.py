@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
-from datasets.crf import crf
 from models.counting import divide
 from utils.cli import InputError
 
@@ -22,8 +21,7 @@ class Fusion:
     region: "salient" looks for centroids among the salient pixels, "image" everywhere.
     radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
     background: share of an instance's peak below which a pixel is background. smallest: share of the image
-    under which an instance is dropped; unsure: score under which it is. crf: iterations of the CRF that lets the masks
-    follow the photograph [ours]; a few are worth 1 of mAP and cost as much time as all the rest, 0 leaves it out.
+    under which an instance is dropped; unsure: score under which it is.
     """
 
     theta: float = 0.5
@@ -36,7 +34,6 @@ class Fusion:
     background: float = 0.5
     smallest: float = 0.01
     unsure: float = 0.1
-    crf: int = 0
 
     @classmethod
     def of(cls, arguments):
@@ -140,31 +137,18 @@ def shares_of_peak(maps):
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def follow_image(shares, image, iterations):
-    """Shares of their peak [n,h,w], refined by the dense CRF at twice their grid, where the background has what the
-    largest share leaves. image: uint8 RGB [H,W,3]. Returns [n,2h,2w] in 0..1, each against the background alone."""
-    grid = (2 * shares.shape[1], 2 * shares.shape[2])
-    fine = F.interpolate(shares[None], grid, mode="bilinear", align_corners=False)[0].cpu().numpy()
-    scores = np.concatenate([1 - fine.max(0, keepdims=True), fine])
-    refined = crf(cv2.resize(image, grid[::-1], interpolation=cv2.INTER_AREA), scores / scores.sum(0), iterations)
-    return torch.from_numpy(refined[1:] / (refined[1:] + refined[:1] + 1e-6)).to(shares)
-
-
-def instance_masks(maps, saliency, size, settings, image=None):
+def instance_masks(maps, saliency, size, settings):
     """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
 
     maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
-    share of its own peak; its score is that of ``score_of``. image: uint8 RGB [H,W,3], for the CRF. Returns (masks
-    bool [n',H,W], scores float32 [n'], kept int [n'], the index of each into maps), best first; those under
-    ``smallest`` and ``unsure`` are dropped.
+    share of its own peak; its score is that of ``score_of``. Returns (masks bool [n',H,W], scores float32 [n'],
+    kept int [n'], the index of each into maps), best first; those under ``smallest`` and ``unsure`` are dropped.
     """
     empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
     if not len(maps):
         return empty
     maps = torch.as_tensor(maps, dtype=saliency.dtype, device=saliency.device)
     maps = shares_of_peak(maps)
-    if settings.crf and image is not None:
-        maps = follow_image(maps, image, settings.crf)
 
     # One full-size map at a time, however many instances there are.
     value = saliency.new_full(size, settings.background)

@@ -50,25 +50,6 @@ def test_touching_objects_are_told_apart_by_their_centroids():
     assert len(components) == 1, "one connected component: what the centroids are for"
 
 
-def test_the_crf_lets_masks_follow_the_photograph():
-    """Maps that lie beside the two objects, as coarse ones do; the photograph shows where they are."""
-    truth = np.zeros((2, 128, 192), bool)
-    truth[0, 30:98, 24:96], truth[1, 30:98, 96:170] = True, True
-    image = np.full((128, 192, 3), 90, np.uint8)
-    image[truth[0]], image[truth[1]] = (200, 60, 40), (40, 60, 200)
-    image += np.random.default_rng(0).integers(0, 4, image.shape).astype(np.uint8)
-    maps = torch.nn.functional.avg_pool2d(torch.from_numpy(np.roll(truth, (4, 4), (1, 2))).float(), 4)
-    saliency = maps.amax(0)
-    quality = {}
-    for iterations in (0, 5):
-        masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion(crf=iterations), image)
-        assert len(masks) == 2 and not (masks[0] & masks[1]).any()
-        quality[iterations] = np.mean([iou(mask, truth[index]) for mask, index in zip(masks, kept)])
-    assert quality[5] > 0.95 > 0.82 > quality[0]
-    without, *_ = instance_masks(maps, saliency, (128, 192), Fusion(crf=5))
-    assert np.array_equal(without, instance_masks(maps, saliency, (128, 192), Fusion(), image)[0]), "nothing to follow"
-
-
 @pytest.mark.parametrize("formed", [1.0, 0.5])
 def test_a_number_of_objects_parts_the_region_before_the_offsets_have_formed(formed):
     """Half as long as they should be, the offsets have one sink between the two objects; their groups are two."""
