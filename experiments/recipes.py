@@ -8,7 +8,6 @@ OUT/final/weights.pt:
 """
 
 import argparse
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,8 +131,7 @@ def train_again(recipe, args, out, seed, labels):
     that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
     start = make_folder(out / "cycle2") / "weights.pt"
     if not start.exists():
-        shutil.copy(out / "weights_pts.pt", start.with_suffix(".part"))
-        start.with_suffix(".part").rename(start)
+        start.symlink_to((out / "weights_pts.pt").resolve())
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"

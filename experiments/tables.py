@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import evaluate
@@ -214,6 +213,8 @@ def pts_rows(recipe, args, seed):
 
 def draw_iterations(measured, path):
     """Figures 17 and 18: what the rows of the table "pts" measure over r; a line each, the mean over seeds."""
+    import matplotlib.pyplot as plt  # here, because one table alone is drawn
+
     figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
     for panel, columns in zip(panels, (("saliency MAE",), ("saliency F",), ("pooled @0.5", "@0.7")), strict=True):
         for column in columns:
