@@ -26,7 +26,7 @@ from models.backbones import BACKBONES, load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
 from models.enhancement import canny_edges, network_input, parse_canny
 from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, pair_labels, subitizing_loss
-from models.wsid_net import NetConfig, WSIDNet, save_weights
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
@@ -67,8 +67,9 @@ def get_args_parser():
     schedule.add_argument("--backbone-lr", type=float, default=0.1, help="times --lr for the pretrained layers")
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
-    schedule.add_argument("--init", choices=("imagenet", "cam"), default="imagenet",
-                          help="start the branches from ImageNet or from the CAM classifier's backbone")  # fmt: skip
+    schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
+                          help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
+                          "weights.pt of a network that goes on, on other data or at another --size")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
     labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0],
@@ -89,6 +90,8 @@ def main(argv=None):
     args.canny = parse_canny(args.canny)
     if args.size < 64 or args.size % 32:
         raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
+    if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():
+        raise InputError(f"--init {args.init}: no such file; give imagenet, cam or the weights.pt of a network")
     device = prepare_machine(args)
     samples = usable_samples(args)
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
@@ -160,13 +163,19 @@ def run_stage(args, samples, device, stage, model, dataset, losses, show, settin
         checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
 
 
-def init_backbone(backbone, args):
-    """Give a branch's backbone its starting weights: those of ImageNet, or what the CAM classifier made of them."""
+def initialize(model, part, args):
+    """Give a branch its starting weights: its backbone those of ImageNet, or what the CAM classifier made of them, or
+    all of it what the same ``part`` of another WSIDNet has learned."""
     if args.init == "cam":
-        backbone.load_state_dict(finished_classifier(args).backbone.state_dict())
+        model.backbone.load_state_dict(finished_classifier(args).backbone.state_dict())
+    elif args.init == "imagenet":
+        load_pretrained(model.backbone, args.backbone_weights)
     else:
-        load_pretrained(backbone, args.backbone_weights)
-    backbone.freeze(args.freeze)
+        try:
+            model.load_state_dict(getattr(load_weights(args.init), part).state_dict())
+        except RuntimeError as error:
+            raise InputError(f"{args.init} is a network of other settings; give those it was trained with") from error
+    model.backbone.freeze(args.freeze)
 
 
 def finished_classifier(args):
@@ -250,7 +259,7 @@ def train_branches(args, samples, device):
     """Stage branches: the boundary and the centroid branch together, L_B + L_V + L_su (Sec. 3.1, 3.2, 4.2)."""
     labels = require_labels(args, samples)
     model = net_config(args).boundary_centroid_net()
-    init_backbone(model.backbone, args)
+    initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
     dataset = TrainingImages(samples, args.size, jitter=0.2, maps=maps, seed=args.seed)
@@ -316,7 +325,7 @@ def train_saliency(args, samples, device):
     """Stage saliency: binary cross entropy on the saliency pseudo masks (Sec. 3)."""
     labels = require_labels(args, samples)
     model = net_config(args).saliency_net()
-    init_backbone(model.backbone, args)
+    initialize(model, "saliency", args)
     dataset = TrainingImages(
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )

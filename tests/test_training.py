@@ -198,6 +198,19 @@ def test_labels_of_another_run(trained, data, tmp_path, capsys):
     assert "give one of them" in capsys.readouterr().err
 
 
+def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, capsys):
+    """With a rate of nothing, --init FILE leaves every layer as the file has it."""
+    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--init", trained / "weights.pt"]
+    assert call(train_branches.main, *options, "--size", "128", "--lr", "1e-12") == 0
+    before, after = (checkpoint.load(path / "weights.pt") for path in (trained, tmp_path))
+    assert after["config"]["size"] == 128
+    learned = [key for key in before["state"] if "counting" not in key and "mean_offset" not in key]
+    assert all(torch.equal(before["state"][key], after["state"][key]) for key in learned)
+    capsys.readouterr()
+    assert call(train_branches.main, *options, "--out", tmp_path / "other", "--channels", "24") == 2
+    assert "is a network of other settings" in capsys.readouterr().err
+
+
 def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
     message = capsys.readouterr().err
@@ -211,6 +224,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--data", "absent"], "absent/labels.csv"),
         (["--size", "100"], "--size 100"),
         (["--canny", "loud"], "--canny loud"),
+        (["--init", "imagenett"], "--init imagenett: no such file"),
         (["--stage", "labels"], "run --stage cam first"),
         (["--labels", "absent"], "photographs have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
