@@ -126,12 +126,17 @@ def train_progressively(recipe, args, out, seed, labels, data=()):
     return out / "weights_pts.pt"
 
 
+def link(name, target):
+    """Let the path ``name`` stand for ``target``, unless there is something already."""
+    if not name.exists():
+        name.symlink_to(target.resolve())
+
+
 def train_again(recipe, args, out, seed, labels):
     """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
     that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
     start = make_folder(out / "cycle2") / "weights.pt"
-    if not start.exists():
-        start.symlink_to((out / "weights_pts.pt").resolve())
+    link(start, out / "weights_pts.pt")
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"

@@ -27,6 +27,7 @@ from experiments import prm
 from experiments.recipes import (
     RECIPES,
     add_data_arguments,
+    link,
     train_both_branches,
     train_labels,
     train_progressively,
@@ -35,7 +36,7 @@ from experiments.recipes import (
 from experiments.stages import true_saliency
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint
-from utils.cli import Help, make_folder, run
+from utils.cli import Help, InputError, make_folder, run
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ def get_args_parser():
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
+    if args.no_pts and "pts" in args.tables:
+        raise InputError("--no-pts leaves nothing of the table pts; give one of them")
     recipe = RECIPES[args.recipe]
     make_folder(args.out)
     for table in args.tables:
@@ -161,9 +164,7 @@ def folder_name(*parts):
 
 def share(base, run, stage, *depends_on):
     """Let the run's stage live where every run of the same settings finds it."""
-    common = make_folder(base / "shared" / folder_name(stage, *depends_on))
-    if not (run / stage).exists():
-        (run / stage).symlink_to(common.resolve(), target_is_directory=True)
+    link(run / stage, make_folder(base / "shared" / folder_name(stage, *depends_on)))
 
 
 def labels_of(row, recipe, args, seed):
@@ -197,8 +198,7 @@ def pts_rows(recipe, args, seed):
     ours = train_row(OURS, recipe, args, seed).parent
     out = make_folder(ours.with_name(f"run_{PTS_ITERATIONS}_iterations"))
     for part in ("weights.pt", "pts"):  # the first iterations are those of ours
-        if not (out / part).exists():
-            (out / part).symlink_to((ours / part).resolve())
+        link(out / part, ours / part)
     longer = replace(recipe, rounds=(PTS_ITERATIONS, recipe.rounds[1]))
     train_progressively(longer, args, out, seed, labels_of(OURS, recipe, args, seed))
     net = load_weights(out / "weights.pt")

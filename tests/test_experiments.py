@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import train_branches
 import train_pts
@@ -152,6 +153,11 @@ def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatc
     assert {float(value.detach().min()) for value in last.saliency.parameters()} == {6.0}
     part = before.branches.state_dict()["centroid.predict.weight"]
     assert torch.allclose(last.branches.state_dict()["centroid.predict.weight"], part, atol=1e-3)
+
+
+def test_iterations_of_pts_need_pts(called, tmp_path, capsys):
+    assert call(tables.main, "pts", "--no-pts", "--out", tmp_path / "out") == 2
+    assert "--no-pts leaves nothing of the table pts" in capsys.readouterr().err and not called
 
 
 def test_saliency_of_the_ground_truth(tmp_path):
