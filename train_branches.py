@@ -289,7 +289,7 @@ def train_branches(args, samples, device):
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
             model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
         if model.counting:
-            fit_count(model, samples, args, device)
+            fit_count(model, read_samples(args.data), args, device)  # those too whose instances no label tells
 
     run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, finish
