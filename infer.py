@@ -97,7 +97,8 @@ class Predictor:
     weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
     method: "wsid"; "sinks", the centroids as the paper finds them, whatever the number of objects may be; or
     "components", the connected components of S: the baseline.
-    settings: a models.fusion.Fusion. amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
+    settings: a models.fusion.Fusion. count: the number of objects where it is known; 0 lets the network tell it.
+    amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
     Raises InputError when the weights cannot be used.
 
     ``predict`` and ``predict_batch`` are all most callers need. Their three steps, ``prepare``, ``network`` and
@@ -107,9 +108,10 @@ class Predictor:
     METHODS = ("wsid", "sinks", "components")
     AMP = ("auto", "bf16", "off")
 
-    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, amp="auto"):
+    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, count=0, amp="auto"):
         self.weights = Path(weights) if weights else default_weights()
         self.device, self.method, self.settings = torch.device(device), method, settings or Fusion()
+        self.count = count
         self.net = load_weights(self.weights, self.device)
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -175,7 +177,7 @@ class Predictor:
             if self.method == "components":
                 soft, centroids = connected_components(s.cpu().numpy(), self.settings)
             else:
-                count = 0 if self.method == "sinks" else int(maps.count)
+                count = 0 if self.method == "sinks" else self.count or int(maps.count)
                 soft, centroids = fuse(s, b, v, self.settings, count)
             masks, scores, kept = instance_masks(soft, s, size, self.settings)
             s, b, v = (m.cpu().numpy() for m in (s, b, v))
@@ -197,6 +199,8 @@ def get_args_parser():
     method = parser.add_argument_group("method")
     method.add_argument("--method", choices=Predictor.METHODS, default="wsid",
                         help="how instances are told apart; components of S are the baseline")  # fmt: skip
+    method.add_argument("--count", type=int, default=0, metavar="N",
+                        help="the number of objects, where you know it; 0: the network tells it")  # fmt: skip
     method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
                         help="settings of models.fusion.Fusion, such as power=10 background=0.25")  # fmt: skip
 
@@ -216,9 +220,13 @@ def main(argv=None):
     batch_size = default_batch_size(device) if args.batch_size is None else args.batch_size
     if min(batch_size, args.workers) < 1:
         raise InputError("--batch-size and --workers must be 1 or more")
+    if args.count < 0 or (args.count and args.method != "wsid"):
+        raise InputError(f"--count {args.count} is not understood; give 1 or more, and no --method beside it")
     paths = list_images(args.img)
     unique_stems(paths)
-    predictor = Predictor(args.weights, device, method=args.method, settings=Fusion.of(args.fusion), amp=args.amp)
+    predictor = Predictor(
+        args.weights, device, method=args.method, settings=Fusion.of(args.fusion), count=args.count, amp=args.amp
+    )
     make_folder(args.out)
     if distributed.is_first():
         print(f"weights: {predictor.weights}")

@@ -1,8 +1,8 @@
 """What the stages are told beside the data: the paper's schedule, that of the bundled weights, and a quick one.
 
 A recipe is the options of each stage as they would be typed. ``python -m experiments.recipes NAME ...`` runs all
-stages of one and leaves the network in OUT/weights_pts.pt; with --counted, after a second and a third cycle, in
-OUT/cycle3/final/weights.pt:
+stages of one and leaves the network in OUT/weights_pts.pt; with --counted, after a second cycle, in
+OUT/final/weights.pt:
 
     python -m experiments.recipes cpu --data data --cam-data more --counted more@count --out runs/mine --gpu -1
 """
@@ -22,8 +22,7 @@ class Recipe:
 
     cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
     network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
-    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time. finer: of both nets in the
-    third cycle, at a larger size; S takes the rates of ``pts``.
+    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time.
     """
 
     cam: str
@@ -36,7 +35,6 @@ class Recipe:
     pts: str
     rounds: tuple[int, int]
     again: str
-    finer: str
 
 
 RECIPES = {
@@ -51,7 +49,6 @@ RECIPES = {
         pts="",
         rounds=(6, 8),
         again="",
-        finer="--size 640 --epochs 1 --lr 0.001",
     ),
     "cpu": Recipe(  # the bundled weights
         cam="--backbone tf_efficientnet_lite2 --size 320",
@@ -64,7 +61,6 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
         rounds=(2, 1),
         again="--epochs 3",
-        finer="--size 384 --epochs 1 --lr 0.0007",
     ),
     "quick": Recipe(  # minutes, to see that everything runs
         cam="--backbone mobilenetv2_100 --size 128",
@@ -77,7 +73,6 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
         rounds=(2, 1),
         again="",
-        finer="--size 160 --epochs 1 --lr 0.0007",
     ),
 }
 
@@ -93,12 +88,12 @@ def add_data_arguments(parser, out):
     parser.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
 
 
-def stage(args, out, seed, name, *options, data=(), labels=None, init=None):
+def stage(args, out, seed, name, *options, data=(), labels=None):
     """One stage of ``train_branches.py`` in the folder ``out``; what is finished there is not done again."""
     train_branches.main(
         ["--data", *args.data, *data, "--out", str(out), "--gpu", str(args.gpu), "--workers", str(args.workers),
          "--seed", str(seed), "--stage", name, *" ".join(options).split(),
-         *(["--labels", str(labels)] if labels else []), *(["--init", str(init)] if init else [])]
+         *(["--labels", str(labels)] if labels else [])]
     )  # fmt: skip
 
 
@@ -139,32 +134,15 @@ def link(name, target):
 
 def train_again(recipe, args, out, seed, labels):
     """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
-    that the network of ``out`` tells [ours]. Returns out/cycle2/final/weights.pt."""
-    cycle = make_folder(out / "cycle2")
-    link(cycle / "weights.pt", out / "weights_pts.pt")
-    instances = tell_instances(recipe, args, cycle, seed, labels)
-    stage(args, cycle / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, data=args.counted,
+    that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
+    start = make_folder(out / "cycle2") / "weights.pt"
+    link(start, out / "weights_pts.pt")
+    once = replace(recipe, rounds=(1, recipe.rounds[1]))
+    train_progressively(once, args, start.parent, seed, labels, args.counted)
+    instances = start.parent / "pts" / "r1" / "labels"
+    stage(args, out / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, data=args.counted,
           labels=instances)  # fmt: skip
-    return cycle / "final" / "weights.pt"
-
-
-def train_finer(recipe, args, out, seed, labels):
-    """A third cycle at a larger size [ours]: the network of the second goes on learning from the instances it learned
-    from; then once more from those it now tells itself. Returns out/cycle3/final/weights.pt."""
-    cycle, before = out / "cycle3", out / "cycle2"
-    same = {"data": args.counted, "labels": before / "pts" / "r1" / "labels", "init": before / "final" / "weights.pt"}
-    stage(args, cycle, seed, "saliency", recipe.network, recipe.finer, recipe.pts, **same)
-    stage(args, cycle, seed, "branches", recipe.network, recipe.branches, recipe.finer, **same)
-    same["labels"] = tell_instances(recipe, args, cycle, seed, labels)
-    same["init"] = cycle / "weights.pt"
-    stage(args, cycle / "final", seed, "branches", recipe.network, recipe.branches, recipe.finer, **same)
-    return cycle / "final" / "weights.pt"
-
-
-def tell_instances(recipe, args, cycle, seed, labels):
-    """One iteration of PTS on the network in ``cycle``, with the --counted photographs. Returns its labels."""
-    train_progressively(replace(recipe, rounds=(1, recipe.rounds[1])), args, cycle, seed, labels, args.counted)
-    return cycle / "pts" / "r1" / "labels"
+    return out / "final" / "weights.pt"
 
 
 def main(argv=None):
@@ -172,7 +150,7 @@ def main(argv=None):
     parser.add_argument("recipe", choices=RECIPES)
     add_data_arguments(parser, "runs/recipe")
     parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
-                        help="more photographs, with a count, for two more cycles")  # fmt: skip
+                        help="more photographs, with a count, for a second cycle")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
@@ -182,7 +160,6 @@ def main(argv=None):
     train_progressively(recipe, args, args.out, args.seed, labels)
     if args.counted:
         train_again(recipe, args, args.out, args.seed, labels)
-        train_finer(recipe, args, args.out, args.seed, labels)
 
 
 if __name__ == "__main__":

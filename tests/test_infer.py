@@ -106,6 +106,18 @@ def test_nothing_salient_is_a_valid_answer(weights, tmp_path):
     assert cv2.imread(str(tmp_path / "out" / "a_instances.png"), 0).max() == 0
 
 
+def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
+    options = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out", "--fusion", "unsure=0"]
+    for count in (1, 2, 3):
+        assert call(*options, "--count", count) == 0
+        assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == count
+    capsys.readouterr()
+    for wrong in (["--count", "-1"], ["--count", "2", "--method", "components"]):
+        assert call(*options, *wrong) == 2
+        assert "give 1 or more, and no --method beside it" in capsys.readouterr().err
+
+
 def test_a_given_saliency_map_replaces_the_branch(weights):
     image, saliency = noise(64, 64), np.zeros((64, 64), np.float32)
     saliency[:, :32] = 1
