@@ -81,6 +81,8 @@ def get_args_parser():
     labels.add_argument("--lsu-weight", type=float, default=0.02, help="of L_su beside L_B and L_V")
     labels.add_argument("--counted-weight", type=float, default=0.1,
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
+    labels.add_argument("--paste", type=float, default=0.0,
+                        help="objects pasted from other photographs into each; branches only")  # fmt: skip
     add_machine_arguments(parser)
     return parser
 
@@ -90,6 +92,8 @@ def main(argv=None):
     args.canny = parse_canny(args.canny)
     if args.size < 64 or args.size % 32:
         raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
+    if not 0 <= args.paste <= 3:
+        raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
     if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():
         raise InputError(f"--init {args.init}: no such file; give imagenet, cam or the weights.pt of a network")
     device = prepare_machine(args)
@@ -262,7 +266,7 @@ def train_branches(args, samples, device):
     initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
-    dataset = TrainingImages(samples, args.size, jitter=0.2, maps=maps, seed=args.seed)
+    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, seed=args.seed)
 
     def losses(model, batch, progress):
         maps = model(batch["image"], edges_of(batch["image"], args.canny))
@@ -283,7 +287,7 @@ def train_branches(args, samples, device):
         return terms
 
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "counted_weight")  # fmt: skip
+                "counted_weight", "paste")  # fmt: skip
 
     def finish(model):
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant

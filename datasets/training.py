@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.copy_paste import FIRST, cut_out, paste
 from datasets.images import read_image
 from datasets.sources import merge, read_source
 from utils import distributed
@@ -62,15 +63,18 @@ class TrainingImages(Dataset):
     samples: Samples. size: pixels of the square. crop: the smallest share of each side that a random crop
     keeps (1 = no cropping, which the count label needs). maps: {name: folder} of 8-bit label maps named
     ``<stem>.png``; a name ending in ``_classes`` is resized by nearest neighbour, others are resized
-    smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast.
+    smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast. paste: how many objects
+    of other photographs are pasted on average into one with a count, which grows with them (datasets.copy_paste; it
+    needs the maps pseudo_classes and pseudo_saliency).
 
     Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20] and "count" float32 scalar (both 0
     where not known: the losses of the count leave 0 out), and per map float32 [size,size] (smooth) or int64
     [size,size] (classes).
     """
 
-    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, maps=None, seed=0):
+    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, paste=0.0, maps=None, seed=0):
         self.samples, self.size, self.crop, self.jitter, self.seed = samples, size, crop, jitter, seed
+        self.paste, self.single = paste, [sample for sample in samples if sample.count == 1] if paste else []
         self.maps = {name: Path(folder) for name, folder in (maps or {}).items()}
         self.epoch = 0
 
@@ -94,18 +98,35 @@ class TrainingImages(Dataset):
             return array[:, ::-1] if mirror else array
 
         image = resize(np.ascontiguousarray(window(read_image(sample.path))), self.size)
+        maps = {name: self.read_map(name, sample, window) for name in self.maps}
+        count = sample.count or 0
+        if count and self.single:
+            count += self.add_objects(image, maps, rng)
         if self.jitter:
             image = np.clip(image * gain + bias, 0, 255).astype(np.uint8)
         classes = torch.zeros(20)
         classes[list(sample.classes or ())] = 1
-        item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(sample.count or 0))}
-        for name, folder in self.maps.items():
-            labels = np.ascontiguousarray(window(read_map(folder / f"{sample.stem}.png")))
-            if name.endswith("_classes"):
-                item[name] = torch.from_numpy(_nearest(labels, self.size)).long()
-            else:
-                item[name] = torch.from_numpy(resize(labels, self.size)).float() / 255
+        item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(count))}
+        for name, labels in maps.items():
+            item[name] = torch.from_numpy(labels)
+            item[name] = item[name].long() if name.endswith("_classes") else item[name].float() / 255
         return item
+
+    def read_map(self, name, sample, window=np.asarray):
+        """One of the maps of a photograph as uint8 [size,size]."""
+        labels = np.ascontiguousarray(window(read_map(self.maps[name] / f"{sample.stem}.png")))
+        return _nearest(labels, self.size) if name.endswith("_classes") else resize(labels, self.size)
+
+    def add_objects(self, image, maps, rng):
+        """Paste up to three objects into a photograph and its maps, in place. Returns how many."""
+        names = ("pseudo_classes", "pseudo_saliency")
+        wanted, pasted = min(rng.poisson(self.paste), 3), 0
+        for _ in range(3 * wanted):  # not every object can be cut out, nor has every one a place
+            if pasted < wanted:
+                other = self.single[rng.integers(len(self.single))]
+                cut = cut_out(load_square(other.path, self.size), *(self.read_map(name, other) for name in names), rng)
+                pasted += bool(cut) and paste(image, *(maps[name] for name in names), cut, FIRST + pasted, rng)
+        return pasted
 
 
 def read_map(path):

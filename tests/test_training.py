@@ -23,7 +23,7 @@ from utils.cli import InputError
 
 QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
-    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
+    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0 --paste 0.5"
 ).split()
 PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion unsure=0".split()
 
