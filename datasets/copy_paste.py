@@ -54,12 +54,12 @@ def paste(image, classes, saliency, cut, label, rng):
     rows, columns = np.nonzero(saliency > 127)
     if not len(rows):
         return False
+    visible = np.bincount(classes.ravel(), minlength=256)
     for _ in range(TRIES):
         top = rng.integers(max(0, rows.min() - height), min(size - height, rows.max()) + 1)
         left = rng.integers(max(0, columns.min() - width), min(size - width, columns.max()) + 1)
         window = np.s_[top : top + height, left : left + width]
         covered = np.bincount(classes[window][mask > 0.5], minlength=256)
-        visible = np.bincount(classes.ravel(), minlength=256)
         if (covered[1:IGNORE] > visible[1:IGNORE] / 2).any():
             continue
         share = cv2.GaussianBlur(mask, (0, 0), 0.7)[..., None]  # no edge sharper than a photograph's

@@ -122,10 +122,11 @@ class TrainingImages(Dataset):
         names = ("pseudo_classes", "pseudo_saliency")
         wanted, pasted = min(rng.poisson(self.paste), 3), 0
         for _ in range(3 * wanted):  # not every object can be cut out, nor has every one a place
-            if pasted < wanted:
-                other = self.single[rng.integers(len(self.single))]
-                cut = cut_out(load_square(other.path, self.size), *(self.read_map(name, other) for name in names), rng)
-                pasted += bool(cut) and paste(image, *(maps[name] for name in names), cut, FIRST + pasted, rng)
+            if pasted == wanted:
+                break
+            other = self.single[rng.integers(len(self.single))]
+            cut = cut_out(load_square(other.path, self.size), *(self.read_map(name, other) for name in names), rng)
+            pasted += bool(cut) and paste(image, *(maps[name] for name in names), cut, FIRST + pasted, rng)
         return pasted
 
 
