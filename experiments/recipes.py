@@ -83,6 +83,8 @@ def add_data_arguments(parser, out):
     parser.add_argument("--cam-data", nargs="*", default=[], metavar="PATH[@SPLIT]",
                         help="more photographs with class labels, for the classifier alone")  # fmt: skip
     parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
+    parser.add_argument("--labels", type=Path, metavar="DIR",
+                        help="pseudo labels of another run; default: a classifier is trained for them")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
@@ -154,7 +156,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
-    labels = train_labels(recipe, args, args.out / "labels_run", args.seed)
+    labels = args.labels or train_labels(recipe, args, args.out / "labels_run", args.seed)
     train_saliency(recipe, args, args.out, args.seed, labels, recipe.epochs)
     train_both_branches(recipe, args, args.out, args.seed, labels)
     train_progressively(recipe, args, args.out, args.seed, labels)

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
@@ -107,8 +106,6 @@ def get_args_parser():
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
     parser.add_argument("--no-pts", action="store_true", help="all rows without PTS, in half the time")
-    parser.add_argument("--labels", type=Path, metavar="DIR",
-                        help="pseudo labels of a run, for all seeds; default: each trains a classifier")  # fmt: skip
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
                         help="saliency maps of other methods, a row each in Tables 1 and 6")  # fmt: skip
     return parser

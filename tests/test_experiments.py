@@ -115,6 +115,9 @@ def test_given_labels_serve_all_seeds(called, tmp_path):
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--labels", str(given)])
     assert {getattr(args, "stage", "pts") for args in called} == {"saliency", "branches", "pts"}
     assert {args.labels for args in called} == {given} and {args.seed for args in called} == {0, 1}
+    called.clear()
+    recipes.main(["quick", "--out", str(tmp_path), "--seed", "2", "--labels", str(given)])
+    assert [(args.labels, args.seed) for args in called] == 3 * [(given, 2)], "no classifier, no labels of its own"
     args = tables.get_args_parser().parse_args(["1", "--out", str(tmp_path), "--labels", str(given)])
     assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
     tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
