@@ -1,4 +1,4 @@
-"""What the stages are told beside the data: the paper's schedule, that of the bundled weights, and a quick one.
+"""What the stages are told beside the data: the paper's schedule, one for two CPU cores, and a quick one.
 
 A recipe is the options of each stage as they would be typed. ``python -m experiments.recipes NAME ...`` runs all
 stages of one and leaves the network in OUT/weights_pts.pt; with --counted, after a second cycle, in
@@ -50,7 +50,7 @@ RECIPES = {
         rounds=(6, 8),
         again="",
     ),
-    "cpu": Recipe(  # the bundled weights
+    "cpu": Recipe(  # two cores; the labels that the bundled weights learned from come of it
         cam="--backbone tf_efficientnet_lite2 --size 320",
         classifier="--output-stride 32 --epochs 4 --batch-size 16 --lr 0.05 --freeze 2",
         labels="--cam-scales 1 2",
