@@ -50,7 +50,7 @@ RECIPES = {
         rounds=(6, 8),
         again="",
     ),
-    "cpu": Recipe(  # two cores; the labels that the bundled weights learned from come of it
+    "cpu": Recipe(  # its second cycle's network labels what the bundled weights learn from
         cam="--backbone tf_efficientnet_lite2 --size 320",
         classifier="--output-stride 32 --epochs 4 --batch-size 16 --lr 0.05 --freeze 2",
         labels="--cam-scales 1 2",

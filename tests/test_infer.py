@@ -40,7 +40,7 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
-BUNDLED = infer.ROOT / "weights" / "wsid_tf_efficientnet_lite2_384.pt"
+BUNDLED = infer.DEFAULT_WEIGHTS[-1]
 SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
 
 
