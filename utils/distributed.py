@@ -6,6 +6,7 @@
 the learning rate stays that of the batch.
 """
 
+import atexit
 import os
 
 import torch
@@ -25,6 +26,8 @@ def start(gpu):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Its threads may still let go of what they sent; one that does so while Python shuts down aborts the process.
+    atexit.register(dist.destroy_process_group)
     return device
 
 
