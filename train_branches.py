@@ -35,6 +35,14 @@ from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_
 STAGES = ("cam", "labels", "branches", "saliency")
 
 
+def input_size(text):
+    """The value of --size, an input square that the backbones can halve five times; InputError for others."""
+    size = int(text)
+    if size < 64 or size % 32:
+        raise InputError(f"--size {size} does not fit the backbones; give a multiple of 32, at least 64")
+    return size
+
+
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     run_ = parser.add_argument_group("run")
@@ -48,7 +56,7 @@ def get_args_parser():
                      help=f"one of {', '.join(BACKBONES)}")  # fmt: skip
     net.add_argument("--backbone-weights", type=Path, help="local ImageNet weights instead of the download")
     net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
-    net.add_argument("--size", type=int, default=512, help="input square, pixels")
+    net.add_argument("--size", type=input_size, default=512, help="input square, pixels")
     net.add_argument("--channels", type=int, default=256, help="width of the CA module and the ASPP")
     net.add_argument("--no-ca", action="store_true", help="without cross-layer attention (= --no-cfm --ma none)")
     net.add_argument("--no-cfm", action="store_true", help="without cross-layer feature mixing")
@@ -90,8 +98,6 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     args.canny = parse_canny(args.canny)
-    if args.size < 64 or args.size % 32:
-        raise InputError(f"--size {args.size} does not fit the backbones; give a multiple of 32, at least 64")
     if not 0 <= args.paste <= 3:
         raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
     if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():

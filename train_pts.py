@@ -11,7 +11,7 @@ weights_pts.pt. A run that was stopped, however hard, continues when the same co
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import instance_label, pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
-from train_branches import saliency_losses
+from train_branches import input_size, saliency_losses
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
@@ -42,10 +42,11 @@ def get_args_parser():
                       help="labelled photographs; without classes (PATH@count) they need no pseudo masks")  # fmt: skip
     run_.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="photographs without labels")
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
+    run_.add_argument("--size", type=input_size, help="input square, pixels; default: that of the run's network")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
     schedule.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
-    schedule.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration")
+    schedule.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration; 0 labels alone")
     schedule.add_argument("--batch-size", type=int, default=6, help="photographs a step")
     schedule.add_argument("--lr", type=float, default=1e-4, help="at the start of each iteration")
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the saliency branch")
@@ -75,6 +76,7 @@ def main(argv=None):
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
     samples = with_unlabelled(read_samples(args.data), args.unlabelled)
     net = load_weights(start, device)
+    net.config = replace(net.config, size=args.size or net.config.size)
     previous = clone(net.saliency.state_dict())
     for r in range(1, args.iters + 1):
         folder = make_folder(args.out / "pts" / f"r{r}")
@@ -86,7 +88,8 @@ def main(argv=None):
             current = checkpoint.load(finished, device)["model"]
         else:
             labelled = make_labels(net, samples, folder, args, device)
-            train_iteration(net, labelled, folder, args, config, device, r)
+            if args.epochs:
+                train_iteration(net, labelled, folder, args, config, device, r)
             current = refresh(previous, net.saliency.state_dict(), r)
             if distributed.is_first():
                 checkpoint.save({"model": current}, finished)

@@ -24,7 +24,7 @@ from utils.cli import Help, run, select_device
 from utils.metrics import match_instances, summarize
 from utils.report import format_table
 
-TRUE = ("T", "V", "B", "S", "ST", "SBT", "SBVT")
+TRUE = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
 ROWS = {"as it is": ""} | {f"{', '.join(true)} true": true for true in TRUE}
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
+from datasets.labels import IGNORE
 from models.counting import divide
 from utils.cli import InputError
 
@@ -93,17 +94,37 @@ def connected_components(saliency, settings):
     return keep[:, None, None] == labels, centroids
 
 
-def counted_clusters(saliency, offsets, count, settings):
+def of_classes(parts, classes, least):
+    """``parts``, those that show several classes divided into what is known to be of each [ours].
+
+    parts: list of int [M_k,2], the (y, x) pixels of regions; classes: int [H,W], 1..20, elsewhere 0 or 255. A piece is
+    of one class, connected or not, and of at least ``least`` pixels; pixels of no known class are in none.
+    """
+    pieces = []
+    for part in parts:
+        names = classes[part[:, 0], part[:, 1]]
+        of_each = [part[names == name] for name in np.unique(names[(names > 0) & (names != IGNORE)])]
+        of_each = [piece for piece in of_each if len(piece) >= least]
+        pieces += of_each if len(of_each) > 1 else [part]
+    return pieces
+
+
+def counted_clusters(saliency, offsets, count, settings, classes=None):
     """The salient region in ``count`` parts, by where its pixels point to [ours].
 
     Where the field has formed, its sinks are the centroids (``find_clusters``). Long before that the places p + V(p)
     draw together, and knowing their number, k-means finds the groups. Components stay apart; the largest are divided.
-    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; count: 1 or more. Returns as ``salient_clusters``; a
-    centroid is the mean place that a cluster points to.
+    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; count: 1 or more. classes: int [H,W], what is known of a
+    training photograph: touching objects of two classes come apart first (``of_classes``), unless that makes more than
+    ``count``. Returns as ``salient_clusters``; a centroid is the mean place that a cluster points to.
     """
     labels, found = ndimage.label(saliency > settings.salient)
     parts = [np.argwhere(labels == k) for k in range(1, found + 1)]
-    parts = divide([part for part in parts if len(part) >= settings.smallest * labels.size], count, offsets)
+    least = settings.smallest * labels.size
+    parts = [part for part in parts if len(part) >= least]
+    if classes is not None and len(pieces := of_classes(parts, classes, least)) <= count:
+        parts = pieces
+    parts = divide(parts, count, offsets)
     clusters = np.zeros((len(parts), *labels.shape), bool)
     for cluster, (y, x) in zip(clusters, (part.T for part in parts), strict=True):
         cluster[y, x] = True
@@ -111,16 +132,16 @@ def counted_clusters(saliency, offsets, count, settings):
     return clusters, np.array(centroids).reshape(-1, 2)
 
 
-def fuse(saliency, boundary, offsets, settings, count=0):
+def fuse(saliency, boundary, offsets, settings, count=0, classes=None):
     """One soft map per salient instance: SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
 
     saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid. count: the number of
-    objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does.
+    objects, for ``counted_clusters``, and there too classes; 0 takes the sinks of V for centroids, as the paper does.
     Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
     """
     seen = saliency.cpu().numpy()
     if count:
-        clusters, centroids = counted_clusters(seen, offsets.cpu().numpy(), count, settings)
+        clusters, centroids = counted_clusters(seen, offsets.cpu().numpy(), count, settings, classes)
     else:
         region = seen > settings.salient if settings.region == "salient" else None
         labels, centroids = find_clusters(offsets, settings.sink, region)

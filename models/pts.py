@@ -1,5 +1,6 @@
 """The progressive training scheme: what Algorithm 1 adds to plain training (Sec. 3.4)."""
 
+import cv2
 import numpy as np
 import torch
 
@@ -52,12 +53,14 @@ def instance_label(label, boundary, offsets, count, settings, classes=None):
     by V and B as they are, and lie where the CRF has put the contour.
     label: float32 [S,S] in 0..1 of ``pseudo_label``; boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid;
     count: the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255
-    unknown) or None: where they contradict the class that most of an instance has, the instance is not known.
+    unknown) or None: they part objects of two classes first, and where they contradict the class that most of an
+    instance has, the instance is not known.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
     instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
     """
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
-    maps, _ = fuse(saliency, boundary, offsets, settings, count)
+    names = None if classes is None else cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
+    maps, _ = fuse(saliency, boundary, offsets, settings, count, names)
     if len(maps) != count:
         return None
     maps = torch.nn.functional.interpolate(shares_of_peak(maps)[None], label.shape, mode="bilinear")[0]

@@ -176,6 +176,28 @@ def test_pseudo_label_is_the_union_of_instances():
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
 
 
+def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere():
+    """A rider on a horse: V knows one centre and would halve the two from left to right; the classes know better."""
+    label = np.full((64, 96), 0.1, np.float32)
+    label[8:56, 8:88] = 0.9
+    boundary = torch.zeros(16, 24)
+    boundary[6] = 1
+    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
+    offsets = torch.stack([8 - yy, torch.where(xx < 12, 10, 14) - xx])
+    rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
+    classes = np.full((64, 96), 255, np.uint8)
+    classes[rider], classes[horse] = 15, 13
+    blind, found = (instance_label(label, boundary, offsets, 2, Fusion(), known) for known in (None, classes))
+    assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
+    assert (found[10:20, 10:86] == found[12, 30]).all(), "what is of no known class goes where the walk leads"
+    assert blind[horse].min() != blind[horse].max(), "without the classes the horse is cut in two"
+    classes[12:14, 22:24] = 3
+    again = instance_label(label, boundary, offsets, 2, Fusion(), classes)
+    assert (again[30:52, 10:86] == again[40, 40]).all(), "a speck of a third class is no object"
+    one = instance_label(label, boundary, offsets, 1, Fusion(), np.where(classes == 3, 15, classes))
+    assert sorted(np.unique(one[horse])) == [1], "a single object is not divided"
+
+
 def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     label = np.full((64, 96), 0.1, np.float32)
     label[16:48, 8:88], label[16:48, 88:92] = 0.9, 0.5  # one region of two objects, and a rim that is unsure

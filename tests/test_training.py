@@ -17,7 +17,7 @@ from conftest import call, environment, make_data, python
 import infer
 import train_branches
 import train_pts
-from datasets.training import ResumableSampler, TrainingImages, read_samples
+from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -187,6 +187,18 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
     assert json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["images"] == 7
     assert call(train_branches.main, *again[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
     assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
+
+
+def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
+    """--epochs 0 leaves the network as it is, but for the size that its labels now have."""
+    shutil.copy(trained / "weights.pt", tmp_path)
+    options = ["--data", f"{data}@count", "--out", tmp_path, *PTS]
+    assert call(train_pts.main, *options, "--iters", "1", "--epochs", "0", "--keep", "0", "--size", "96") == 0
+    before, after = (checkpoint.load(tmp_path / name) for name in ("weights.pt", "weights_pts.pt"))
+    assert after["config"] == before["config"] | {"size": 96}
+    assert all(torch.equal(before["state"][key], after["state"][key]) for key in before["state"])
+    labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
+    assert labels and all(read_map(path).shape == (96, 96) for path in labels)
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
