@@ -58,6 +58,8 @@ def get_args_parser():
     labels.add_argument("--keep", type=float, default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
+    labels.add_argument("--by-class", action="store_true",
+                        help="the instances for the branches come apart by their classes first")  # fmt: skip
     labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
@@ -113,7 +115,7 @@ def clone(state):
 
 
 def config_of(args, samples, net):
-    names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep")
+    names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "by_class")
     values = {name: getattr(args, name) for name in names} | asdict(args.fusion)
     return values | {"images": len(samples), "size": net.config.size}
 
@@ -137,7 +139,9 @@ def make_labels(net, samples, folder, args, device):
             maps = net(*network_input(square, net.config.canny, device))
             *maps, count = (m[0].float().cpu().numpy() for m in maps)
             first = (args.labels or args.out / "labels") if sample.classes else None
-            pool.submit(write_label, labels, sample, square, *maps, int(count), args.fusion, first, args.keep)
+            pool.submit(
+                write_label, labels, sample, square, *maps, int(count), args.fusion, first, args.keep, args.by_class
+            )  # fmt: skip
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
@@ -153,12 +157,13 @@ def is_tried(labels, sample):
     return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
 
-def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep):
+def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep, by_class):
     """One photograph of ``make_labels``, in a worker process: its saliency; and, not used here, its instances in
     classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter.
+    first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter; by_class: as for
+    ``instance_label``, where there are several classes.
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
@@ -171,7 +176,8 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask
     elif sample.count:
-        instances = instance_label(label, boundary, offsets, sample.count, settings, classes)
+        several = by_class and len(sample.classes or ()) > 1
+        instances = instance_label(label, boundary, offsets, sample.count, settings, classes, several)
         classes = classes if instances is None else instances
     if classes is not None:
         checkpoint.save_png(classes, labels / "classes" / png)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
-from datasets.labels import IGNORE
 from models.counting import divide
 from utils.cli import InputError
 
@@ -84,73 +83,70 @@ def salient_clusters(labels, saliency, centroids, settings):
     return keep[:, None, None] == labels, centroids[keep - 1]
 
 
+def components(region, least=0):
+    """The 4-connected components of a bool [H,W] of at least ``least`` pixels: list of int [M_k,2], their (y, x)."""
+    labels, found = ndimage.label(region)
+    parts = [np.argwhere(labels == k) for k in range(1, found + 1)]
+    return [part for part in parts if len(part) >= least]
+
+
+def masks_of(parts, grid):
+    """Lists of pixels, int [M_k,2], as bool masks [n,*grid]."""
+    masks = np.zeros((len(parts), *grid), bool)
+    for mask, (y, x) in zip(masks, (part.T for part in parts), strict=True):
+        mask[y, x] = True
+    return masks
+
+
 def connected_components(saliency, settings):
     """The naive alternative to centroids: 4-connected components of the salient region, as ``salient_clusters``."""
-    labels, count = ndimage.label(saliency > settings.salient)
-    size = np.bincount(labels.ravel(), minlength=count + 1)
-    keep = np.flatnonzero(size >= settings.smallest * labels.size)
-    keep = keep[keep > 0]
-    centroids = np.array(ndimage.center_of_mass(labels > 0, labels, keep)).reshape(-1, 2)
-    return keep[:, None, None] == labels, centroids
+    region = np.asarray(saliency > settings.salient)
+    parts = components(region, settings.smallest * region.size)
+    return masks_of(parts, region.shape), np.array([part.mean(0) for part in parts]).reshape(-1, 2)
 
 
-def of_classes(parts, classes, least):
-    """``parts``, those that show several classes divided into what is known to be of each [ours].
-
-    parts: list of int [M_k,2], the (y, x) pixels of regions; classes: int [H,W], 1..20, elsewhere 0 or 255. A piece is
-    of one class, connected or not, and of at least ``least`` pixels; pixels of no known class are in none.
-    """
-    pieces = []
-    for part in parts:
-        names = classes[part[:, 0], part[:, 1]]
-        of_each = [part[names == name] for name in np.unique(names[(names > 0) & (names != IGNORE)])]
-        of_each = [piece for piece in of_each if len(piece) >= least]
-        pieces += of_each if len(of_each) > 1 else [part]
-    return pieces
-
-
-def counted_clusters(saliency, offsets, count, settings, classes=None):
+def counted_clusters(saliency, offsets, count, settings):
     """The salient region in ``count`` parts, by where its pixels point to [ours].
 
     Where the field has formed, its sinks are the centroids (``find_clusters``). Long before that the places p + V(p)
     draw together, and knowing their number, k-means finds the groups. Components stay apart; the largest are divided.
-    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; count: 1 or more. classes: int [H,W], what is known of a
-    training photograph: touching objects of two classes come apart first (``of_classes``), unless that makes more than
-    ``count``. Returns as ``salient_clusters``; a centroid is the mean place that a cluster points to.
+    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; count: 1 or more. Returns as ``salient_clusters``; a
+    centroid is the mean place that a cluster points to.
     """
-    labels, found = ndimage.label(saliency > settings.salient)
-    parts = [np.argwhere(labels == k) for k in range(1, found + 1)]
-    least = settings.smallest * labels.size
-    parts = [part for part in parts if len(part) >= least]
-    if classes is not None and len(pieces := of_classes(parts, classes, least)) <= count:
-        parts = pieces
+    parts = components(saliency > settings.salient, settings.smallest * saliency.size)
     parts = divide(parts, count, offsets)
-    clusters = np.zeros((len(parts), *labels.shape), bool)
-    for cluster, (y, x) in zip(clusters, (part.T for part in parts), strict=True):
-        cluster[y, x] = True
     centroids = [(part + offsets[:, part[:, 0], part[:, 1]].T).mean(0) for part in parts]
-    return clusters, np.array(centroids).reshape(-1, 2)
+    return masks_of(parts, saliency.shape), np.array(centroids).reshape(-1, 2)
 
 
-def fuse(saliency, boundary, offsets, settings, count=0, classes=None):
-    """One soft map per salient instance: SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
+def fuse(saliency, boundary, offsets, settings, count=0):
+    """One soft map per salient instance (Sec. 4.2): clusters of the salient region, and the walk from each.
 
     saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid. count: the number of
-    objects, for ``counted_clusters``, and there too classes; 0 takes the sinks of V for centroids, as the paper does.
+    objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does.
     Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
     """
     seen = saliency.cpu().numpy()
     if count:
-        clusters, centroids = counted_clusters(seen, offsets.cpu().numpy(), count, settings, classes)
+        clusters, centroids = counted_clusters(seen, offsets.cpu().numpy(), count, settings)
     else:
         region = seen > settings.salient if settings.region == "salient" else None
         labels, centroids = find_clusters(offsets, settings.sink, region)
         clusters, centroids = salient_clusters(labels, seen, centroids, settings)
+    return walk(clusters, saliency, boundary, settings), centroids
+
+
+def walk(clusters, saliency, boundary, settings):
+    """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
+
+    clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid. Returns [n,H,W] in 0..1
+    on the device of S.
+    """
     if not len(clusters):
-        return saliency.new_zeros(0, *saliency.shape), centroids
+        return saliency.new_zeros(0, *saliency.shape)
     start = torch.from_numpy(clusters).to(saliency) * saliency * (1 - boundary)
     affinity = ops.boundary_affinity(boundary[None], settings.radius)
-    return ops.random_walk(start[None], affinity, settings.radius, settings.power, settings.steps)[0], centroids
+    return ops.random_walk(start[None], affinity, settings.radius, settings.power, settings.steps)[0]
 
 
 def shares_of_peak(maps):

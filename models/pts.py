@@ -6,7 +6,8 @@ import torch
 
 from datasets.crf import refine_saliency
 from datasets.labels import IGNORE
-from models.fusion import fuse, instance_masks, shares_of_peak
+from models.counting import divide
+from models.fusion import components, fuse, instance_masks, masks_of, shares_of_peak, walk
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
@@ -46,29 +47,57 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
     return refine_saliency(image, foreground)
 
 
-def instance_label(label, boundary, offsets, count, settings, classes=None):
+def parts_of_classes(region, classes, count, least):
+    """The salient region of a photograph of several classes: what is known to be of each, in every component [ours].
+
+    region: bool [h,w]; classes: uint8 [h,w], 1..20, elsewhere 0 or 255; count: of objects; least: pixels below which a
+    part is noise. Returns (objects, rest), lists of int [M_k,2], the (y, x) of their pixels: as objects the largest
+    parts, of every class one before any has two; as rest those beyond ``count``. A component that shows one class is
+    whole, and so is one whose classes are not known; of others the undecided pixels are in no part.
+    """
+    parts = []
+    for component in components(region, least):
+        names = classes[component[:, 0], component[:, 1]]
+        of_each = [(name, component[names == name]) for name in np.unique(names) if 0 < name < IGNORE]
+        of_each = [(name, part) for name, part in of_each if len(part) >= least]
+        parts += of_each if len(of_each) > 1 else [(of_each[0][0] if of_each else 0, component)]
+    parts.sort(key=lambda part: -len(part[1]))
+    names = [name for name, _ in parts]
+    order = sorted(range(len(parts)), key=lambda k: names[k] in names[:k])  # the largest of every class come first
+    parts = [parts[k][1] for k in order]
+    return parts[:count], parts[count:]
+
+
+def instance_label(label, boundary, offsets, count, settings, classes=None, by_class=False):
     """The salient region of a pseudo label in as many instances as were counted, for the branches to learn [ours].
 
     The class labels that the branches first learn from hold touching objects of one class together; these part them,
     by V and B as they are, and lie where the CRF has put the contour.
     label: float32 [S,S] in 0..1 of ``pseudo_label``; boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid;
     count: the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255
-    unknown) or None: they part objects of two classes first, and where they contradict the class that most of an
-    instance has, the instance is not known.
+    unknown) or None: where they contradict the class that most of an instance has, the instance is not known.
+    by_class: objects of two classes come apart by the class labels, where they know several in the region, and V
+    divides within a class.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
     instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
     """
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
-    names = None if classes is None else cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
-    maps, _ = fuse(saliency, boundary, offsets, settings, count, names)
-    if len(maps) != count:
+    region, least = saliency.numpy() > settings.salient, settings.smallest * saliency.numel()
+    parts, rest = components(region, least), []
+    if by_class:
+        names = cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
+        parts, rest = parts_of_classes(region, names, count, least)
+    parts = divide(parts, count, offsets.numpy())
+    if len(parts) != count:
         return None
+    maps = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, settings)
     maps = torch.nn.functional.interpolate(shares_of_peak(maps)[None], label.shape, mode="bilinear")[0]
     nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
+    nearest[nearest > count] = IGNORE
     result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)
     if classes is not None:
         known = (classes > 0) & (classes != IGNORE)
-        for number in range(1, len(maps) + 1):
+        for number in range(1, count + 1):
             inside = known & (result == number)
             if inside.any():
                 result[inside & (classes != np.bincount(classes[inside]).argmax())] = IGNORE

@@ -187,15 +187,20 @@ def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere()
     rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
     classes = np.full((64, 96), 255, np.uint8)
     classes[rider], classes[horse] = 15, 13
-    blind, found = (instance_label(label, boundary, offsets, 2, Fusion(), known) for known in (None, classes))
+    blind, found = (instance_label(label, boundary, offsets, 2, Fusion(), known, known is not None)
+                    for known in (None, classes))  # fmt: skip
     assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
     assert (found[10:20, 10:86] == found[12, 30]).all(), "what is of no known class goes where the walk leads"
     assert blind[horse].min() != blind[horse].max(), "without the classes the horse is cut in two"
     classes[12:14, 22:24] = 3
-    again = instance_label(label, boundary, offsets, 2, Fusion(), classes)
+    again = instance_label(label, boundary, offsets, 2, Fusion(), classes, True)
     assert (again[30:52, 10:86] == again[40, 40]).all(), "a speck of a third class is no object"
-    one = instance_label(label, boundary, offsets, 1, Fusion(), np.where(classes == 3, 15, classes))
-    assert sorted(np.unique(one[horse])) == [1], "a single object is not divided"
+    one = instance_label(label, boundary, offsets, 1, Fusion(), classes, True)
+    assert (one[horse] == 1).all() and (one[rider] == 255).all(), "of two objects where one was counted, the larger"
+    classes[30:52, 45:50] = 255
+    classes[30:52, 50:86] = 15
+    three = instance_label(label, boundary, offsets, 3, Fusion(), classes, True)
+    assert len({three[15, 40], three[40, 20], three[40, 75]}) == 3, "V divides the person of two parts"
 
 
 def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():

@@ -167,8 +167,8 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
         shutil.copy(data / "images" / f"photo{i}.png", more / "images" / f"more{i}.png")
     (more / "labels.csv").write_text("image,classes,count\nmore0.png,cat,2\nmore1.png,dog,2\nmore2.png,dog,0\n")
 
-    def instances(label, boundary, offsets, count, settings, classes=None):
-        assert classes is not None or count == 2
+    def instances(label, boundary, offsets, count, settings, classes, by_class):
+        assert (classes is not None or count == 2) and not by_class
         told.append(classes is None)
         return np.full(label.shape, 3, np.uint8) if classes is not None or sum(told) == 1 else None
 
