@@ -159,7 +159,8 @@ def is_tried(labels, sample):
 
 def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep, by_class):
     """One photograph of ``make_labels``, in a worker process: its saliency; and, not used here, its instances in
-    classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels.
+    classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels,
+    unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
     first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter; by_class: as for
@@ -167,18 +168,19 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
-    mask = classes = None
+    mask = classes = instances = None
     if first:
         mask = resize(read_map(first / "saliency" / png), size) / 255
         classes = read_classes(first / "classes" / png, size)
+    several = by_class and len(sample.classes or ()) > 1
     label = pseudo_label(image, saliency, boundary, offsets, count, settings, mask if keep else None, keep)
     if label is None:
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask
     elif sample.count:
-        several = by_class and len(sample.classes or ()) > 1
         instances = instance_label(label, boundary, offsets, sample.count, settings, classes, several)
-        classes = classes if instances is None else instances
+    if several or instances is not None:
+        classes = instances
     if classes is not None:
         checkpoint.save_png(classes, labels / "classes" / png)
     else:
