@@ -17,7 +17,9 @@ from conftest import call, environment, make_data, python
 import infer
 import train_branches
 import train_pts
+from datasets.labels import Sample
 from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
+from models.fusion import Fusion
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -187,6 +189,30 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
     assert json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["images"] == 7
     assert call(train_branches.main, *again[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
     assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
+
+
+@pytest.mark.parametrize("count, by_class, taught", [(2, True, "instances"), (9, True, None), (9, False, "classes")])
+def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by_class, taught):
+    """--by-class takes the coarse class labels to part objects, and where it cannot they are no substitute."""
+    first, labels = tmp_path / "first", tmp_path / "labels"
+    for folder in (first, labels):
+        (folder / "classes").mkdir(parents=True), (folder / "saliency").mkdir()
+    classes = np.zeros((64, 64), np.uint8)
+    classes[8:24, 8:56], classes[24:56, 8:56] = 15, 13
+    image = np.repeat(np.where(classes > 0, 230, 20).astype(np.uint8)[..., None], 3, 2)
+    checkpoint.save_png(classes, first / "classes" / "rider.png")
+    checkpoint.save_png(image[..., 0], first / "saliency" / "rider.png")
+    saliency = (classes[::4, ::4] > 0).astype(np.float32)
+    boundary, offsets = np.zeros_like(saliency), np.zeros((2, 16, 16), np.float32)
+    boundary[6] = 1
+    sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
+    train_pts.write_label(labels, sample, image, saliency, boundary, offsets, 2, Fusion(unsure=0), first, 0.0, by_class)
+    assert (labels / "classes" / "rider.none").exists() == (taught is None)
+    if taught == "classes":
+        assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)
+    if taught == "instances":
+        found = read_map(labels / "classes" / "rider.png")
+        assert found[12, 12] == found[12, 50] != found[50, 12] == found[50, 50] and found[12, 12] in (1, 2)
 
 
 def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
