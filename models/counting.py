@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
@@ -59,6 +60,13 @@ class CountHead(nn.Module):
         optimizer.step(closure)
         self.linear.requires_grad_(False)
         self.linear.bias += (times / times.sum()).log()
+
+
+def components(region, least):
+    """The 4-connected components of a bool [H,W] of at least ``least`` pixels: list of int [M_k,2], their (y, x)."""
+    labels, found = ndimage.label(region)
+    size = np.bincount(labels.ravel(), minlength=found + 1)
+    return [np.argwhere(labels == k) for k in range(1, found + 1) if size[k] >= least]
 
 
 def divide(parts, count, offsets=None):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 import ops
-from models.counting import divide
+from models.counting import components, divide
 from utils.cli import InputError
 
 
@@ -81,13 +81,6 @@ def salient_clusters(labels, saliency, centroids, settings):
     keep = np.flatnonzero((inside > settings.theta * size) & (size >= settings.smallest * labels.size))
     keep = keep[keep > 0]
     return keep[:, None, None] == labels, centroids[keep - 1]
-
-
-def components(region, least=0):
-    """The 4-connected components of a bool [H,W] of at least ``least`` pixels: list of int [M_k,2], their (y, x)."""
-    labels, found = ndimage.label(region)
-    parts = [np.argwhere(labels == k) for k in range(1, found + 1)]
-    return [part for part in parts if len(part) >= least]
 
 
 def masks_of(parts, grid):

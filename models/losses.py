@@ -3,11 +3,10 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 
 import ops
 from datasets.labels import IGNORE
-from models.counting import divide
+from models.counting import components, divide
 from utils.distributed import mean_over_processes
 
 
@@ -118,9 +117,8 @@ def counted_instances(classes, count, smallest=0.005):
     classes, count = classes.cpu().numpy(), int(count)
     parts = []
     for name in np.unique(classes[(classes > 0) & (classes != IGNORE)]):
-        labels, found = ndimage.label(classes == name)
-        parts += [np.argwhere(labels == k) for k in range(1, found + 1)]
-    parts = sorted((part for part in parts if len(part) >= smallest * classes.size), key=len, reverse=True)[:count]
+        parts += components(classes == name, smallest * classes.size)
+    parts = sorted(parts, key=len, reverse=True)[:count]
     instances = np.zeros(classes.shape, np.int64)
     for number, piece in enumerate(divide(parts, count), 1):
         instances[piece[:, 0], piece[:, 1]] = number

@@ -6,8 +6,8 @@ import torch
 
 from datasets.crf import refine_saliency
 from datasets.labels import IGNORE
-from models.counting import divide
-from models.fusion import components, fuse, instance_masks, masks_of, shares_of_peak, walk
+from models.counting import components, divide
+from models.fusion import fuse, instance_masks, masks_of, shares_of_peak, walk
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
@@ -83,10 +83,11 @@ def instance_label(label, boundary, offsets, count, settings, classes=None, by_c
     """
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
     region, least = saliency.numpy() > settings.salient, settings.smallest * saliency.numel()
-    parts, rest = components(region, least), []
     if by_class:
         names = cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
         parts, rest = parts_of_classes(region, names, count, least)
+    else:
+        parts, rest = components(region, least), []
     parts = divide(parts, count, offsets.numpy())
     if len(parts) != count:
         return None
