@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_WEIGHTS = (
     Path("runs/default/weights_pts.pt"),
     Path("runs/default/weights.pt"),
-    ROOT / "weights" / "wsid_tf_efficientnet_lite2_384.pt",
+    ROOT / "weights" / "wsid_tf_efficientnet_lite2_512.pt",
 )
 
 

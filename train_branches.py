@@ -6,11 +6,13 @@
     tensorboard --logdir runs
 
 Stages run in order: cam -> labels -> branches -> saliency. Each can be run alone with --stage and its own
-settings, and a stage that was stopped, however hard, continues when the same command is given again.
+settings, and a stage that was stopped, however hard, continues when the same command is given again. One more, number,
+runs only when it is named: a network that tells the number of objects, beside the branches' own head.
 """
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +26,17 @@ from datasets.training import TrainingImages, load_square, read_samples, to_tens
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
+from models.counting import CountHead
 from models.enhancement import canny_edges, network_input, parse_canny
-from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, pair_labels, subitizing_loss
-from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
+from models.losses import (
+    boundary_loss,
+    centroid_loss,
+    counted_centroid_loss,
+    number_loss,
+    pair_labels,
+    subitizing_loss,
+)
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_number
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
@@ -49,7 +59,8 @@ def get_args_parser():
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
-    run_.add_argument("--stage", choices=("all", *STAGES), default="all", help="one of them alone")
+    run_.add_argument("--stage", choices=("all", *STAGES, "number"), default="all",
+                      help="one of them alone")  # fmt: skip
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
     net.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME",
@@ -102,18 +113,21 @@ def main(argv=None):
         raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
     if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():
         raise InputError(f"--init {args.init}: no such file; give imagenet, cam or the weights.pt of a network")
+    if args.stage == "number" and not Path(args.init).is_file():
+        raise InputError("--stage number goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)
-    samples = usable_samples(args)
+    samples = counted_samples(args) if args.stage == "number" else usable_samples(args)
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
         raise InputError("no photograph has a count; name a source in --data that has them, or give --no-lsu")
     make_folder(args.out)
-    stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency}
+    stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency,
+              "number": train_number}  # fmt: skip
     todo = STAGES[2:] if args.labels else STAGES
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
         stages[stage](args, samples, device)
         distributed.wait_for_all()
-    if distributed.is_first():
+    if distributed.is_first() and args.stage != "number":
         assemble(args)
 
 
@@ -127,6 +141,14 @@ def usable_samples(args):
     if len(samples) < len(found):
         left = len(found) - len(samples)
         print(f"{left} of {len(found)} photographs are left out: no class of the 20 and no labels from train_pts.py")
+    return samples
+
+
+def counted_samples(args):
+    """The Samples of --data with a count of at least one; InputError when there are none."""
+    samples = [sample for sample in read_samples(args.data) if sample.count]
+    if not samples:
+        raise InputError("no photograph has a count; name a source in --data that has them")
     return samples
 
 
@@ -150,13 +172,15 @@ LABELS = ("no_crf", "plain_cam", "cam_scales")
 SCHEDULE = ("batch_size", "epochs", "lr", "optimizer", "backbone_lr", "freeze", "init")
 
 
-def run_stage(args, samples, device, stage, model, dataset, losses, show, settings=(), finish=None):
+def run_stage(args, samples, device, stage, model, dataset, losses, show=None, settings=(), finish=None):
     """Train one stage in its folder and leave the result in its weights.pt.
 
     finish: what the first process does with the trained model before it is saved.
     """
     folder = make_folder(args.out / stage)
     schedule = Schedule.of(args)
+    if show:
+        show = partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args))
     config = stage_config(args, *SCHEDULE, *settings) | {"images": len(samples)}
     if (folder / "weights.pt").exists():
         checkpoint.claim(folder, config)
@@ -165,7 +189,7 @@ def run_stage(args, samples, device, stage, model, dataset, losses, show, settin
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
             model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,
-            show=partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args)), name=stage,
+            show=show, name=stage,
         )  # fmt: skip
     if distributed.is_first():
         if finish:
@@ -324,11 +348,18 @@ def fit_count(model, samples, args, device):
     """Teach the count head the labels of all photographs that have one."""
     model.eval()
     counted = [sample for sample in samples if sample.count]
+    pooled = pooled_features(model.backbone, counted, args, device)
+    model.counting.fit(pooled, torch.tensor([sample.count for sample in counted], device=device))
+
+
+@torch.no_grad()
+def pooled_features(backbone, samples, args, device):
+    """What the count head sees of photographs: [M,C_4 + C_5] of CountHead.pool."""
     pooled = []
-    for sample in tqdm(counted, desc="count", mininterval=2):
+    for sample in tqdm(samples, desc="count", mininterval=2):
         image = to_tensor(load_square(sample.path, args.size))[None].to(device)
-        pooled.append(model.counting.pool(model.backbone(image)))
-    model.counting.fit(torch.cat(pooled), torch.tensor([sample.count for sample in counted], device=device))
+        pooled.append(CountHead.pool(backbone(image)))
+    return torch.cat(pooled)
 
 
 def train_saliency(args, samples, device):
@@ -341,6 +372,33 @@ def train_saliency(args, samples, device):
     )
     settings = (*LABELS, "channels")
     run_stage(args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings)
+
+
+def train_number(args, samples, device):
+    """Stage number: how many objects there are, from the count labels alone (models.counting.NumberNet).
+
+    It starts from the branches' backbone of the network in --init, which with it becomes OUT/weights.pt.
+    """
+    net = load_weights(args.init)
+    if not net.config.counting:
+        raise InputError(f"{args.init} was trained with --no-lsu and tells no number; name a network that does")
+    args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
+    model = replace(net.config, number=args.size).number_net()
+    model.backbone.load_state_dict(net.branches.backbone.state_dict())
+    model.backbone.freeze(args.freeze)
+    some = samples[:: max(1, len(samples) // 500)]
+    model.to(device).eval().counting.standardise(pooled_features(model.backbone, some, args, device))
+    # Crops that leave nearly everything: an object that is cut off counts.
+    dataset = TrainingImages(samples, args.size, crop=0.9, jitter=0.2, seed=args.seed)
+
+    def losses(model, batch, progress):
+        return {"number": number_loss(model.counting.logits(model.features(batch["image"])), batch["count"])}
+
+    run_stage(args, samples, device, "number", model, dataset, losses)
+    if distributed.is_first():
+        model.load_state_dict(checkpoint.load(args.out / "number" / "weights.pt")["model"])
+        save_weights(with_number(net, model), args.out / "weights.pt", note="train_branches.py --stage number")
+        print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
 
 
 def saliency_losses(model, batch, progress):

@@ -7,14 +7,16 @@ from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
+from models.backbones import Backbone
+
 MOST = 4  # the last number the head tells stands for itself and all above: more are rare in every data set
 
 
 class CountHead(nn.Module):
     """The number of salient objects, 1 to MOST [ours]: linear in f4 and f5, averaged over the photograph, standardised.
 
-    It gives a probability to each number and tells the expected one, which is seldom far off: the likeliest is often an
-    extreme. It is fitted to the count labels once the backbone is trained (``fit``), and does not change the backbone.
+    It gives a probability to each number, of which the expected one is told (``told``). On the branches' backbone it is
+    fitted to the count labels once all else is trained (``fit``) and changes nothing there; in a NumberNet both learn.
     """
 
     def __init__(self, channels):
@@ -28,11 +30,18 @@ class CountHead(nn.Module):
         """f1..f5 of [N,C_l,h_l,w_l] -> the averages of f4 and f5 [N,C_4 + C_5]."""
         return torch.cat([feature.mean((2, 3)) for feature in features[3:]], 1)
 
+    def logits(self, features):
+        """f1..f5 -> the logits of 1..MOST objects [N,MOST]."""
+        return self.linear((self.pool(features).float() - self.mean) * self.scale)
+
     def forward(self, features):
-        """f1..f5 -> number of objects [N], a float tensor of integers in 1..MOST."""
-        standard = (self.pool(features).float() - self.mean) * self.scale
-        shares = self.linear(standard).softmax(1)
-        return (shares * torch.arange(1, MOST + 1, device=shares.device)).sum(1).round()
+        """f1..f5 -> the probabilities of 1..MOST objects [N,MOST]."""
+        return self.logits(features).softmax(1)
+
+    def standardise(self, pooled):
+        """Take the mean and the spread of the features over photographs, pooled [M,C_4 + C_5] of ``pool``."""
+        self.mean.copy_(pooled.mean(0))
+        self.scale.copy_(1 / (pooled.std(0, correction=0) + 1e-3))
 
     @torch.enable_grad()
     def fit(self, pooled, counts, decay=0.2):
@@ -42,8 +51,7 @@ class CountHead(nn.Module):
         pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: of the squared parameters, for standardised
         features (.2 from five-fold cross-validation on the training photographs).
         """
-        self.mean.copy_(pooled.mean(0))
-        self.scale.copy_(1 / (pooled.std(0, correction=0) + 1e-3))
+        self.standardise(pooled)
         x, y = (pooled - self.mean) * self.scale, counts.long().clamp(max=MOST) - 1
         times = torch.bincount(y, minlength=MOST).clamp(min=1)
         for parameter in self.linear.parameters():
@@ -60,6 +68,41 @@ class CountHead(nn.Module):
         optimizer.step(closure)
         self.linear.requires_grad_(False)
         self.linear.bias += (times / times.sum()).log()
+
+
+class NumberNet(nn.Module):
+    """The number of salient objects from a backbone of its own, which learns nothing else [ours; salient object
+    subitizing, Zhang et al., CVPR 2015].
+
+    It needs count labels alone, and a small square is enough for it: ``size``, pixels.
+    """
+
+    def __init__(self, backbone, output_stride, size):
+        super().__init__()
+        self.size = size
+        self.backbone = Backbone(backbone, output_stride)
+        self.counting = CountHead(sum(self.backbone.channels[3:]))
+        for parameter in self.counting.linear.parameters():
+            nn.init.zeros_(parameter).requires_grad_(True)
+
+    def features(self, image):
+        """RGB [N,3,H,W] in 0..1, of any size -> f1..f5 at the network's own."""
+        sides = (self.size, self.size)
+        if image.shape[-2:] != sides:
+            image = F.interpolate(image, sides, mode="bilinear", align_corners=False, antialias=True)
+        return self.backbone(image)
+
+    def forward(self, image):
+        """RGB [N,3,H,W] in 0..1 -> the probabilities of 1..MOST objects [N,MOST]."""
+        return self.counting(self.features(image))
+
+
+def told(shares):
+    """The expected number of objects: it is seldom far off, where the likeliest is often an extreme.
+
+    shares: the probabilities of 1..MOST objects [N,MOST]. Returns [N], a float tensor of integers in 1..MOST.
+    """
+    return (shares * torch.arange(1, MOST + 1, device=shares.device)).sum(1).round()
 
 
 def components(region, least):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import ops
 from datasets.labels import IGNORE
-from models.counting import components, divide
+from models.counting import MOST, components, divide
 from utils.distributed import mean_over_processes
 
 
@@ -103,6 +103,14 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0):
         # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
         losses.append(2 * F.smooth_l1_loss(centroid_count(points, bandwidth), count))
     return _mean_of(losses, offsets)
+
+
+def number_loss(logits, counts):
+    """Cross entropy of the number that is told, with a tenth of each label spread over all numbers [ours].
+
+    logits: [N,MOST] of a CountHead; counts: T [N], 1 or more, of which those above MOST are MOST. Returns a scalar.
+    """
+    return F.cross_entropy(logits.float(), counts.long().clamp(max=MOST) - 1, label_smoothing=0.1)
 
 
 def counted_instances(classes, count, smallest=0.005):

@@ -1,11 +1,12 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and the file they travel in (Fig. 2)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from models.branches import BoundaryCentroidNet, SaliencyNet
+from models.counting import NumberNet, told
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -16,7 +17,8 @@ class NetConfig:
 
     size: the input square in pixels. channels: width of the CA module and the ASPP. mixing: the CFM unit;
     attention: the MA unit, "parallel", "s-c", "c-s" or "none"; enhancement: the BE module; canny: its edges.
-    counting: whether it tells the number of objects.
+    counting: whether it tells the number of objects, by a head on the branches' backbone. number: and a NumberNet that
+    looks at a square of so many pixels, the mean of both; 0 without.
     """
 
     backbone: str = "resnet50"
@@ -28,6 +30,7 @@ class NetConfig:
     enhancement: bool = True
     canny: str = "auto"
     counting: bool = True
+    number: int = 0
 
     def boundary_centroid_net(self):
         return BoundaryCentroidNet(
@@ -38,6 +41,9 @@ class NetConfig:
     def saliency_net(self):
         return SaliencyNet(self.backbone, self.output_stride, self.channels)
 
+    def number_net(self):
+        return NumberNet(self.backbone, self.output_stride, self.number)
+
 
 class WSIDNet(nn.Module):
     """S, B, V and the number of objects of a batch of images."""
@@ -47,6 +53,7 @@ class WSIDNet(nn.Module):
         self.config = config
         self.branches = config.boundary_centroid_net()
         self.saliency = config.saliency_net()
+        self.number = config.number_net() if config.number else None
 
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
@@ -54,8 +61,20 @@ class WSIDNet(nn.Module):
         Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the number of
         objects [N], 0 where it is not told.
         """
-        boundary, offsets, count = self.branches(image, edges)
+        boundary, offsets, shares = self.branches(image, edges)
+        if self.number:
+            shares = (shares + self.number(image)) / 2
+        count = image.new_zeros(len(image)) if shares is None else told(shares)
         return self.saliency(image)[:, 0], boundary[:, 0], offsets, count
+
+
+def with_number(net, number):
+    """The WSIDNet ``net``, which tells the number of objects, together with the NumberNet ``number``."""
+    whole = WSIDNet(replace(net.config, number=number.size))
+    for name in ("branches", "saliency"):
+        getattr(whole, name).load_state_dict(getattr(net, name).state_dict())
+    whole.number.load_state_dict(number.state_dict())
+    return whole
 
 
 def save_weights(net, path, note=""):

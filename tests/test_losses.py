@@ -12,6 +12,7 @@ from models.losses import (
     centroid_loss,
     counted_centroid_loss,
     counted_instances,
+    number_loss,
     pair_labels,
     subitizing_loss,
 )
@@ -140,6 +141,14 @@ def field_towards(*columns):
     columns = torch.tensor(columns)
     nearest = columns[(POINTS[1][..., None] - columns).abs().argmin(-1)]
     return torch.stack([torch.full_like(nearest, 16.0), nearest]) - POINTS
+
+
+def test_number_loss_by_hand():
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 1.0]])
+    wanted = [(0.925, 0.025, 0.025, 0.025), (0.025, 0.025, 0.025, 0.925)]  # one object; seven, which are MOST
+    total = [math.log(math.e**2 + 3), math.log(math.e + 3)]
+    errors = [sum(w * (t - z) for w, z in zip(ws, zs)) for ws, t, zs in zip(wanted, total, logits.tolist())]
+    assert number_loss(logits, torch.tensor([1.0, 7.0])).item() == pytest.approx(sum(errors) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("start, count", [((20.0,), 2), ((14.0, 26.0), 1), ((20.0,), 1), ((14.0, 26.0), 2)])

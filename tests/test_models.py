@@ -1,5 +1,7 @@
 """The network against the paper's own description of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,10 @@ from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixin
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
-from models.counting import CountHead
+from models.counting import CountHead, told
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
 from models.pts import refresh
-from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_number
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -268,13 +270,13 @@ def test_count_head_learns_rare_numbers_as_well_as_the_common_one(counts):
     head = CountHead(8)
     features = counted_features(counts, signal=4)
     head.fit(CountHead.pool(features), counts.float())
-    told = head(features)
+    tells = told(head(features))
     for number in (1, 2, 3, 4):
-        assert (told[counts.clamp(max=4) == number] == number).float().mean() > 0.7
+        assert (tells[counts.clamp(max=4) == number] == number).float().mean() > 0.7
     assert not any(parameter.requires_grad for parameter in head.parameters())
     again = CountHead(8)
     again.load_state_dict(head.state_dict())
-    assert torch.equal(again(features), told)
+    assert torch.equal(told(again(features)), tells)
 
 
 def test_count_head_in_doubt_tells_the_expected_number(counts):
@@ -283,15 +285,32 @@ def test_count_head_in_doubt_tells_the_expected_number(counts):
     features = counted_features(counts, signal=0)
     head.fit(CountHead.pool(features) * 0, counts.float())
     mean = counts.clamp(max=4).float().mean().round()
-    assert (head([feature * 0 for feature in features]) == mean).all() and mean == 2
+    assert (told(head([feature * 0 for feature in features])) == mean).all() and mean == 2
     features = counted_features(counts, signal=1)
     head.fit(CountHead.pool(features), counts.float())
-    assert (head(features) - counts.clamp(max=4)).abs().max() <= 2
+    assert (told(head(features)) - counts.clamp(max=4)).abs().max() <= 2
+
+
+def test_a_number_net_sees_a_small_square_and_serves_any_network():
+    net = WSIDNet(NetConfig(**SMALL)).eval()
+    number = replace(net.config, number=32).number_net().eval()
+    assert not number.counting.linear.weight.any() and number.counting.linear.weight.requires_grad
+    torch.nn.init.normal_(number.counting.linear.bias, std=5)
+    image = torch.rand(2, 3, 64, 64)
+    assert number.features(image)[0].shape == number.features(torch.rand(2, 3, 32, 32))[0].shape
+    whole = with_number(net, number).eval()
+    assert whole.config == replace(net.config, number=32)
+    before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
+    assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
+    mean = (net.branches(image, torch.zeros(2, 1, 64, 64))[2] + number(image)) / 2
+    assert torch.equal(after[3], told(mean))
+    again = with_number(whole, number)
+    assert again.config == whole.config
 
 
 def test_a_network_without_the_head_tells_no_number():
-    net = NetConfig(**SMALL, counting=False).boundary_centroid_net().eval()
-    assert net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[2].tolist() == [0, 0]
+    net = WSIDNet(NetConfig(**SMALL, counting=False)).eval()
+    assert net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3].tolist() == [0, 0]
 
 
 def test_mean_offset_is_subtracted_in_evaluation_only():

@@ -249,6 +249,31 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     assert "is a network of other settings" in capsys.readouterr().err
 
 
+def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
+    """--stage number needs counts alone; the result goes on in every script as any network does."""
+    numbered, more = tmp_path / "weights.pt", tmp_path / "more"
+    options = [*branches_options(f"{data}@count", tmp_path), "--stage", "number"]
+    assert call(train_branches.main, *options) == 2
+    assert "name its weights.pt with --init" in capsys.readouterr().err
+    assert call(train_branches.main, *options, "--init", trained / "weights.pt") == 0
+    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", numbered))
+    assert after["config"] == before["config"] | {"number": 64}
+    assert after["state"]["number.counting.linear.weight"].any()
+    kept = [key for key in before["state"] if "counting" not in key]
+    assert all(torch.equal(before["state"][key], after["state"][key]) for key in kept)
+    assert call(infer.main, "--img", data / "images", "--weights", numbered, "--out", tmp_path / "found") == 0
+    assert call(train_pts.main, "--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--keep", "0") == 0
+    assert checkpoint.load(tmp_path / "weights_pts.pt")["config"] == after["config"]
+    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--stage", "branches"]
+    assert call(train_branches.main, *again, "--init", numbered) == 0
+    (more / "images").mkdir(parents=True)
+    shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
+    (more / "labels.csv").write_text("image,classes,count\none.png,cat,\n")
+    nothing = [*branches_options(more, tmp_path), "--stage", "number", "--init", numbered]
+    assert call(train_branches.main, *nothing) == 2
+    assert "no photograph has a count" in capsys.readouterr().err
+
+
 def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
     message = capsys.readouterr().err
