@@ -323,11 +323,16 @@ def train_branches(args, samples, device):
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
             model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
         if model.counting:
-            fit_count(model, read_samples(args.data), args, device)  # those too whose instances no label tells
+            fit_count(model, counted_samples(args), args, device)  # those too whose instances no label tells
 
     run_stage(
         args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, finish
     )  # fmt: skip
+
+
+def some_of(samples):
+    """Every so many of the samples, some 500 in all: they fix a mean over the training set well enough."""
+    return samples[:: max(1, len(samples) // 500)]
 
 
 @torch.no_grad()
@@ -335,7 +340,7 @@ def mean_offset(model, samples, args, device):
     """The mean of V over the training set: L_V fixes V only up to a constant [IRN]. Returns [1,2,1,1]."""
     model.eval()
     model.centroid.mean_offset.zero_()
-    chosen = samples[:: max(1, len(samples) // 500)]  # 500 photographs fix two numbers well enough
+    chosen = some_of(samples)
     total = torch.zeros(1, 2, 1, 1, device=device)
     for sample in tqdm(chosen, desc="mean offset", mininterval=2):
         inputs = network_input(load_square(sample.path, args.size), args.canny, device)
@@ -345,11 +350,10 @@ def mean_offset(model, samples, args, device):
 
 @torch.no_grad()
 def fit_count(model, samples, args, device):
-    """Teach the count head the labels of all photographs that have one."""
+    """Teach the count head the count labels of the samples, which all have one."""
     model.eval()
-    counted = [sample for sample in samples if sample.count]
-    pooled = pooled_features(model.backbone, counted, args, device)
-    model.counting.fit(pooled, torch.tensor([sample.count for sample in counted], device=device))
+    pooled = pooled_features(model.backbone, samples, args, device)
+    model.counting.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
 
 
 @torch.no_grad()
@@ -386,8 +390,7 @@ def train_number(args, samples, device):
     model = replace(net.config, number=args.size).number_net()
     model.backbone.load_state_dict(net.branches.backbone.state_dict())
     model.backbone.freeze(args.freeze)
-    some = samples[:: max(1, len(samples) // 500)]
-    model.to(device).eval().counting.standardise(pooled_features(model.backbone, some, args, device))
+    model.to(device).eval().counting.standardise(pooled_features(model.backbone, some_of(samples), args, device))
     # Crops that leave nearly everything: an object that is cut off counts.
     dataset = TrainingImages(samples, args.size, crop=0.9, jitter=0.2, seed=args.seed)
 
