@@ -36,6 +36,7 @@ from models.losses import (
     pair_labels,
     subitizing_loss,
 )
+from models.pts import blend
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_number
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
@@ -89,6 +90,8 @@ def get_args_parser():
     schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
                           help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
                           "weights.pt of a network that goes on, on other data or at another --size")  # fmt: skip
+    schedule.add_argument("--refresh", type=float, default=0.0, metavar="ALPHA",
+                          help="share of the weights in --init FILE that stays in the result (Eq. 8)")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
     labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0],
@@ -113,6 +116,8 @@ def main(argv=None):
         raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
     if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():
         raise InputError(f"--init {args.init}: no such file; give imagenet, cam or the weights.pt of a network")
+    if not 0 <= args.refresh < 1 or (args.refresh and args.init in ("imagenet", "cam")):
+        raise InputError(f"--refresh {args.refresh} is not understood; give 0 or more, below 1, and a FILE to --init")
     if args.stage == "number" and not Path(args.init).is_file():
         raise InputError("--stage number goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)
@@ -210,6 +215,14 @@ def initialize(model, part, args):
         except RuntimeError as error:
             raise InputError(f"{args.init} is a network of other settings; give those it was trained with") from error
     model.backbone.freeze(args.freeze)
+
+
+def refresh(model, part, args):
+    """Model refreshing (Eq. 8) of a branch that went on from the ``part`` of another WSIDNet: ``--refresh`` of that
+    stays. Two trainings err in different places, and between their weights less than at either end [ours]."""
+    if args.refresh:
+        start = getattr(load_weights(args.init), part).to(next(model.parameters()).device).state_dict()
+        model.load_state_dict(blend(start, model.state_dict(), args.refresh))
 
 
 def finished_classifier(args):
@@ -317,9 +330,10 @@ def train_branches(args, samples, device):
         return terms
 
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "counted_weight", "paste")  # fmt: skip
+                "counted_weight", "paste", "refresh")  # fmt: skip
 
     def finish(model):
+        refresh(model, "branches", args)
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
             model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
         if model.counting:
@@ -374,8 +388,11 @@ def train_saliency(args, samples, device):
     dataset = TrainingImages(
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )
-    settings = (*LABELS, "channels")
-    run_stage(args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings)
+    settings = (*LABELS, "channels", "refresh")
+    finish = partial(refresh, part="saliency", args=args)
+    run_stage(
+        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings, finish
+    )  # fmt: skip
 
 
 def train_number(args, samples, device):

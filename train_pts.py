@@ -57,6 +57,8 @@ def get_args_parser():
     labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
     labels.add_argument("--keep", type=float, default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
+    labels.add_argument("--odds", action="store_true",
+                        help="instead: the odds of both multiply, for first masks made with --no-crf")  # fmt: skip
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
@@ -72,6 +74,8 @@ def main(argv=None):
         raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
+    if args.odds:
+        args.keep = None
     device = prepare_machine(args)
     start = args.out / "weights.pt"
     if not start.exists():
@@ -163,8 +167,8 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    first: the folder of its first labels, None where it has none; keep 0 is Algorithm 1 to the letter; by_class: as for
-    ``instance_label``, where there are several classes.
+    first: the folder of its first labels, None where it has none; keep: 0 is Algorithm 1 to the letter, None pools odds;
+    by_class: as for ``instance_label``, where there are several classes.
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
@@ -173,7 +177,7 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
         mask = resize(read_map(first / "saliency" / png), size) / 255
         classes = read_classes(first / "classes" / png, size)
     several = by_class and len(sample.classes or ()) > 1
-    label = pseudo_label(image, saliency, boundary, offsets, count, settings, mask if keep else None, keep)
+    label = pseudo_label(image, saliency, boundary, offsets, count, settings, None if keep == 0 else mask, keep)
     if label is None:
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask

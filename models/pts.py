@@ -10,6 +10,9 @@ from models.counting import components, divide
 from models.fusion import fuse, instance_masks, masks_of, shares_of_peak, walk
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
+# Of the log odds: the network's, those of a first mask that no CRF has refined, and a constant. A logistic regression on
+# the validation split: S alone is too broad, and activations are low where only the company of an object is.
+NETWORK, ACTIVATION, PRIOR = 0.6, 1.9, -0.9
 
 
 def refresh(previous, current, iteration):
@@ -19,7 +22,11 @@ def refresh(previous, current, iteration):
     """
     if iteration <= 2:
         return dict(current)
-    alpha = iteration / (iteration + 1)
+    return blend(previous, current, iteration / (iteration + 1))
+
+
+def blend(previous, current, alpha):
+    """alpha w_previous + (1 - alpha) w_current of two state dicts of one network; what is no float is the current's."""
     return {
         key: alpha * previous[key] + (1 - alpha) * value if value.is_floating_point() else value
         for key, value in current.items()
@@ -33,7 +40,7 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
     ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
-    know; keep: its share in what the CRF starts from [ours].
+    know; keep: its share in what the CRF starts from, or None for ``pool_odds`` [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
     maps, _ = fuse(saliency, boundary, offsets, settings, count)
@@ -43,8 +50,20 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
     foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
     if first is not None:
-        foreground = (1 - keep) * foreground + keep * first
+        foreground = pool_odds(foreground, first) if keep is None else (1 - keep) * foreground + keep * first
     return refine_saliency(image, foreground)
+
+
+def pool_odds(network, first):
+    """Two opinions on what is foreground as one, by their odds: both must agree [ours].
+
+    What stands beside an object in many photographs, the log under a bird or the keyboard before a screen, the network
+    takes for a part of it; the classifier does not. With a mean the surer would have its way.
+    network: float [S,S] in 0..1; first: the pseudo mask without a CRF (``--no-crf``), of the same kind. Returns it too.
+    """
+    network, first = (np.clip(mask, 0.01, 0.99) for mask in (network, first))
+    logit = NETWORK * np.log(network / (1 - network)) + ACTIVATION * np.log(first / (1 - first)) + PRIOR
+    return 1 / (1 + np.exp(-logit))
 
 
 def parts_of_classes(region, classes, count, least):

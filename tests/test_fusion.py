@@ -7,7 +7,7 @@ import torch
 from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks, score_of
-from models.pts import instance_label, pseudo_label
+from models.pts import instance_label, pool_odds, pseudo_label
 from utils.cli import InputError
 
 HEIGHT, WIDTH = 32, 48
@@ -174,6 +174,17 @@ def test_pseudo_label_is_the_union_of_instances():
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
     alone = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
+    pooled = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=0.05 + 0.65 * one, keep=None)
+    assert pooled[other].mean() < 0.5 < pooled[one].mean()
+
+
+def test_pooled_odds_want_both_opinions():
+    """The highest probability of a mask without a CRF is that of an activation's peak, odds of 25 to 9."""
+    network = np.array([0.95, 0.95, 0.05, 1.0, 0.0])
+    first = np.array([0.70, 0.10, 0.70, 0.0, 25 / 34])
+    assert (pool_odds(network, first) > 0.5).tolist() == [True, False, False, False, False]
+    rising = pool_odds(np.linspace(0, 1, 9), np.full(9, 0.5))
+    assert (np.diff(rising[1:-1]) > 0).all() and 0 < rising[0] < rising[-1] < 1
 
 
 def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere():

@@ -20,6 +20,7 @@ import train_pts
 from datasets.labels import Sample
 from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
 from models.fusion import Fusion
+from models.wsid_net import load_weights
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -227,6 +228,20 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     assert labels and all(read_map(path).shape == (96, 96) for path in labels)
 
 
+def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_path):
+    """--odds: where the first masks say nothing is salient, the labels say so too, whatever the network sees."""
+    for kind in ("saliency", "classes"):
+        shutil.copytree(trained / "labels" / kind, tmp_path / "labels" / kind)
+    for path in (tmp_path / "labels" / "saliency").iterdir():
+        checkpoint.save_png(np.zeros_like(read_map(path)), path)
+    shutil.copy(trained / "weights.pt", tmp_path)
+    options = ["--data", data, "--out", tmp_path, *PTS, "--iters", "1", "--epochs", "0", "--odds"]
+    assert call(train_pts.main, *options) == 0
+    labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
+    assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
+    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["keep"] is None
+
+
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
     out = tmp_path / "shares"
     command = [*branches_options(data, out), "--labels", trained / "labels", "--epochs", "1"]
@@ -247,6 +262,23 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     capsys.readouterr()
     assert call(train_branches.main, *options, "--out", tmp_path / "other", "--channels", "24") == 2
     assert "is a network of other settings" in capsys.readouterr().err
+
+
+def test_refreshing_keeps_a_share_of_the_weights_a_network_went_on_from(trained, data, tmp_path):
+    """Eq. 8: the same training, with --refresh 0.25, ends that much nearer to where it began."""
+    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--init", trained / "weights.pt"]
+    for stage in ("branches", "saliency"):
+        ends = []
+        for share in ("0", "0.25"):
+            out = tmp_path / share
+            assert call(train_branches.main, *options, "--stage", stage, "--out", out, "--refresh", share) == 0
+            ends.append(checkpoint.load(out / stage / "weights.pt")["model"])
+        start = getattr(load_weights(trained / "weights.pt"), stage).state_dict()
+        learned = [key for key in start if "counting" not in key and "mean_offset" not in key]
+        assert any(not torch.equal(start[key], ends[0][key]) for key in learned)
+        for key in learned:
+            if start[key].is_floating_point():
+                assert torch.allclose(ends[1][key], 0.25 * start[key] + 0.75 * ends[0][key], atol=1e-6), key
 
 
 def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
@@ -288,6 +320,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--size", "100"], "--size 100"),
         (["--canny", "loud"], "--canny loud"),
         (["--init", "imagenett"], "--init imagenett: no such file"),
+        (["--refresh", "0.5"], "a FILE to --init"),
         (["--stage", "labels"], "run --stage cam first"),
         (["--labels", "absent"], "photographs have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
