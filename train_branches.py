@@ -431,7 +431,8 @@ def saliency_losses(model, batch, progress):
 def assemble(args):
     """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained.
 
-    With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches.
+    With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches; with
+    an --init FILE that has a network for the number, so does that network.
     """
     parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
     if args.labels and args.labels.parent.parent.name == "pts" and not parts["saliency"].exists():
@@ -444,6 +445,9 @@ def assemble(args):
             getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
     except RuntimeError as error:
         raise InputError(f"{path} was trained with other network settings; give the same ones") from error
+    number = load_weights(args.init).number if Path(args.init).is_file() else None
+    if number and net.config.counting:
+        net = with_number(net, number)
     save_weights(net, args.out / "weights.pt", note="train_branches.py")
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 

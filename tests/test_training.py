@@ -296,8 +296,12 @@ def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     assert call(infer.main, "--img", data / "images", "--weights", numbered, "--out", tmp_path / "found") == 0
     assert call(train_pts.main, "--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--keep", "0") == 0
     assert checkpoint.load(tmp_path / "weights_pts.pt")["config"] == after["config"]
-    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--stage", "branches"]
-    assert call(train_branches.main, *again, "--init", numbered) == 0
+    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--init", numbered]
+    assert call(train_branches.main, *again) == 0
+    gone_on = checkpoint.load(tmp_path / "again" / "weights.pt")
+    assert gone_on["config"] == after["config"], "a network that goes on keeps the one that tells its number"
+    numbers = [key for key in after["state"] if key.startswith("number.")]
+    assert all(torch.equal(after["state"][key], gone_on["state"][key]) for key in numbers)
     (more / "images").mkdir(parents=True)
     shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
     (more / "labels.csv").write_text("image,classes,count\none.png,cat,0\n")
