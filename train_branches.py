@@ -431,8 +431,8 @@ def saliency_losses(model, batch, progress):
 def assemble(args):
     """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained.
 
-    With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches; with
-    an --init FILE that has a network for the number, so does that network.
+    With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches;
+    with an --init FILE that has a network for the number, so does that network.
     """
     parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
     if args.labels and args.labels.parent.parent.name == "pts" and not parts["saliency"].exists():

@@ -167,8 +167,8 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    first: the folder of its first labels, None where it has none; keep: 0 is Algorithm 1 to the letter, None pools odds;
-    by_class: as for ``instance_label``, where there are several classes.
+    first: the folder of its first labels, None where it has none; keep: 0 is Algorithm 1 to the letter, None pools
+    odds; by_class: as for ``instance_label``, where there are several classes.
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
