@@ -11,7 +11,7 @@ from models.fusion import fuse, instance_masks, masks_of, shares_of_peak, walk
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 # Of the log odds: the network's, those of a first mask that no CRF has refined, and a constant [ours]. A logistic
-# regression on the validation split: S alone is too broad, and activations are low on what only keeps an object company.
+# regression on the validation split: S alone is too broad, and activations are low on what only stands beside things.
 NETWORK, ACTIVATION, PRIOR = 0.6, 1.9, -0.9
 
 
