@@ -10,6 +10,7 @@ weights_pts.pt. A run that was stopped, however hard, continues when the same co
 """
 
 import argparse
+import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -76,6 +77,7 @@ def main(argv=None):
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
     if args.odds:
         args.keep = None
+        require_unrefined(args.labels or args.out / "labels")
     device = prepare_machine(args)
     start = args.out / "weights.pt"
     if not start.exists():
@@ -112,6 +114,13 @@ def with_unlabelled(samples, folders):
     """The samples and all photographs in the folders, whose labels are not asked for."""
     more = {folder: [Sample(path) for path in list_images(folder)] for folder in folders}
     return merge({"--data": samples} | more)
+
+
+def require_unrefined(labels):
+    """InputError when the pseudo masks in the folder ``labels`` are known to come from the CRF."""
+    config = labels / "config.json"
+    if config.exists() and not json.loads(config.read_text()).get("no_crf", True):
+        raise InputError(f"the CRF has refined the masks in {labels}; --odds wants those of --stage labels --no-crf")
 
 
 def clone(state):

@@ -228,8 +228,11 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     assert labels and all(read_map(path).shape == (96, 96) for path in labels)
 
 
-def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_path):
+def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
     """--odds: where the first masks say nothing is salient, the labels say so too, whatever the network sees."""
+    refined = ["--data", data, "--out", tmp_path, "--labels", trained / "labels", *PTS, "--odds"]
+    assert call(train_pts.main, *refined) == 2
+    assert "--odds wants those of --stage labels --no-crf" in capsys.readouterr().err
     for kind in ("saliency", "classes"):
         shutil.copytree(trained / "labels" / kind, tmp_path / "labels" / kind)
     for path in (tmp_path / "labels" / "saliency").iterdir():
