@@ -114,11 +114,10 @@ def main(argv=None):
     args.canny = parse_canny(args.canny)
     if not 0 <= args.paste <= 3:
         raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
-    if args.init not in ("imagenet", "cam") and not Path(args.init).is_file():
-        raise InputError(f"--init {args.init}: no such file; give imagenet, cam or the weights.pt of a network")
-    if not 0 <= args.refresh < 1 or (args.refresh and args.init in ("imagenet", "cam")):
+    args.start = starting_network(args.init)
+    if not 0 <= args.refresh < 1 or (args.refresh and not args.start):
         raise InputError(f"--refresh {args.refresh} is not understood; give 0 or more, below 1, and a FILE to --init")
-    if args.stage == "number" and not Path(args.init).is_file():
+    if args.stage == "number" and not args.start:
         raise InputError("--stage number goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)
     samples = counted_samples(args) if args.stage == "number" else usable_samples(args)
@@ -134,6 +133,15 @@ def main(argv=None):
         distributed.wait_for_all()
     if distributed.is_first() and args.stage != "number":
         assemble(args)
+
+
+def starting_network(init):
+    """The WSIDNet that --init FILE names, None for imagenet and cam; InputError for a file that holds none."""
+    if init in ("imagenet", "cam"):
+        return None
+    if not Path(init).is_file():
+        raise InputError(f"--init {init}: no such file; give imagenet, cam or the weights.pt of a network")
+    return load_weights(init)
 
 
 def usable_samples(args):
@@ -211,7 +219,7 @@ def initialize(model, part, args):
         load_pretrained(model.backbone, args.backbone_weights)
     else:
         try:
-            model.load_state_dict(getattr(load_weights(args.init), part).state_dict())
+            model.load_state_dict(getattr(args.start, part).state_dict())
         except RuntimeError as error:
             raise InputError(f"{args.init} is a network of other settings; give those it was trained with") from error
     model.backbone.freeze(args.freeze)
@@ -221,8 +229,8 @@ def refresh(model, part, args):
     """Model refreshing (Eq. 8) of a branch that went on from the ``part`` of another WSIDNet: ``--refresh`` of that
     stays. Two trainings err in different places, and between their weights less than at either end [ours]."""
     if args.refresh:
-        start = getattr(load_weights(args.init), part).to(next(model.parameters()).device).state_dict()
-        model.load_state_dict(blend(start, model.state_dict(), args.refresh))
+        start = getattr(args.start, part).to(next(model.parameters()).device)
+        model.load_state_dict(blend(start.state_dict(), model.state_dict(), args.refresh))
 
 
 def finished_classifier(args):
@@ -400,7 +408,7 @@ def train_number(args, samples, device):
 
     It starts from the branches' backbone of the network in --init, which with it becomes OUT/weights.pt.
     """
-    net = load_weights(args.init)
+    net = args.start
     if not net.config.counting:
         raise InputError(f"{args.init} was trained with --no-lsu and tells no number; name a network that does")
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
@@ -445,9 +453,8 @@ def assemble(args):
             getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
     except RuntimeError as error:
         raise InputError(f"{path} was trained with other network settings; give the same ones") from error
-    number = load_weights(args.init).number if Path(args.init).is_file() else None
-    if number and net.config.counting:
-        net = with_number(net, number)
+    if args.start and args.start.number and net.config.counting:
+        net = with_number(net, args.start.number)
     save_weights(net, args.out / "weights.pt", note="train_branches.py")
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 
