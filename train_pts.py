@@ -10,7 +10,6 @@ weights_pts.pt. A run that was stopped, however hard, continues when the same co
 """
 
 import argparse
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -25,6 +24,7 @@ from datasets.images import list_images
 from datasets.labels import Sample
 from datasets.sources import merge
 from datasets.training import TrainingImages, load_square, read_classes, read_map, read_samples, resize
+from models.counting import told
 from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import instance_label, pseudo_label, refresh
@@ -58,8 +58,9 @@ def get_args_parser():
     labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
     labels.add_argument("--keep", type=float, default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
-    labels.add_argument("--odds", action="store_true",
-                        help="instead: the odds of both multiply, for first masks made with --no-crf")  # fmt: skip
+    labels.add_argument("--odds", type=float, nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
+                        help="instead: the odds of both, to these powers, multiply, for first masks made with "
+                        "--no-crf; 0.6 1.7 -0.5 fit the bundled network")  # fmt: skip
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
@@ -76,7 +77,6 @@ def main(argv=None):
     if args.iters < 1:
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
     if args.odds:
-        args.keep = None
         require_unrefined(args.labels or args.out / "labels")
     device = prepare_machine(args)
     start = args.out / "weights.pt"
@@ -118,8 +118,7 @@ def with_unlabelled(samples, folders):
 
 def require_unrefined(labels):
     """InputError when the pseudo masks in the folder ``labels`` are known to come from the CRF."""
-    config = labels / "config.json"
-    if config.exists() and not json.loads(config.read_text()).get("no_crf", True):
+    if not (checkpoint.claimed(labels) or {}).get("no_crf", True):
         raise InputError(f"the CRF has refined the masks in {labels}; --odds wants those of --stage labels --no-crf")
 
 
@@ -128,7 +127,7 @@ def clone(state):
 
 
 def config_of(args, samples, net):
-    names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "by_class")
+    names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "odds", "by_class")
     values = {name: getattr(args, name) for name in names} | asdict(args.fusion)
     return values | {"images": len(samples), "size": net.config.size}
 
@@ -150,10 +149,11 @@ def make_labels(net, samples, folder, args, device):
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
-            *maps, count = (m[0].float().cpu().numpy() for m in maps)
+            *maps, shares = (m[0].float().cpu() for m in maps)
             first = (args.labels or args.out / "labels") if sample.classes else None
             pool.submit(
-                write_label, labels, sample, square, *maps, int(count), args.fusion, first, args.keep, args.by_class
+                write_label, labels, sample, square, *(m.numpy() for m in maps), int(told(shares)), args.fusion, first,
+                args.keep, args.odds, args.by_class,
             )  # fmt: skip
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
@@ -170,14 +170,14 @@ def is_tried(labels, sample):
     return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
 
-def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep, by_class):
+def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep, odds, by_class):
     """One photograph of ``make_labels``, in a worker process: its saliency; and, not used here, its instances in
     classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels,
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    first: the folder of its first labels, None where it has none; keep: 0 is Algorithm 1 to the letter, None pools
-    odds; by_class: as for ``instance_label``, where there are several classes.
+    first: the folder of its first labels, None where it has none; keep (0 is Algorithm 1 to the letter) and odds: as
+    for ``pseudo_label``; by_class: as for ``instance_label``, where there are several classes.
     """
     saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
     size, png = image.shape[0], f"{sample.stem}.png"
@@ -186,7 +186,7 @@ def write_label(labels, sample, image, saliency, boundary, offsets, count, setti
         mask = resize(read_map(first / "saliency" / png), size) / 255
         classes = read_classes(first / "classes" / png, size)
     several = by_class and len(sample.classes or ()) > 1
-    label = pseudo_label(image, saliency, boundary, offsets, count, settings, None if keep == 0 else mask, keep)
+    label = pseudo_label(image, saliency, boundary, offsets, count, settings, mask, keep, odds)
     if label is None:
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask

@@ -10,9 +10,6 @@ from models.counting import components, divide
 from models.fusion import fuse, instance_masks, masks_of, shares_of_peak, walk
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
-# Of the log odds: the network's, those of a first mask that no CRF has refined, and a constant [ours]. A logistic
-# regression on the validation split: S alone is too broad, and activations are low on what only stands beside things.
-NETWORK, ACTIVATION, PRIOR = 0.6, 1.9, -0.9
 
 
 def refresh(previous, current, iteration):
@@ -33,14 +30,14 @@ def blend(previous, current, alpha):
     }
 
 
-def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None, keep=0.0):
+def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None, keep=0.0, odds=None):
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
     image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid; count: as in
     ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
-    know; keep: its share in what the CRF starts from, or None for ``pool_odds`` [ours].
+    know; keep: its share in what the CRF starts from; odds: or the weights of ``pool_odds`` [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
     maps, _ = fuse(saliency, boundary, offsets, settings, count)
@@ -50,19 +47,21 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
     foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
     if first is not None:
-        foreground = pool_odds(foreground, first) if keep is None else (1 - keep) * foreground + keep * first
+        foreground = pool_odds(foreground, first, odds) if odds else (1 - keep) * foreground + keep * first
     return refine_saliency(image, foreground)
 
 
-def pool_odds(network, first):
+def pool_odds(network, first, weights):
     """Two opinions on what is foreground as one, by their odds: both must agree [ours].
 
     What stands beside an object in many photographs, the log under a bird or the keyboard before a screen, the network
     takes for a part of it; the classifier does not. With a mean the surer would have its way.
-    network: float [S,S] in 0..1; first: the pseudo mask without a CRF (``--no-crf``), of the same kind. Returns it too.
+    network: float [S,S] in 0..1; first: the pseudo mask without a CRF (``--no-crf``), of the same kind. weights: the
+    powers of the odds of the two, and the logarithm of the odds where both are even. Returns float [S,S] in 0..1.
     """
+    of_network, of_first, prior = weights
     network, first = (np.clip(mask, 0.01, 0.99) for mask in (network, first))
-    logit = NETWORK * np.log(network / (1 - network)) + ACTIVATION * np.log(first / (1 - first)) + PRIOR
+    logit = of_network * np.log(network / (1 - network)) + of_first * np.log(first / (1 - first)) + prior
     return 1 / (1 + np.exp(-logit))
 
 

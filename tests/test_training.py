@@ -230,7 +230,8 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
 
 def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
     """--odds: where the first masks say nothing is salient, the labels say so too, whatever the network sees."""
-    refined = ["--data", data, "--out", tmp_path, "--labels", trained / "labels", *PTS, "--odds"]
+    weights = [0.6, 1.9, -0.9]
+    refined = ["--data", data, "--out", tmp_path, "--labels", trained / "labels", *PTS, "--odds", *weights]
     assert call(train_pts.main, *refined) == 2
     assert "--odds wants those of --stage labels --no-crf" in capsys.readouterr().err
     for kind in ("saliency", "classes"):
@@ -238,11 +239,11 @@ def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_pa
     for path in (tmp_path / "labels" / "saliency").iterdir():
         checkpoint.save_png(np.zeros_like(read_map(path)), path)
     shutil.copy(trained / "weights.pt", tmp_path)
-    options = ["--data", data, "--out", tmp_path, *PTS, "--iters", "1", "--epochs", "0", "--odds"]
+    options = ["--data", data, "--out", tmp_path, *PTS, "--iters", "1", "--epochs", "0", "--odds", *weights]
     assert call(train_pts.main, *options) == 0
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
     assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
-    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["keep"] is None
+    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["odds"] == weights
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
