@@ -27,8 +27,9 @@ from tqdm import tqdm
 from datasets.images import list_images, read_image
 from datasets.masks import prediction_records, read_saliency_mask
 from datasets.training import resize
+from models.counting import certain, told
 from models.enhancement import network_input
-from models.fusion import Fusion, connected_components, fuse, instance_masks
+from models.fusion import Fusion, connected_components, fuse, guesses, instance_masks
 from models.wsid_net import load_weights
 from ops import compiled
 from utils import checkpoint, distributed, visualize
@@ -71,14 +72,14 @@ class Prediction:
 class Maps(NamedTuple):
     """What the network says of one photograph, float32 on the stride-4 grid: S [h,w], B [h,w], V [2,h,w].
 
-    count: the number of objects, a scalar, 0 when the network does not tell it. ready: the CUDA event after which they
-    hold their values, None on the CPU.
+    shares: the probabilities of 1, 2, ... objects [M], all 0 when the network does not tell their number. ready: the
+    CUDA event after which they hold their values, None on the CPU.
     """
 
     saliency: torch.Tensor
     boundary: torch.Tensor
     offsets: torch.Tensor
-    count: torch.Tensor
+    shares: torch.Tensor
     ready: Any = None
 
 
@@ -174,12 +175,16 @@ class Predictor:
                 given = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(s.device)
                 s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
                 s = s[0, 0].clamp(0, 1)
+            alternatives = ()
             if self.method == "components":
                 soft, centroids = connected_components(s.cpu().numpy(), self.settings)
+            elif self.method == "sinks":
+                soft, centroids = fuse(s, b, v, self.settings)
             else:
-                count = 0 if self.method == "sinks" else self.count or int(maps.count)
-                soft, centroids = fuse(s, b, v, self.settings, count)
-            masks, scores, kept = instance_masks(soft, s, size, self.settings)
+                shares = certain(self.count) if self.count else maps.shares.cpu()
+                soft, centroids = fuse(s, b, v, self.settings, int(told(shares)))
+                alternatives = guesses(s.cpu().numpy(), v.cpu().numpy(), shares, self.settings)
+            masks, scores, kept = instance_masks(soft, s, size, self.settings, alternatives)
             s, b, v = (m.cpu().numpy() for m in (s, b, v))
         height, width = size
         centroids = (centroids[kept] + 0.5) * (np.array(size) / s.shape) - 0.5

@@ -20,6 +20,7 @@ from datasets.images import read_image
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from infer import Predictor
+from models.counting import certain
 from utils.cli import Help, run, select_device
 from utils.metrics import match_instances, summarize
 from utils.report import format_table
@@ -55,7 +56,8 @@ def true_maps(gt, grid):
 
 def with_truth(maps, gt, replaced):
     """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true."""
-    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "count"), true_maps(gt, maps.saliency.shape))))
+    *values, count = true_maps(gt, maps.saliency.shape)
+    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "shares"), (*values, certain(count)))))
     return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
 
 

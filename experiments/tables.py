@@ -106,6 +106,7 @@ def get_args_parser():
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
     parser.add_argument("--no-pts", action="store_true", help="all rows without PTS, in half the time")
+    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
                         help="saliency maps of other methods, a row each in Tables 1 and 6")  # fmt: skip
     return parser
@@ -228,9 +229,10 @@ def draw_iterations(measured, path):
 def measure(row, weights, args):
     """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them, under their digest."""
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    kept = weights.with_name(folder_name(weights.stem, *row.evaluate, digest) + ".json")
+    asked = [*row.evaluate, *(["--fusion", *args.fusion] if args.fusion else [])]
+    kept = weights.with_name(folder_name(weights.stem, *asked, digest) + ".json")
     if not kept.exists():
-        given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *row.evaluate]
+        given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *asked]
         if row is PRM:
             found = weights.with_name("predictions.json")
             prm.main(["--classifier", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--out", str(found),
@@ -244,6 +246,7 @@ def format_table(table, measured, args):
     """measured: {Row: [summary of each seed]}. Returns Markdown: the mean over seeds, and ± half their range."""
     command = f"python -m experiments.tables {table} --recipe {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
     command += " --no-pts" if args.no_pts else ""
+    command += f" --fusion {' '.join(args.fusion)}" if args.fusion else ""
     head = [f"Table {table}", "paper", *COLUMNS]
     lines = [f"`{command}`", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(COLUMNS)]
     for row, summaries in measured.items():

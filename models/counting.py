@@ -100,9 +100,15 @@ class NumberNet(nn.Module):
 def told(shares):
     """The expected number of objects: it is seldom far off, where the likeliest is often an extreme.
 
-    shares: the probabilities of 1..MOST objects [N,MOST]. Returns [N], a float tensor of integers in 1..MOST.
+    shares: the probabilities of 1..M objects [..,M]; all 0 where the number is not known. Returns [..], a float tensor
+    of integers in 1..M, or 0 where it is not known.
     """
-    return (shares * torch.arange(1, MOST + 1, device=shares.device)).sum(1).round()
+    return (shares * torch.arange(1, shares.shape[-1] + 1, device=shares.device)).sum(-1).round()
+
+
+def certain(count):
+    """The probabilities of 1..count objects [count] where there are known to be ``count``, 0 or more."""
+    return (torch.arange(1, count + 1) == count).float()
 
 
 def components(region, least):

@@ -21,7 +21,8 @@ class Fusion:
     region: "salient" looks for centroids among the salient pixels, "image" everywhere.
     radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
     background: share of an instance's peak below which a pixel is background. smallest: share of the image
-    under which an instance is dropped; unsure: score under which it is.
+    under which an instance is dropped; unsure: score under which it is. doubt: how much doubt about the number of
+    objects lowers a score, a power of ``expected_iou``; 0 not at all.
     """
 
     theta: float = 0.5
@@ -34,6 +35,7 @@ class Fusion:
     background: float = 0.5
     smallest: float = 0.01
     unsure: float = 0.1
+    doubt: float = 1.0
 
     @classmethod
     def of(cls, arguments):
@@ -147,12 +149,23 @@ def shares_of_peak(maps):
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def instance_masks(maps, saliency, size, settings):
+def guesses(saliency, offsets, shares, settings):
+    """What the salient region would come apart into, were there 1, 2, ... objects [ours].
+
+    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; shares: float [M], the probability of each number. Returns
+    a list of (probability, bool [n,H,W]); those of less than 1 % are left out.
+    """
+    likely = [(float(share), count) for count, share in enumerate(shares, 1) if share > 0.01]
+    return [(share, counted_clusters(saliency, offsets, count, settings)[0]) for share, count in likely]
+
+
+def instance_masks(maps, saliency, size, settings, alternatives=()):
     """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
 
     maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
-    share of its own peak; its score is that of ``score_of``. Returns (masks bool [n',H,W], scores float32 [n'],
-    kept int [n'], the index of each into maps), best first; those under ``smallest`` and ``unsure`` are dropped.
+    share of its own peak; its score is that of ``score_of``, and given the alternatives of ``guesses``, times
+    ``expected_iou`` to the power ``doubt``. Returns (masks bool [n',H,W], scores float32 [n'], kept int [n'], the index
+    of each into maps), best first; those under ``smallest`` and ``unsure`` are dropped.
     """
     empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
     if not len(maps):
@@ -171,7 +184,12 @@ def instance_masks(maps, saliency, size, settings):
     found = []
     for index in range(len(maps)):
         mask = winner == index
-        if mask.sum() > settings.smallest * mask.size and (score := score_of(mask, saliency)) >= settings.unsure:
+        if mask.sum() <= settings.smallest * mask.size:
+            continue
+        score = score_of(mask, saliency)
+        if alternatives:
+            score *= expected_iou(mask, alternatives) ** settings.doubt
+        if score >= settings.unsure:
             found.append((score, index, mask))
     if not found:
         return empty
@@ -192,3 +210,19 @@ def score_of(mask, saliency):
     around = cv2.dilate(inside, np.ones((reach, reach), np.uint8)) - inside
     within, beside = ((saliency * share).sum() / max(share.sum(), 1e-6) for share in (inside, around))
     return float(np.sqrt(np.clip(within * (within - beside), 1e-6, 1)))
+
+
+def expected_iou(mask, alternatives):
+    """How far an instance is there whatever the number of objects: its expected IoU with its like, in 0..1 [ours].
+
+    One that only this number brings forth is as sure as the number is.
+    mask: bool [H,W]; alternatives: those of ``guesses``, over the same photograph.
+    """
+    height, width = alternatives[0][1].shape[1:]
+    mask = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    expected = 0.0
+    for share, clusters in alternatives:
+        common = (clusters * mask).sum((1, 2))
+        united = clusters.sum((1, 2)) + mask.sum() - common
+        expected += share * (common / np.maximum(united, 1e-6)).max(initial=0)
+    return float(expected)

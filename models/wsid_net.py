@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from models.branches import BoundaryCentroidNet, SaliencyNet
-from models.counting import NumberNet, told
+from models.counting import MOST, NumberNet
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -46,7 +46,7 @@ class NetConfig:
 
 
 class WSIDNet(nn.Module):
-    """S, B, V and the number of objects of a batch of images."""
+    """S, B, V and how many objects there may be, of a batch of images."""
 
     def __init__(self, config):
         super().__init__()
@@ -58,14 +58,15 @@ class WSIDNet(nn.Module):
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
 
-        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the number of
-        objects [N], 0 where it is not told.
+        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the probabilities
+        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number.
         """
         boundary, offsets, shares = self.branches(image, edges)
         if self.number:
             shares = (shares + self.number(image)) / 2
-        count = image.new_zeros(len(image)) if shares is None else told(shares)
-        return self.saliency(image)[:, 0], boundary[:, 0], offsets, count
+        elif shares is None:
+            shares = image.new_zeros(len(image), MOST)
+        return self.saliency(image)[:, 0], boundary[:, 0], offsets, shares
 
 
 def with_number(net, number):

@@ -31,8 +31,9 @@ def test_exported_file_runs_alone(net, tmp_path, capsys):
     assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2") == 0
     assert "differs from the network by" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "net.pt2")
-    saliency, boundary, offsets, count = program.module()(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))
-    assert saliency.shape == boundary.shape == (2, 16, 16) and offsets.shape == (2, 2, 16, 16) and count.shape == (2,)
+    saliency, boundary, offsets, shares = program.module()(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))
+    assert saliency.shape == boundary.shape == (2, 16, 16)
+    assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4)
 
 
 def test_a_place_that_cannot_be_written_to(net, tmp_path, capsys):

@@ -6,7 +6,16 @@ import torch
 
 from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
-from models.fusion import Fusion, connected_components, find_clusters, fuse, instance_masks, score_of
+from models.fusion import (
+    Fusion,
+    connected_components,
+    expected_iou,
+    find_clusters,
+    fuse,
+    guesses,
+    instance_masks,
+    score_of,
+)
 from models.pts import instance_label, pool_odds, pseudo_label
 from utils.cli import InputError
 
@@ -92,6 +101,32 @@ def test_scores_know_an_object_from_a_part_and_from_a_blur():
     assert score_of(whole, 0.5 * saliency.numpy()) == pytest.approx(sure / 2, rel=0.01)
 
 
+def test_an_instance_is_as_sure_as_the_number_that_it_needs():
+    """Two objects, 24 columns apart from the next: whether there are two or three, the single one stays what it is."""
+    saliency, offsets = torch.zeros(32, 64), torch.zeros(2, 32, 64)
+    saliency[8:24, 4:20], saliency[8:24, 32:60] = 0.9, 0.9
+    options = guesses(saliency.numpy(), offsets.numpy(), [0.001, 0.6, 0.399], Fusion())
+    assert [(share, len(clusters)) for share, clusters in options] == [(0.6, 2), (0.399, 3)], "from 1 % on"
+    single, double, half = (np.zeros((128, 256), bool) for _ in range(3))
+    single[32:96, 16:80], double[32:96, 128:240], half[32:96, 128:184] = True, True, True
+    alone, doubtful, part = (expected_iou(mask, options) for mask in (single, double, half))
+    assert alone == pytest.approx(0.999, abs=0.01)
+    assert doubtful == pytest.approx(0.6 + 0.399 / 2, abs=0.02), "the object of two; half of it agrees with three"
+    assert part == pytest.approx(0.6 / 2 + 0.399, abs=0.05)
+
+
+def test_a_doubtful_instance_ranks_behind_and_below_unsure_is_dropped():
+    saliency, boundary, offsets, _ = scene()
+    maps, _ = fuse(saliency, boundary, offsets, Fusion(), count=2)
+    whole = [(1.0, (maps[1:] > 0.3).numpy())]
+    masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion(), whole)
+    assert kept.tolist() == [1] and len(masks) == len(scores) == 1
+    sure = instance_masks(maps, saliency, (128, 192), Fusion())[1]
+    assert scores[0] < sure.max()
+    careless = instance_masks(maps, saliency, (128, 192), Fusion(doubt=0), whole)[1]
+    assert np.array_equal(careless, sure)
+
+
 def test_every_pixel_has_a_cluster():
     _, _, offsets, _ = scene()
     labels, centroids = find_clusters(offsets)
@@ -174,7 +209,8 @@ def test_pseudo_label_is_the_union_of_instances():
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
     alone = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
-    pooled = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=0.05 + 0.65 * one, keep=None)
+    odds = 0.6, 1.9, -0.9
+    pooled = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=0.05 + 0.65 * one, odds=odds)
     assert pooled[other].mean() < 0.5 < pooled[one].mean()
 
 
@@ -182,9 +218,11 @@ def test_pooled_odds_want_both_opinions():
     """The highest probability of a mask without a CRF is that of an activation's peak, odds of 25 to 9."""
     network = np.array([0.95, 0.95, 0.05, 1.0, 0.0])
     first = np.array([0.70, 0.10, 0.70, 0.0, 25 / 34])
-    assert (pool_odds(network, first) > 0.5).tolist() == [True, False, False, False, False]
-    rising = pool_odds(np.linspace(0, 1, 9), np.full(9, 0.5))
+    weights = 0.6, 1.9, -0.9
+    assert (pool_odds(network, first, weights) > 0.5).tolist() == [True, False, False, False, False]
+    rising = pool_odds(np.linspace(0, 1, 9), np.full(9, 0.5), weights)
     assert (np.diff(rising[1:-1]) > 0).all() and 0 < rising[0] < rising[-1] < 1
+    assert np.allclose(pool_odds(network, first, (0, 1, 0)), np.clip(first, 0.01, 0.99)), "the first mask alone"
 
 
 def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere():

@@ -11,7 +11,7 @@ from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixin
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
-from models.counting import CountHead, told
+from models.counting import CountHead, certain, told
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
 from models.pts import refresh
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_number
@@ -303,14 +303,18 @@ def test_a_number_net_sees_a_small_square_and_serves_any_network():
     before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
     assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
     mean = (net.branches(image, torch.zeros(2, 1, 64, 64))[2] + number(image)) / 2
-    assert torch.equal(after[3], told(mean))
+    assert torch.equal(after[3], mean)
     again = with_number(whole, number)
     assert again.config == whole.config
 
 
 def test_a_network_without_the_head_tells_no_number():
     net = WSIDNet(NetConfig(**SMALL, counting=False)).eval()
-    assert net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3].tolist() == [0, 0]
+    assert told(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3]).tolist() == [0, 0]
+
+
+def test_a_number_that_is_known_is_told():
+    assert [told(certain(count)).item() for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
 
 
 def test_mean_offset_is_subtracted_in_evaluation_only():
