@@ -68,6 +68,7 @@ def get_args_parser():
     model.add_argument("--method", choices=("wsid", "sinks", "components"), default="wsid",
                        help="as for infer.py; components of the saliency map are the baseline")  # fmt: skip
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
+    model.add_argument("--mirror", action="store_true", default=None, help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument("--log", type=Path, metavar="RUN",
                        help="put the figures into TensorBoard's HParams tab, with this run's settings")  # fmt: skip
@@ -123,7 +124,7 @@ def measure_weights(args, gt_masks, photographs):
     _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
     device = select_device(args.gpu)
     settings = Fusion.of(args.fusion or [])
-    predictor = infer.Predictor(args.weights, device, method=args.method, settings=settings)
+    predictor = infer.Predictor(args.weights, device, method=args.method, settings=settings, mirror=bool(args.mirror))
 
     def finish(path, image, prediction):
         gt = gt_masks[path.stem].read()
@@ -153,7 +154,7 @@ def _check_options(args):
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    of_weights = ("weights", "saliency_dir", "save_pred", "fusion", "log")
+    of_weights = ("weights", "saliency_dir", "save_pred", "fusion", "mirror", "log")
     for name in of_weights if args.pred else ("gt", "saliency_pred", "images"):
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"

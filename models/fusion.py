@@ -153,8 +153,10 @@ def guesses(saliency, offsets, shares, settings):
     """What the salient region would come apart into, were there 1, 2, ... objects [ours].
 
     saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; shares: float [M], the probability of each number. Returns
-    a list of (probability, bool [n,H,W]); those of less than 1 % are left out.
+    a list of (probability, bool [n,H,W]); those of less than 1 % are left out, and all where ``doubt`` is 0.
     """
+    if not settings.doubt:
+        return []
     likely = [(float(share), count) for count, share in enumerate(shares, 1) if share > 0.01]
     return [(share, counted_clusters(saliency, offsets, count, settings)[0]) for share, count in likely]
 

@@ -69,6 +69,18 @@ class WSIDNet(nn.Module):
         return self.saliency(image)[:, 0], boundary[:, 0], offsets, shares
 
 
+def mirrored(net, image, edges):
+    """What the WSIDNet ``net`` tells, as means over the photographs and their mirror images, in twice the time [ours].
+
+    Takes and returns what ``WSIDNet.forward`` does, in float32.
+    """
+    saliency, boundary, offsets, shares = net(torch.cat([image, image.flip(-1)]), torch.cat([edges, edges.flip(-1)]))
+    flipped = offsets.flip(-1) * offsets.new_tensor([1, -1]).view(2, 1, 1)  # dx of a mirror image is -dx
+    pairs = (saliency, saliency.flip(-1)), (boundary, boundary.flip(-1)), (offsets, flipped), (shares, shares)
+    count = len(image)
+    return tuple((plain[:count].float() + mirror[count:].float()) / 2 for plain, mirror in pairs)
+
+
 def with_number(net, number):
     """The WSIDNet ``net``, which tells the number of objects, together with the NumberNet ``number``."""
     whole = WSIDNet(replace(net.config, number=number.size))

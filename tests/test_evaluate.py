@@ -375,6 +375,7 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--pred", "p.json"], "--pred needs --gt"),
         (["--pred", "p.json", "--gt", "d", "--weights", "w.pt"], "--weights has no meaning with --pred"),
         (["--pred", "p.json", "--gt", "d", "--save-pred", "q.json"], "--save-pred has no meaning"),
+        (["--pred", "p.json", "--gt", "d", "--mirror"], "--mirror has no meaning with --pred"),
         (["--data", "d", "--gt", "d"], "--gt has no meaning with --data"),
         (["--data", "d", "--images", "d", "--html", "h.html"], "--images has no meaning with --data"),
         (["--pred", "p.json", "--gt", "d", "--images", "d"], "--images has no meaning without --html"),

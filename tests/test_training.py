@@ -243,6 +243,8 @@ def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_pa
     assert call(train_pts.main, *options) == 0
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
     assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
+    (tmp_path / "labels" / "config.json").write_text("{")
+    assert call(train_pts.main, *options) == 2 and "config.json is not readable" in capsys.readouterr().err
     assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["odds"] == weights
 
 
