@@ -414,8 +414,8 @@ def model(monkeypatch):
     seen = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
-        def __init__(self, weights, device, method="wsid", settings=None):
-            seen.created.append((weights, device.type, method))
+        def __init__(self, weights, device, method="wsid", settings=None, mirror=False):
+            seen.created.append((weights, device.type, method, mirror))
             self.weights = weights or Path("bundled.pt")
 
         def prepare(self, image):
@@ -439,8 +439,8 @@ def model(monkeypatch):
 
 
 def test_weights(folder, model):
-    numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--method", "components")
-    assert model.created == [(Path("w.pt"), "cpu", "components")]
+    numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--method", "components", "--mirror")
+    assert model.created == [(Path("w.pt"), "cpu", "components", True)]
     assert model.maps == {160: None, 80: None, 0: None}
     assert model.batches == [2, 1]
     assert numbers["mAP"]["pooled"] == numbers["mAP"]["per-image"] == {"0.5": 1, "0.7": 1, "0.5:0.95": 1}
@@ -450,7 +450,7 @@ def test_weights(folder, model):
 
 def test_default_weights_and_saved_predictions(folder, model):
     direct = measure(folder, "--data", folder, "--save-pred", folder / "saved" / "p.json")
-    assert model.created == [(None, "cpu", "wsid")]
+    assert model.created == [(None, "cpu", "wsid", False)]
     records = json.loads((folder / "saved" / "p.json").read_text())
     assert [record["image_id"] for record in records] == ["a", "a", "b"]
     again = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
