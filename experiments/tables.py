@@ -33,6 +33,7 @@ from experiments.recipes import (
     train_saliency,
 )
 from experiments.stages import true_saliency
+from models.fusion import Fusion
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint
 from utils.cli import Help, InputError, make_folder, run
@@ -116,6 +117,7 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     if args.no_pts and "pts" in args.tables:
         raise InputError("--no-pts leaves nothing of the table pts; give one of them")
+    Fusion.of(args.fusion)  # a wrong setting is told before the training, not after it
     recipe = RECIPES[args.recipe]
     make_folder(args.out)
     for table in args.tables:

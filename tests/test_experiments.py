@@ -163,6 +163,11 @@ def test_iterations_of_pts_need_pts(called, tmp_path, capsys):
     assert "--no-pts leaves nothing of the table pts" in capsys.readouterr().err and not called
 
 
+def test_a_wrong_setting_of_the_fusion_is_told_before_the_training(called, tmp_path, capsys):
+    assert call(tables.main, "2", "--fusion", "steps=many", "--out", tmp_path / "out") == 2
+    assert "steps is of type int" in capsys.readouterr().err and not called
+
+
 def test_saliency_of_the_ground_truth(tmp_path):
     for kind in ("images", "instance_masks"):
         (tmp_path / kind).mkdir()
