@@ -177,21 +177,21 @@ class Predictor:
                 given = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(s.device)
                 s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
                 s = s[0, 0].clamp(0, 1)
+            seen, edges, field = (m.cpu().numpy() for m in (s, b, v))
             alternatives = ()
             if self.method == "components":
-                soft, centroids = connected_components(s.cpu().numpy(), self.settings)
+                soft, centroids = connected_components(seen, self.settings)
             elif self.method == "sinks":
                 soft, centroids = fuse(s, b, v, self.settings)
             else:
                 shares = certain(self.count) if self.count else maps.shares.cpu()
                 soft, centroids = fuse(s, b, v, self.settings, int(told(shares)))
-                alternatives = guesses(s.cpu().numpy(), v.cpu().numpy(), shares, self.settings)
+                alternatives = guesses(seen, field, shares, self.settings)
             masks, scores, kept = instance_masks(soft, s, size, self.settings, alternatives)
-            s, b, v = (m.cpu().numpy() for m in (s, b, v))
         height, width = size
-        centroids = (centroids[kept] + 0.5) * (np.array(size) / s.shape) - 0.5
-        s, b = (cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (s, b))
-        return Prediction(masks, scores, centroids, np.clip(s, 0, 1), b, v)
+        centroids = (centroids[kept] + 0.5) * (np.array(size) / seen.shape) - 0.5
+        seen, edges = (cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (seen, edges))
+        return Prediction(masks, scores, centroids, np.clip(seen, 0, 1), edges, field)
 
 
 def get_args_parser():

@@ -188,9 +188,10 @@ def instance_masks(maps, saliency, size, settings, alternatives=()):
         mask = winner == index
         if mask.sum() <= settings.smallest * mask.size:
             continue
-        score = score_of(mask, saliency)
+        inside = on_grid(mask, saliency.shape)
+        score = score_of(inside, saliency)
         if alternatives:
-            score *= expected_iou(mask, alternatives) ** settings.doubt
+            score *= expected_iou(inside, alternatives) ** settings.doubt
         if score >= settings.unsure:
             found.append((score, index, mask))
     if not found:
@@ -200,31 +201,32 @@ def instance_masks(maps, saliency, size, settings, alternatives=()):
     return np.stack(masks), np.array(scores, np.float32), np.array(kept)
 
 
-def score_of(mask, saliency):
+def on_grid(mask, grid):
+    """A mask bool [H,W] on a coarser grid (h, w) over the same photograph: the share of each cell, float32 in 0..1."""
+    return cv2.resize(mask.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA)
+
+
+def score_of(inside, saliency):
     """How sure an instance is, in (0, 1]: the geometric mean of S inside and of how far S falls around it [ours].
 
     A wrong instance is weakly salient, or it is a part of something or a blur: then S hardly falls at its contour.
-    mask: bool [H,W]; saliency: float32 [h,w] in 0..1, over the same photograph. Around is a band of a 25th of S's side.
+    inside: of ``on_grid``, on the grid of S; saliency: float32 [h,w] in 0..1. Around is a band of a 25th of S's side.
     """
-    height, width = saliency.shape
-    inside = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    reach = 2 * max(1, round(max(height, width) / 25)) + 1
+    reach = 2 * max(1, round(max(saliency.shape) / 25)) + 1
     around = cv2.dilate(inside, np.ones((reach, reach), np.uint8)) - inside
     within, beside = ((saliency * share).sum() / max(share.sum(), 1e-6) for share in (inside, around))
     return float(np.sqrt(np.clip(within * (within - beside), 1e-6, 1)))
 
 
-def expected_iou(mask, alternatives):
+def expected_iou(inside, alternatives):
     """How far an instance is there whatever the number of objects: its expected IoU with its like, in 0..1 [ours].
 
     One that only this number brings forth is as sure as the number is.
-    mask: bool [H,W]; alternatives: those of ``guesses``, over the same photograph.
+    inside: of ``on_grid``, on the grid of S; alternatives: those of ``guesses``, one or more.
     """
-    height, width = alternatives[0][1].shape[1:]
-    mask = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     expected = 0.0
     for share, clusters in alternatives:
-        common = (clusters * mask).sum((1, 2))
-        united = clusters.sum((1, 2)) + mask.sum() - common
+        common = (clusters * inside).sum((1, 2))
+        united = clusters.sum((1, 2)) + inside.sum() - common
         expected += share * (common / np.maximum(united, 1e-6)).max(initial=0)
     return float(expected)

@@ -14,6 +14,7 @@ from models.fusion import (
     fuse,
     guesses,
     instance_masks,
+    on_grid,
     score_of,
 )
 from models.pts import instance_label, pool_odds, pseudo_label
@@ -94,6 +95,7 @@ def test_scores_know_an_object_from_a_part_and_from_a_blur():
     saliency[8:24, 8:24] = 0.9
     whole, half = np.zeros((128, 192), bool), np.zeros((128, 192), bool)
     whole[32:96, 32:96], half[32:96, 32:64] = True, True
+    whole, half = (on_grid(mask, (32, 48)) for mask in (whole, half))
     sure = score_of(whole, saliency.numpy())
     assert 0.84 < sure < 0.9, "between 0.9 and a fall of nearly 0.9"
     assert score_of(half, saliency.numpy()) < 0.92 * sure
@@ -109,7 +111,7 @@ def test_an_instance_is_as_sure_as_the_number_that_it_needs():
     assert [(share, len(clusters)) for share, clusters in options] == [(0.6, 2), (0.399, 3)], "from 1 % on"
     single, double, half = (np.zeros((128, 256), bool) for _ in range(3))
     single[32:96, 16:80], double[32:96, 128:240], half[32:96, 128:184] = True, True, True
-    alone, doubtful, part = (expected_iou(mask, options) for mask in (single, double, half))
+    alone, doubtful, part = (expected_iou(on_grid(mask, (32, 64)), options) for mask in (single, double, half))
     assert alone == pytest.approx(0.999, abs=0.01)
     assert doubtful == pytest.approx(0.6 + 0.399 / 2, abs=0.02), "the object of two; half of it agrees with three"
     assert part == pytest.approx(0.6 / 2 + 0.399, abs=0.05)
