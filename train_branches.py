@@ -6,8 +6,9 @@
     tensorboard --logdir runs
 
 Stages run in order: cam -> labels -> branches -> saliency. Each can be run alone with --stage and its own
-settings, and a stage that was stopped, however hard, continues when the same command is given again. One more, number,
-runs only when it is named: a network that tells the number of objects, beside the branches' own head.
+settings, and a stage that was stopped, however hard, continues when the same command is given again. Two more run
+only when they are named, and add to the network that --init names: number, a network that tells the number of objects,
+beside the branches' own head, and opinion, a second one on what is salient.
 """
 
 import argparse
@@ -36,14 +37,16 @@ from models.losses import (
     pair_labels,
     subitizing_loss,
 )
+from models.opinion import SecondOpinion
 from models.pts import blend
-from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_number
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 STAGES = ("cam", "labels", "branches", "saliency")
+ADDED = ("number", "opinion")  # to a network that is there
 
 
 def input_size(text):
@@ -60,7 +63,7 @@ def get_args_parser():
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
     run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
-    run_.add_argument("--stage", choices=("all", *STAGES, "number"), default="all",
+    run_.add_argument("--stage", choices=("all", *STAGES, *ADDED), default="all",
                       help="one of them alone")  # fmt: skip
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
@@ -105,6 +108,8 @@ def get_args_parser():
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
     labels.add_argument("--paste", type=float, default=0.0,
                         help="objects pasted from other photographs into each; branches only")  # fmt: skip
+    labels.add_argument("--odds", type=float, nargs=3, metavar=("S", "OPINION", "PRIOR"), default=SecondOpinion.ODDS,
+                        help="how the stage opinion pools the odds of S and of its own")  # fmt: skip
     add_machine_arguments(parser)
     return parser
 
@@ -117,21 +122,21 @@ def main(argv=None):
     args.start = starting_network(args.init)
     if not 0 <= args.refresh < 1 or (args.refresh and not args.start):
         raise InputError(f"--refresh {args.refresh} is not understood; give 0 or more, below 1, and a FILE to --init")
-    if args.stage == "number" and not args.start:
-        raise InputError("--stage number goes on from a network; name its weights.pt with --init")
+    if args.stage in ADDED and not args.start:
+        raise InputError(f"--stage {args.stage} goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)
-    samples = counted_samples(args) if args.stage == "number" else usable_samples(args)
+    samples = SAMPLES.get(args.stage, usable_samples)(args)
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
         raise InputError("no photograph has a count; name a source in --data that has them, or give --no-lsu")
     make_folder(args.out)
     stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency,
-              "number": train_number}  # fmt: skip
+              "number": train_number, "opinion": fit_opinion}  # fmt: skip
     todo = STAGES[2:] if args.labels else STAGES
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
         stages[stage](args, samples, device)
         distributed.wait_for_all()
-    if distributed.is_first() and args.stage != "number":
+    if distributed.is_first() and args.stage not in ADDED:
         assemble(args)
 
 
@@ -163,6 +168,14 @@ def counted_samples(args):
     if not samples:
         raise InputError("no photograph has a count; name a source in --data that has them")
     return samples
+
+
+def any_samples(args):
+    """The Samples of --data, whatever is known of them."""
+    return read_samples(args.data)
+
+
+SAMPLES = {"number": counted_samples, "opinion": any_samples}  # of the others: usable_samples
 
 
 def net_config(args):
@@ -425,8 +438,40 @@ def train_number(args, samples, device):
     run_stage(args, samples, device, "number", model, dataset, losses)
     if distributed.is_first():
         model.load_state_dict(checkpoint.load(args.out / "number" / "weights.pt")["model"])
-        save_weights(with_number(net, model), args.out / "weights.pt", note="train_branches.py --stage number")
+        save_weights(with_parts(net, number=model), args.out / "weights.pt", note="train_branches.py --stage number")
         print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
+
+
+CELLS = 64  # of each photograph that the second opinion learns from
+
+
+@torch.no_grad()
+def fit_opinion(args, samples, device):
+    """Stage opinion: a linear layer on a backbone as ImageNet left it learns what S says (models.opinion).
+
+    The photographs need no labels. The network in --init with it becomes OUT/weights.pt.
+    """
+    net = args.start.to(device)
+    args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
+    if distributed.is_first():
+        config = stage_config(args, "init", "odds") | {"images": len(samples)}
+        checkpoint.claim(make_folder(args.out / "opinion"), config)
+    model = replace(net.config, opinion=args.size).second_opinion()
+    load_pretrained(model.backbone, args.backbone_weights)
+    model.odds.copy_(torch.tensor(args.odds))
+    model.to(device).eval()
+    generator, features, saliency = torch.Generator().manual_seed(args.seed), [], []
+    for sample in tqdm(samples if distributed.is_first() else (), desc="opinion", mininterval=2):
+        image = to_tensor(load_square(sample.path, net.config.size))[None].to(device)
+        seen = model.features(image)[0]
+        told = F.adaptive_avg_pool2d(net.saliency(image)[0], seen.shape[-2:])
+        chosen = torch.randperm(told.numel(), generator=generator)[:CELLS].to(device)
+        features.append(seen.flatten(1)[:, chosen].t())
+        saliency.append(told.flatten()[chosen])
+    if distributed.is_first():
+        model.fit(torch.cat(features), torch.cat(saliency))
+        save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note="train_branches.py --stage opinion")
+        print(f"{args.init}, with a second opinion on what is salient, is in {args.out / 'weights.pt'}")
 
 
 def saliency_losses(model, batch, progress):
@@ -440,7 +485,7 @@ def assemble(args):
     """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained.
 
     With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches;
-    with an --init FILE that has a network for the number, so does that network.
+    with an --init FILE that has a network for the number or a second opinion, so do these.
     """
     parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
     if args.labels and args.labels.parent.parent.name == "pts" and not parts["saliency"].exists():
@@ -453,8 +498,8 @@ def assemble(args):
             getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
     except RuntimeError as error:
         raise InputError(f"{path} was trained with other network settings; give the same ones") from error
-    if args.start and args.start.number and net.config.counting:
-        net = with_number(net, args.start.number)
+    added = {name: getattr(args.start, name, None) for name in ADDED if name != "number" or net.config.counting}
+    net = with_parts(net, **{name: part for name, part in added.items() if part})
     save_weights(net, args.out / "weights.pt", note="train_branches.py")
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from utils.cli import InputError
@@ -112,6 +113,13 @@ class Backbone(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+
+def at_size(image, size):
+    """RGB [N,3,H,W] as the square [N,3,size,size] that a network looks at which needs less than others."""
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def load_pretrained(backbone, file=None):

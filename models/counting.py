@@ -7,7 +7,7 @@ from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
-from models.backbones import Backbone
+from models.backbones import Backbone, at_size
 
 MOST = 4  # the last number the head tells stands for itself and all above: more are rare in every data set
 
@@ -43,7 +43,6 @@ class CountHead(nn.Module):
         self.mean.copy_(pooled.mean(0))
         self.scale.copy_(1 / (pooled.std(0, correction=0) + 1e-3))
 
-    @torch.enable_grad()
     def fit(self, pooled, counts, decay=0.2):
         """Multinomial logistic regression in which every number weighs the same, as most photographs show one object;
         how often each comes is put back afterwards.
@@ -54,20 +53,30 @@ class CountHead(nn.Module):
         self.standardise(pooled)
         x, y = (pooled - self.mean) * self.scale, counts.long().clamp(max=MOST) - 1
         times = torch.bincount(y, minlength=MOST).clamp(min=1)
-        for parameter in self.linear.parameters():
-            nn.init.zeros_(parameter).requires_grad_(True)
-        optimizer = torch.optim.LBFGS(self.linear.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-        def closure():
-            optimizer.zero_grad()
+        def loss():
             size = sum(parameter.square().sum() for parameter in self.linear.parameters())
-            loss = F.cross_entropy(self.linear(x), y, weight=1 / times) + decay / 2 * size
-            loss.backward()
-            return loss
+            return F.cross_entropy(self.linear(x), y, weight=1 / times) + decay / 2 * size
 
-        optimizer.step(closure)
-        self.linear.requires_grad_(False)
+        fit_convex(self.linear, loss)
         self.linear.bias += (times / times.sum()).log()
+
+
+@torch.enable_grad()
+def fit_convex(layer, loss):
+    """Bring a linear ``layer``, in place, from zero to where the convex ``loss()`` is least; there it stays."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter).requires_grad_(True)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    layer.requires_grad_(False)
 
 
 class NumberNet(nn.Module):
@@ -87,10 +96,7 @@ class NumberNet(nn.Module):
 
     def features(self, image):
         """RGB [N,3,H,W] in 0..1, of any size -> f1..f5 at the network's own."""
-        sides = (self.size, self.size)
-        if image.shape[-2:] != sides:
-            image = F.interpolate(image, sides, mode="bilinear", align_corners=False, antialias=True)
-        return self.backbone(image)
+        return self.backbone(at_size(image, self.size))
 
     def forward(self, image):
         """RGB [N,3,H,W] in 0..1 -> the probabilities of 1..MOST objects [N,MOST]."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.counting import MOST, NumberNet
+from models.opinion import SecondOpinion
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -18,7 +19,7 @@ class NetConfig:
     size: the input square in pixels. channels: width of the CA module and the ASPP. mixing: the CFM unit;
     attention: the MA unit, "parallel", "s-c", "c-s" or "none"; enhancement: the BE module; canny: its edges.
     counting: whether it tells the number of objects, by a head on the branches' backbone. number: and a NumberNet that
-    looks at a square of so many pixels, the mean of both; 0 without.
+    looks at a square of so many pixels, the mean of both; opinion: whether a SecondOpinion on S does; 0 without.
     """
 
     backbone: str = "resnet50"
@@ -31,6 +32,7 @@ class NetConfig:
     canny: str = "auto"
     counting: bool = True
     number: int = 0
+    opinion: int = 0
 
     def boundary_centroid_net(self):
         return BoundaryCentroidNet(
@@ -44,6 +46,9 @@ class NetConfig:
     def number_net(self):
         return NumberNet(self.backbone, self.output_stride, self.number)
 
+    def second_opinion(self):
+        return SecondOpinion(self.backbone, self.output_stride, self.opinion)
+
 
 class WSIDNet(nn.Module):
     """S, B, V and how many objects there may be, of a batch of images."""
@@ -54,6 +59,7 @@ class WSIDNet(nn.Module):
         self.branches = config.boundary_centroid_net()
         self.saliency = config.saliency_net()
         self.number = config.number_net() if config.number else None
+        self.opinion = config.second_opinion() if config.opinion else None
 
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
@@ -66,7 +72,10 @@ class WSIDNet(nn.Module):
             shares = (shares + self.number(image)) / 2
         elif shares is None:
             shares = image.new_zeros(len(image), MOST)
-        return self.saliency(image)[:, 0], boundary[:, 0], offsets, shares
+        saliency = self.saliency.logits(image)
+        if self.opinion:
+            saliency = self.opinion(image, saliency)
+        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares
 
 
 def mirrored(net, image, edges):
@@ -81,12 +90,11 @@ def mirrored(net, image, edges):
     return tuple((plain[:count].float() + mirror[count:].float()) / 2 for plain, mirror in pairs)
 
 
-def with_number(net, number):
-    """The WSIDNet ``net``, which tells the number of objects, together with the NumberNet ``number``."""
-    whole = WSIDNet(replace(net.config, number=number.size))
-    for name in ("branches", "saliency"):
-        getattr(whole, name).load_state_dict(getattr(net, name).state_dict())
-    whole.number.load_state_dict(number.state_dict())
+def with_parts(net, **parts):
+    """The WSIDNet ``net`` with others of its ``parts``: a NumberNet as number, a SecondOpinion as opinion."""
+    whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}))
+    for name, part in {**dict(net.named_children()), **parts}.items():
+        getattr(whole, name).load_state_dict(part.state_dict())
     return whole
 
 

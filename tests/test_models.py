@@ -13,8 +13,9 @@ from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
 from models.counting import CountHead, certain, told
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
+from models.opinion import SecondOpinion
 from models.pts import refresh
-from models.wsid_net import NetConfig, WSIDNet, load_weights, mirrored, save_weights, with_number
+from models.wsid_net import NetConfig, WSIDNet, load_weights, mirrored, save_weights, with_parts
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -298,14 +299,46 @@ def test_a_number_net_sees_a_small_square_and_serves_any_network():
     torch.nn.init.normal_(number.counting.linear.bias, std=5)
     image = torch.rand(2, 3, 64, 64)
     assert number.features(image)[0].shape == number.features(torch.rand(2, 3, 32, 32))[0].shape
-    whole = with_number(net, number).eval()
+    whole = with_parts(net, number=number).eval()
     assert whole.config == replace(net.config, number=32)
     before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
     assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
     mean = (net.branches(image, torch.zeros(2, 1, 64, 64))[2] + number(image)) / 2
     assert torch.equal(after[3], mean)
-    again = with_number(whole, number)
+    again = with_parts(whole, number=number)
     assert again.config == whole.config
+
+
+def test_a_second_opinion_learns_the_rule_and_not_the_exception():
+    """S is right of 95 of 100 cells, by a rule that the features hold; the opinion says what the rule does."""
+    opinion = SecondOpinion("mobilenetv2_100", 16, 32)
+    torch.manual_seed(0)
+    features = 3 + 2 * torch.randn(8000, len(opinion.mean))
+    truth = features[:, 0] > features[:, 1]
+    saliency = torch.where(torch.rand(8000) < 0.05, ~truth, truth).float()
+    opinion.fit(features, saliency)
+    told = opinion.linear((features[:, :, None, None] - opinion.mean) * opinion.scale)[:, 0, 0, 0] > 0
+    wrong = saliency.bool() != truth
+    assert (told == truth).float().mean() > 0.94 and (told == truth)[wrong].float().mean() > 0.8
+    assert not any(parameter.requires_grad for parameter in opinion.parameters())
+
+
+def test_a_network_pools_its_saliency_with_the_second_opinion():
+    net = WSIDNet(NetConfig(**SMALL)).eval()
+    opinion = replace(net.config, opinion=32).second_opinion().eval()
+    image, edges = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
+    with torch.no_grad():
+        assert opinion.logits(image).shape == (2, 1, 2, 2) and opinion.logits(image).std() > 0
+        whole = with_parts(net, opinion=opinion).eval()
+        before, after = net(image, edges), whole(image, edges)
+        assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+        own = torch.nn.functional.interpolate(opinion.logits(image), (16, 16), mode="bilinear", align_corners=False)
+        of_s, of_opinion, prior = opinion.odds
+        pooled = of_s * net.saliency.logits(image) + of_opinion * own + prior
+        assert torch.allclose(after[0], pooled.sigmoid()[:, 0], atol=1e-6)
+        opinion.odds.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        assert torch.allclose(with_parts(net, opinion=opinion).eval()(image, edges)[0], before[0], atol=1e-6)
+    assert with_parts(whole, number=replace(net.config, number=32).number_net()).config.opinion == 32
 
 
 def test_a_network_without_the_head_tells_no_number():

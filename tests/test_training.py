@@ -317,6 +317,31 @@ def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     assert "no photograph has a count" in capsys.readouterr().err
 
 
+def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_path, capsys):
+    """--stage opinion needs no labels; its result goes on in every script as any network does."""
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    shutil.copytree(data / "images", plain / "images")
+    (plain / "labels.csv").write_text("image,classes,count\n" + "".join(
+        f"{path.name},,0\n" for path in sorted((plain / "images").iterdir())))  # fmt: skip
+    options = [*branches_options(plain, tmp_path / "run"), "--stage", "opinion", "--size", "96"]
+    assert call(train_branches.main, *options) == 2
+    assert "name its weights.pt with --init" in capsys.readouterr().err
+    options += ["--init", trained / "weights.pt", "--odds", "0.5", "0.25", "-1"]
+    assert call(train_branches.main, *options) == 0
+    whole = tmp_path / "run" / "weights.pt"
+    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", whole))
+    assert after["config"] == before["config"] | {"opinion": 96}
+    assert after["state"]["opinion.odds"].tolist() == [0.5, 0.25, -1] and after["state"]["opinion.linear.weight"].any()
+    assert all(torch.equal(value, after["state"][key]) for key, value in before["state"].items())
+    assert call(train_branches.main, *options, "--odds", "1", "1", "0") == 2
+    assert "other settings" in capsys.readouterr().err
+    assert call(infer.main, "--img", data / "images", "--weights", whole, "--out", tmp_path / "found") == 0
+    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--init", whole]
+    assert call(train_branches.main, *again) == 0
+    assert checkpoint.load(tmp_path / "again" / "weights.pt")["config"] == after["config"], "it is kept"
+
+
 def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
     message = capsys.readouterr().err
