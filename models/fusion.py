@@ -20,8 +20,9 @@ class Fusion:
     theta: share of a cluster that must be salient (Sec. 3.1.1). sink: |V| below which a pixel is at rest.
     region: "salient" looks for centroids among the salient pixels, "image" everywhere.
     radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
-    background: share of an instance's peak below which a pixel is background. smallest: share of the image
-    under which an instance is dropped; unsure: score under which it is. doubt: how much doubt about the number of
+    share: what the masks are cut by: an instance's share beside its strongest "rival", another or the background
+    [ours], or of its own "peak" [IRN]. background: share below which a pixel is background. smallest: share of the
+    image under which an instance is dropped; unsure: score under which it is. doubt: how much doubt about the number of
     objects lowers a score, a power of ``expected_iou``; 0 not at all.
     """
 
@@ -32,6 +33,7 @@ class Fusion:
     power: float = 5.0
     steps: int = 256
     salient: float = 0.5
+    share: str = "rival"
     background: float = 0.5
     smallest: float = 0.01
     unsure: float = 0.1
@@ -119,7 +121,7 @@ def fuse(saliency, boundary, offsets, settings, count=0):
 
     saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid. count: the number of
     objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does.
-    Returns (maps [n,H,W] in 0..1 on the device of S, centroids float [n,2]); n may be 0.
+    Returns (maps [n,H,W] of ``walk``, centroids float [n,2]); n may be 0.
     """
     seen = saliency.cpu().numpy()
     if count:
@@ -132,21 +134,29 @@ def fuse(saliency, boundary, offsets, settings, count=0):
 
 
 def walk(clusters, saliency, boundary, settings):
-    """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10).
+    """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10), and how much of a pixel each has.
 
-    clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid. Returns [n,H,W] in 0..1
-    on the device of S.
+    By a share of its own peak [IRN] a faint instance spreads, and one with a sure part loses the others. So the
+    background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and a pixel is the instance's
+    from which most comes: its share, beside its strongest rival alone, is above one half [ours].
+    clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid. Returns the shares
+    [n,H,W] in 0..1, of what ``settings.share`` says, on the device of S.
     """
     if not len(clusters):
         return saliency.new_zeros(0, *saliency.shape)
-    start = torch.from_numpy(clusters).to(saliency) * saliency * (1 - boundary)
+    inside = torch.from_numpy(clusters).to(saliency.device)
+    start = inside * saliency
+    if settings.share == "rival":
+        outside = ~(inside.any(0) & (saliency > settings.salient))
+        start = torch.cat([start, (outside * (1 - saliency))[None]])
     affinity = ops.boundary_affinity(boundary[None], settings.radius)
-    return ops.random_walk(start[None], affinity, settings.radius, settings.power, settings.steps)[0]
-
-
-def shares_of_peak(maps):
-    """Soft maps [n,h,w], each as a share of its own peak."""
-    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    maps = ops.random_walk((start * (1 - boundary))[None], affinity, settings.radius, settings.power, settings.steps)[0]
+    if settings.share == "peak":
+        return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+    maps = maps.clamp(min=1e-9)  # the series of the walk may end a hair below 0
+    first, second = maps.topk(2, 0).values
+    rival = torch.where(maps == first, second, first)
+    return (maps / (maps + rival))[:-1]
 
 
 def guesses(saliency, offsets, shares, settings):
@@ -164,16 +174,15 @@ def guesses(saliency, offsets, shares, settings):
 def instance_masks(maps, saliency, size, settings, alternatives=()):
     """Soft maps to masks at the photograph's size: bilinear upsampling, background threshold, argmax, score.
 
-    maps: float [n,h,w] in 0..1 (Eq. 10); saliency: S [h,w]; size: (H, W). An instance's map is compared as a
-    share of its own peak; its score is that of ``score_of``, and given the alternatives of ``guesses``, times
-    ``expected_iou`` to the power ``doubt``. Returns (masks bool [n',H,W], scores float32 [n'], kept int [n'], the index
-    of each into maps), best first; those under ``smallest`` and ``unsure`` are dropped.
+    maps: the shares of ``walk``, [n,h,w] in 0..1; saliency: S [h,w]; size: (H, W). An instance's score is that of
+    ``score_of``, and given the alternatives of ``guesses``, times ``expected_iou`` to the power ``doubt``. Returns
+    (masks bool [n',H,W], scores float32 [n'], kept int [n'], the index of each into maps), best first; those under
+    ``smallest`` and ``unsure`` are dropped.
     """
     empty = np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64)
     if not len(maps):
         return empty
     maps = torch.as_tensor(maps, dtype=saliency.dtype, device=saliency.device)
-    maps = shares_of_peak(maps)
 
     # One full-size map at a time, however many instances there are.
     value = saliency.new_full(size, settings.background)

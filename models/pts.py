@@ -1,13 +1,17 @@
 """The progressive training scheme: what Algorithm 1 adds to plain training (Sec. 3.4)."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import torch
+from scipy.special import expit, logit
 
 from datasets.crf import refine_saliency
 from datasets.labels import IGNORE
 from models.counting import components, divide
-from models.fusion import fuse, instance_masks, masks_of, shares_of_peak, walk
+from models.fusion import fuse, instance_masks, masks_of, walk
+from models.opinion import pool_odds
 
 SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
@@ -46,23 +50,11 @@ def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None
         return None
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
     foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
-    if first is not None:
-        foreground = pool_odds(foreground, first, odds) if odds else (1 - keep) * foreground + keep * first
+    if first is not None and odds:
+        foreground = expit(pool_odds(logit(foreground), logit(first), odds))
+    elif first is not None:
+        foreground = (1 - keep) * foreground + keep * first
     return refine_saliency(image, foreground)
-
-
-def pool_odds(network, first, weights):
-    """Two opinions on what is foreground as one, by their odds: both must agree [ours].
-
-    What stands beside an object in many photographs, the log under a bird or the keyboard before a screen, the network
-    takes for a part of it; the classifier does not. With a mean the surer would have its way.
-    network: float [S,S] in 0..1; first: the pseudo mask without a CRF (``--no-crf``), of the same kind. weights: the
-    powers of the odds of the two, and the logarithm of the odds where both are even. Returns float [S,S] in 0..1.
-    """
-    of_network, of_first, prior = weights
-    network, first = (np.clip(mask, 0.01, 0.99) for mask in (network, first))
-    logit = of_network * np.log(network / (1 - network)) + of_first * np.log(first / (1 - first)) + prior
-    return 1 / (1 + np.exp(-logit))
 
 
 def parts_of_classes(region, classes, count, least):
@@ -109,8 +101,9 @@ def instance_label(label, boundary, offsets, count, settings, classes=None, by_c
     parts = divide(parts, count, offsets.numpy())
     if len(parts) != count:
         return None
-    maps = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, settings)
-    maps = torch.nn.functional.interpolate(shares_of_peak(maps)[None], label.shape, mode="bilinear")[0]
+    # Where the region ends is settled, and a small part has as much of a say as a large one.
+    maps = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, replace(settings, share="peak"))
+    maps = torch.nn.functional.interpolate(maps[None], label.shape, mode="bilinear")[0]
     nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
     nearest[nearest > count] = IGNORE
     result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)

@@ -1,9 +1,13 @@
 """Clusters, the salience filter and instance masks on fields whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit, logit
 
+import ops
 from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import (
@@ -16,8 +20,10 @@ from models.fusion import (
     instance_masks,
     on_grid,
     score_of,
+    walk,
 )
-from models.pts import instance_label, pool_odds, pseudo_label
+from models.opinion import pool_odds
+from models.pts import instance_label, pseudo_label
 from utils.cli import InputError
 
 HEIGHT, WIDTH = 32, 48
@@ -218,13 +224,48 @@ def test_pseudo_label_is_the_union_of_instances():
 
 def test_pooled_odds_want_both_opinions():
     """The highest probability of a mask without a CRF is that of an activation's peak, odds of 25 to 9."""
-    network = np.array([0.95, 0.95, 0.05, 1.0, 0.0])
-    first = np.array([0.70, 0.10, 0.70, 0.0, 25 / 34])
+    network = logit([0.95, 0.95, 0.05, 1.0, 0.0])
+    first = logit([0.70, 0.10, 0.70, 0.0, 25 / 34])
     weights = 0.6, 1.9, -0.9
-    assert (pool_odds(network, first, weights) > 0.5).tolist() == [True, False, False, False, False]
-    rising = pool_odds(np.linspace(0, 1, 9), np.full(9, 0.5), weights)
-    assert (np.diff(rising[1:-1]) > 0).all() and 0 < rising[0] < rising[-1] < 1
-    assert np.allclose(pool_odds(network, first, (0, 1, 0)), np.clip(first, 0.01, 0.99)), "the first mask alone"
+    assert (pool_odds(network, first, weights) > 0).tolist() == [True, False, False, False, False]
+    rising = pool_odds(logit(np.linspace(0, 1, 9)), np.zeros(9), weights)
+    assert (np.diff(rising[1:-1]) > 0).all() and np.isfinite(rising).all()
+    alone = expit(pool_odds(network, first, (0, 1, 0)))
+    assert np.allclose(alone, np.clip(expit(first), 0.01, 0.99)), "the first mask alone"
+    tensors = pool_odds(torch.from_numpy(network), torch.from_numpy(first), torch.tensor(weights))
+    assert np.allclose(tensors, pool_odds(network, first, weights))
+
+
+def test_the_shares_are_of_what_walks_to_a_pixel():
+    saliency, boundary, _, truth = scene()
+    settings = Fusion(steps=20)
+    start = np.concatenate([truth * saliency.numpy(), ((1 - saliency.numpy()) * ~truth.any(0))[None]])
+    affinity = ops.boundary_affinity(boundary[None], settings.radius)
+    walked = torch.from_numpy(start).float() * (1 - boundary)
+    walked = ops.random_walk(walked[None], affinity, settings.radius, settings.power, 20, method="power")[0].numpy()
+    first, second, ground = walked
+    shares = walk(truth, saliency, boundary, settings).numpy()
+    assert np.allclose(shares[0], first / (first + np.maximum(second, ground)), atol=1e-3)
+    assert np.allclose(shares[1], second / (second + np.maximum(first, ground)), atol=1e-3)
+    peaks = walk(truth, saliency, boundary, replace(settings, share="peak")).numpy()
+    assert np.allclose(peaks, walked[:2] / walked[:2].max((1, 2), keepdims=True), atol=1e-3)
+    assert ((shares > 0.5).sum(0) <= 1).all(), "no pixel is two instances'"
+    assert walk(truth[:0], saliency, boundary, settings).shape == (0, 32, 48)
+
+
+def test_a_faint_object_does_not_spread_where_no_boundary_holds_it():
+    saliency = torch.zeros(32, 48)
+    saliency[8:24, 12:36] = 0.55
+    truth = saliency.numpy() > 0
+    ours, irn = (walk(truth[None], saliency, torch.zeros(32, 48), Fusion(share=share)) for share in ("rival", "peak"))
+    assert (ours[0] > 0.5).sum() <= truth.sum() < (irn[0] > 0.5).sum()
+
+
+def test_a_salient_pixel_of_no_cluster_is_the_background_s():
+    saliency, boundary, _, truth = scene()
+    saliency[1:3, 45:47] = 0.9
+    maps = walk(truth, saliency, boundary, Fusion())
+    assert (maps[:, 1:3, 45:47] < 0.5).all() and (maps > 0.5).any(2).any(1).all()
 
 
 def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere():
