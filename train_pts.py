@@ -60,7 +60,7 @@ def get_args_parser():
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
     labels.add_argument("--odds", type=float, nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
                         help="instead: the odds of both, to these powers, multiply, for first masks made with "
-                        "--no-crf; 0.6 1.7 -0.5 fit the bundled network")  # fmt: skip
+                        "--no-crf; 0.6 1.7 -0.5 fit the bundled network without its second opinion")  # fmt: skip
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
