@@ -211,7 +211,7 @@ def get_args_parser():
     method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
                         help="settings of models.fusion.Fusion, such as power=10 background=0.25")  # fmt: skip
     method.add_argument("--mirror", action="store_true",
-                        help="means over each photograph and its mirror image: better, in twice the time")  # fmt: skip
+                        help="means over each photograph and its mirror image, in twice the time")  # fmt: skip
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
     machine.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 is the CPU")

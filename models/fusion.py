@@ -12,6 +12,8 @@ import ops
 from models.counting import components, divide
 from utils.cli import InputError
 
+CHOICES = {"region": ("salient", "image"), "share": ("rival", "peak")}
+
 
 @dataclass(frozen=True)
 class Fusion:
@@ -48,6 +50,8 @@ class Fusion:
             name, _, value = argument.partition("=")
             if name not in kinds:
                 raise InputError(f"--fusion {argument}: there is no such setting; there are {', '.join(kinds)}")
+            if value not in CHOICES.get(name, (value,)):
+                raise InputError(f"--fusion {argument}: {name} is {' or '.join(CHOICES[name])}")
             try:
                 given[name] = kinds[name](value)
             except ValueError as error:

@@ -91,7 +91,7 @@ def test_components_are_never_joined_for_a_number():
 def test_settings_by_name():
     assert Fusion.of([]) == Fusion()
     assert Fusion.of(["power=10", "steps=64", "region=image"]) == Fusion(power=10.0, steps=64, region="image")
-    for wrong in ("strength=3", "steps=many", "power"):
+    for wrong in ("strength=3", "steps=many", "power", "share=half", "region="):
         with pytest.raises(InputError, match=wrong):
             Fusion.of([wrong])
 
