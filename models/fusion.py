@@ -141,8 +141,9 @@ def walk(clusters, saliency, boundary, settings):
     """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10), and how much of a pixel each has.
 
     By a share of its own peak [IRN] a faint instance spreads, and one with a sure part loses the others. So the
-    background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and a pixel is the instance's
-    from which most comes: its share, beside its strongest rival alone, is above one half [ours].
+    background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and a pixel is an instance's
+    if more comes from there than from the background. Beside each other instances are still compared by shares of their
+    peaks, or the larger would take the smaller. The lesser of the two shares is above one half where both hold [ours].
     clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid. Returns the shares
     [n,H,W] in 0..1, of what ``settings.share`` says, on the device of S.
     """
@@ -158,9 +159,11 @@ def walk(clusters, saliency, boundary, settings):
     if settings.share == "peak":
         return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
     maps = maps.clamp(min=1e-9)  # the series of the walk may end a hair below 0
-    first, second = maps.topk(2, 0).values
-    rival = torch.where(maps == first, second, first)
-    return (maps / (maps + rival))[:-1]
+    maps, background = maps[:-1], maps[-1]
+    parts = maps / maps.amax((1, 2), keepdim=True)
+    first, second = torch.cat([parts, torch.zeros_like(background)[None]]).topk(2, 0).values
+    rival = torch.where(parts == first, second, first)
+    return torch.minimum(maps / (maps + background), parts / (parts + rival))
 
 
 def guesses(saliency, offsets, shares, settings):
