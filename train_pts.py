@@ -64,14 +64,16 @@ def get_args_parser():
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
-    labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
+    labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="as for infer.py, but that share is peak")  # fmt: skip
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    args.fusion = Fusion.of(args.fusion)
+    # Masks for labels are cut as they were where PTS was measured; what the background's walk is worth there is not.
+    args.fusion = Fusion.of(["share=peak", *args.fusion])
     if not 0 <= args.keep < 1:
         raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:

@@ -208,7 +208,7 @@ def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by
     boundary[6] = 1
     sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
     maps = saliency, boundary, offsets
-    train_pts.write_label(labels, sample, image, *maps, 2, Fusion(unsure=0), first, 0.0, None, by_class)
+    train_pts.write_label(labels, sample, image, *maps, 2, Fusion(unsure=0, share="peak"), first, 0.0, None, by_class)
     assert (labels / "classes" / "rider.none").exists() == (taught is None)
     if taught == "classes":
         assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)
