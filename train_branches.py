@@ -451,27 +451,27 @@ def fit_opinion(args, samples, device):
 
     The photographs need no labels. The network in --init with it becomes OUT/weights.pt.
     """
+    if not distributed.is_first():  # one pass, and nothing to share
+        return
     net = args.start.to(device)
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
-    if distributed.is_first():
-        config = stage_config(args, "init", "odds") | {"images": len(samples)}
-        checkpoint.claim(make_folder(args.out / "opinion"), config)
+    config = stage_config(args, "init", "odds") | {"images": len(samples)}
+    checkpoint.claim(make_folder(args.out / "opinion"), config)
     model = replace(net.config, opinion=args.size).second_opinion()
     load_pretrained(model.backbone, args.backbone_weights)
     model.odds.copy_(torch.tensor(args.odds))
     model.to(device).eval()
     generator, features, saliency = torch.Generator().manual_seed(args.seed), [], []
-    for sample in tqdm(samples if distributed.is_first() else (), desc="opinion", mininterval=2):
+    for sample in tqdm(samples, desc="opinion", mininterval=2):
         image = to_tensor(load_square(sample.path, net.config.size))[None].to(device)
         seen = model.features(image)[0]
         told = F.adaptive_avg_pool2d(net.saliency(image)[0], seen.shape[-2:])
         chosen = torch.randperm(told.numel(), generator=generator)[:CELLS].to(device)
         features.append(seen.flatten(1)[:, chosen].t())
         saliency.append(told.flatten()[chosen])
-    if distributed.is_first():
-        model.fit(torch.cat(features), torch.cat(saliency))
-        save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note="train_branches.py --stage opinion")
-        print(f"{args.init}, with a second opinion on what is salient, is in {args.out / 'weights.pt'}")
+    model.fit(torch.cat(features), torch.cat(saliency))
+    save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note="train_branches.py --stage opinion")
+    print(f"{args.init}, with a second opinion on what is salient, is in {args.out / 'weights.pt'}")
 
 
 def saliency_losses(model, batch, progress):
@@ -498,8 +498,10 @@ def assemble(args):
             getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
     except RuntimeError as error:
         raise InputError(f"{path} was trained with other network settings; give the same ones") from error
-    added = {name: getattr(args.start, name, None) for name in ADDED if name != "number" or net.config.counting}
-    net = with_parts(net, **{name: part for name, part in added.items() if part})
+    if args.start and args.start.number and net.config.counting:
+        net = with_parts(net, number=args.start.number)
+    if args.start and args.start.opinion:
+        net = with_parts(net, opinion=args.start.opinion)
     save_weights(net, args.out / "weights.pt", note="train_branches.py")
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 

@@ -40,8 +40,9 @@ class CountHead(nn.Module):
 
     def standardise(self, pooled):
         """Take the mean and the spread of the features over photographs, pooled [M,C_4 + C_5] of ``pool``."""
-        self.mean.copy_(pooled.mean(0))
-        self.scale.copy_(1 / (pooled.std(0, correction=0) + 1e-3))
+        mean, scale = mean_and_scale(pooled)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def fit(self, pooled, counts, decay=0.2):
         """Multinomial logistic regression in which every number weighs the same, as most photographs show one object;
@@ -60,6 +61,11 @@ class CountHead(nn.Module):
 
         fit_convex(self.linear, loss)
         self.linear.bias += (times / times.sum()).log()
+
+
+def mean_and_scale(features):
+    """What standardises features [M,C], (x - mean) * scale: their mean and one by their spread, each [C]."""
+    return features.mean(0), 1 / (features.std(0, correction=0) + 1e-3)
 
 
 @torch.enable_grad()

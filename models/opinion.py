@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import Backbone, at_size
-from models.counting import fit_convex
+from models.counting import fit_convex, mean_and_scale
 
 SUREST = math.log(99)  # an opinion counts as no surer than 99 to 1
 
@@ -67,7 +67,7 @@ class SecondOpinion(nn.Module):
         the mean cross entropy, for standardised features (.1 from the validation split: the less it follows S, the more
         its opinion is worth).
         """
-        mean, scale = features.mean(0), 1 / (features.std(0, correction=0) + 1e-3)
+        mean, scale = mean_and_scale(features)
         self.mean.copy_(mean[:, None, None])
         self.scale.copy_(scale[:, None, None])
         seen = (features - mean) * scale
