@@ -35,6 +35,9 @@ from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
+# Masks for labels are cut as they were where PTS was measured; what newer ways to cut are worth there is not.
+MEASURED = ("share=peak", "background=0.5", "likeness=0")
+
 
 def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
@@ -65,15 +68,14 @@ def get_args_parser():
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
     labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="as for infer.py, but that share is peak")  # fmt: skip
+                        help=f"as for infer.py, but {' '.join(MEASURED)}")  # fmt: skip
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    # Masks for labels are cut as they were where PTS was measured; what the background's walk is worth there is not.
-    args.fusion = Fusion.of(["share=peak", *args.fusion])
+    args.fusion = Fusion.of([*MEASURED, *args.fusion])
     if not 0 <= args.keep < 1:
         raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
     if args.iters < 1:
@@ -151,10 +153,11 @@ def make_labels(net, samples, folder, args, device):
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
-            *maps, shares = (m[0].float().cpu() for m in maps)
+            saliency, boundary, offsets, shares, features = (m[0].float().cpu() for m in maps)
+            maps = saliency, boundary, offsets, features
             first = (args.labels or args.out / "labels") if sample.classes else None
             pool.submit(
-                write_label, labels, sample, square, *(m.numpy() for m in maps), int(told(shares)), args.fusion, first,
+                write_label, labels, sample, square, [m.numpy() for m in maps], int(told(shares)), args.fusion, first,
                 args.keep, args.odds, args.by_class,
             )  # fmt: skip
     distributed.wait_for_all()
@@ -172,28 +175,29 @@ def is_tried(labels, sample):
     return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
 
-def write_label(labels, sample, image, saliency, boundary, offsets, count, settings, first, keep, odds, by_class):
+def write_label(labels, sample, image, maps, count, settings, first, keep, odds, by_class):
     """One photograph of ``make_labels``, in a worker process: its saliency; and, not used here, its instances in
     classes/, for train_branches.py to be given: where it shows another number than was counted, its first class labels,
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    first: the folder of its first labels, None where it has none; keep (0 is Algorithm 1 to the letter) and odds: as
-    for ``pseudo_label``; by_class: as for ``instance_label``, where there are several classes.
+    maps: as for ``pseudo_label``, arrays; first: the folder of its first labels, None where it has none; keep (0 is
+    Algorithm 1 to the letter) and odds: as for ``pseudo_label``; by_class: as for ``instance_label``, where there are
+    several classes.
     """
-    saliency, boundary, offsets = (torch.from_numpy(m) for m in (saliency, boundary, offsets))
+    maps = [torch.from_numpy(m) for m in maps]
     size, png = image.shape[0], f"{sample.stem}.png"
     mask = classes = instances = None
     if first:
         mask = resize(read_map(first / "saliency" / png), size) / 255
         classes = read_classes(first / "classes" / png, size)
     several = by_class and len(sample.classes or ()) > 1
-    label = pseudo_label(image, saliency, boundary, offsets, count, settings, mask, keep, odds)
+    label = pseudo_label(image, maps, count, settings, mask, keep, odds)
     if label is None:
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask
     elif sample.count:
-        instances = instance_label(label, boundary, offsets, sample.count, settings, classes, several)
+        instances = instance_label(label, maps, sample.count, settings, classes, several)
     if several or instances is not None:
         classes = instances
     if classes is not None:

@@ -31,7 +31,7 @@ from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import select_device
 
-OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
+OPERATORS = ("converge_centroids", "boundary_affinity", "likeness", "random_walk")
 
 
 def make_predictor(args, folder, device):

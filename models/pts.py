@@ -34,18 +34,19 @@ def blend(previous, current, alpha):
     }
 
 
-def pseudo_label(image, saliency, boundary, offsets, count, settings, first=None, keep=0.0, odds=None):
+def pseudo_label(image, maps, count, settings, first=None, keep=0.0, odds=None):
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
-    image: uint8 RGB [S,S,3]; saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid; count: as in
-    ``fuse``.
+    image: uint8 RGB [S,S,3]; maps: saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid, and the
+    features of ``models.fusion.walk``; count: as in ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
     know; keep: its share in what the CRF starts from; odds: or the weights of ``pool_odds`` [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
-    maps, _ = fuse(saliency, boundary, offsets, settings, count)
-    masks, _, _ = instance_masks(maps, saliency, image.shape[:2], settings)
+    saliency, boundary, offsets, features = maps
+    shares, _ = fuse(saliency, boundary, offsets, settings, count, features)
+    masks, _, _ = instance_masks(shares, saliency, image.shape[:2], settings)
     if not len(masks):
         return None
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
@@ -78,19 +79,20 @@ def parts_of_classes(region, classes, count, least):
     return parts[:count], parts[count:]
 
 
-def instance_label(label, boundary, offsets, count, settings, classes=None, by_class=False):
+def instance_label(label, maps, count, settings, classes=None, by_class=False):
     """The salient region of a pseudo label in as many instances as were counted, for the branches to learn [ours].
 
     The class labels that the branches first learn from hold touching objects of one class together; these part them,
     by V and B as they are, and lie where the CRF has put the contour.
-    label: float32 [S,S] in 0..1 of ``pseudo_label``; boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid;
-    count: the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255
-    unknown) or None: where they contradict the class that most of an instance has, the instance is not known.
+    label: float32 [S,S] in 0..1 of ``pseudo_label``; maps: as there, but that this label takes the place of S; count:
+    the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255 unknown)
+    or None: where they contradict the class that most of an instance has, the instance is not known.
     by_class: objects of two classes come apart by the class labels, where they know several in the region, and V
     divides within a class.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
     instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
     """
+    _, boundary, offsets, features = maps
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
     region, least = saliency.numpy() > settings.salient, settings.smallest * saliency.numel()
     if by_class:
@@ -102,9 +104,10 @@ def instance_label(label, boundary, offsets, count, settings, classes=None, by_c
     if len(parts) != count:
         return None
     # Where the region ends is settled, and a small part has as much of a say as a large one.
-    maps = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, replace(settings, share="peak"))
-    maps = torch.nn.functional.interpolate(maps[None], label.shape, mode="bilinear")[0]
-    nearest = maps.argmax(0).numpy().astype(np.uint8) + 1
+    peaks = replace(settings, share="peak")
+    shares = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, peaks, features)
+    shares = torch.nn.functional.interpolate(shares[None], label.shape, mode="bilinear")[0]
+    nearest = shares.argmax(0).numpy().astype(np.uint8) + 1
     nearest[nearest > count] = IGNORE
     result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)
     if classes is not None:

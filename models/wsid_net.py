@@ -51,7 +51,7 @@ class NetConfig:
 
 
 class WSIDNet(nn.Module):
-    """S, B, V and how many objects there may be, of a batch of images."""
+    """S, B, V, how many objects there may be and what places look like, of a batch of images."""
 
     def __init__(self, config):
         super().__init__()
@@ -65,9 +65,10 @@ class WSIDNet(nn.Module):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
 
         Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the probabilities
-        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number.
+        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number; and f3 of the branches' backbone
+        [N,C_3,h,w], on the stride-8 grid.
         """
-        boundary, offsets, shares = self.branches(image, edges)
+        boundary, offsets, shares, features = self.branches(image, edges)
         if self.number:
             shares = (shares + self.number(image)) / 2
         elif shares is None:
@@ -75,7 +76,7 @@ class WSIDNet(nn.Module):
         saliency = self.saliency.logits(image)
         if self.opinion:
             saliency = self.opinion(image, saliency)
-        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares
+        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares, features
 
 
 def mirrored(net, image, edges):
@@ -83,9 +84,11 @@ def mirrored(net, image, edges):
 
     Takes and returns what ``WSIDNet.forward`` does, in float32.
     """
-    saliency, boundary, offsets, shares = net(torch.cat([image, image.flip(-1)]), torch.cat([edges, edges.flip(-1)]))
+    both = net(torch.cat([image, image.flip(-1)]), torch.cat([edges, edges.flip(-1)]))
+    saliency, boundary, offsets, shares, features = both
     flipped = offsets.flip(-1) * offsets.new_tensor([1, -1]).view(2, 1, 1)  # dx of a mirror image is -dx
     pairs = (saliency, saliency.flip(-1)), (boundary, boundary.flip(-1)), (offsets, flipped), (shares, shares)
+    pairs += ((features, features.flip(-1)),)
     count = len(image)
     return tuple((plain[:count].float() + mirror[count:].float()) / 2 for plain, mirror in pairs)
 

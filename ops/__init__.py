@@ -1,4 +1,4 @@
-"""The three operators at the core of the method: where pixels point to, what separates them, how labels spread.
+"""The operators at the core of the method: where pixels point to, what separates and joins them, how labels spread.
 
 They run compiled (`ops/csrc`) on CPU and CUDA. Where that is not built, `ops.reference` computes the same on the CPU in
 plain PyTorch, after one warning; a CUDA tensor without CUDA kernels is a RuntimeError that says what to do.
@@ -10,11 +10,12 @@ import functools
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 from . import compiled, reference
 from .reference import path_offsets
 
-__all__ = ["boundary_affinity", "converge_centroids", "path_offsets", "random_walk"]
+__all__ = ["boundary_affinity", "converge_centroids", "likeness", "path_offsets", "random_walk"]
 
 
 def _check(name, tensor, dims, channels=None):
@@ -97,6 +98,20 @@ def boundary_affinity(boundary, radius):
     (boundary,) = _full_precision(boundary)
     _check("boundary", boundary, 3)
     return _implementation(boundary).boundary_affinity(boundary, _check_radius(radius))
+
+
+def likeness(features, radius):
+    """How alike neighbours look: l(p, q) = max(0, cos(f(p), f(q))) of the pairs of ``boundary_affinity`` [ours].
+
+    features: float32 or float64 [N, C, H, W], any length; half precision is computed in float32. radius: integer 1..64.
+    Returns [N, K, H, W] in 0..1, laid out as the affinity; 0 where p + offsets[k] is outside the image, and beside
+    features that are 0 or no numbers. No gradient.
+    Raises ValueError for another shape, type or radius.
+    """
+    (features,) = _full_precision(features)
+    _check("features", features, 4)
+    unit = F.normalize(features.detach(), dim=1)
+    return _implementation(unit).likeness(unit, _check_radius(radius))
 
 
 def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):

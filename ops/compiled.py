@@ -37,6 +37,10 @@ def boundary_affinity(boundary, radius):
     return torch.ops.wsid.boundary_affinity(boundary, radius, with_winner)[0]
 
 
+def likeness(features, radius):
+    return torch.ops.wsid.likeness(features, radius)
+
+
 def random_walk(x, affinity, radius, power, steps, method, tol):
     coefficients = reference.walk_coefficients(steps, method, tol) or ()  # none: step by step
     return torch.ops.wsid.random_walk(x, affinity, radius, float(power), steps, coefficients)
@@ -75,6 +79,11 @@ if available:
     def _(grad, winner, radius):
         n, _, height, width = grad.shape
         return grad.new_empty(n, height, width)
+
+    @torch.library.register_fake("wsid::likeness")
+    def _(features, radius):
+        n, _, height, width = features.shape
+        return features.new_empty(n, reference.pair_count(radius), height, width)
 
     @torch.library.register_fake("wsid::random_walk")
     def _(x, affinity, radius, power, steps, coefficients):

@@ -31,9 +31,10 @@ def test_exported_file_runs_alone(net, tmp_path, capsys):
     assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2") == 0
     assert "differs from the network by" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "net.pt2")
-    saliency, boundary, offsets, shares = program.module()(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))
+    inputs = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
+    saliency, boundary, offsets, shares, features = program.module()(*inputs)
     assert saliency.shape == boundary.shape == (2, 16, 16)
-    assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4)
+    assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4) and features.shape[2:] == (8, 8)
 
 
 def test_a_place_that_cannot_be_written_to(net, tmp_path, capsys):

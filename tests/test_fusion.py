@@ -12,6 +12,7 @@ from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import (
     Fusion,
+    affinity_of,
     connected_components,
     expected_iou,
     find_clusters,
@@ -126,7 +127,7 @@ def test_an_instance_is_as_sure_as_the_number_that_it_needs():
 def test_a_doubtful_instance_ranks_behind_and_below_unsure_is_dropped():
     saliency, boundary, offsets, _ = scene()
     maps, _ = fuse(saliency, boundary, offsets, Fusion(), count=2)
-    whole = [(1.0, (maps[1:] > 0.3).numpy())]
+    whole = [(1.0, np.broadcast_to(np.arange(48) >= 24, (1, 32, 48)))]  # the half where the second object is
     masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion(), whole)
     assert kept.tolist() == [1] and len(masks) == len(scores) == 1
     sure = instance_masks(maps, saliency, (128, 192), Fusion())[1]
@@ -203,22 +204,23 @@ def test_saliency_mask_takes_the_maximum_over_classes():
 
 
 def test_pseudo_label_is_the_union_of_instances():
-    saliency, boundary, offsets, truth = scene()
+    *maps, truth = scene()
+    maps.append(torch.ones(3, 16, 24))  # features that tell nothing apart
     image = np.full((128, 192, 3), 60, np.uint8)
     union = truth.any(0).repeat(4, 0).repeat(4, 1)
     image[union] = 180
-    label = pseudo_label(image, saliency, boundary, offsets, 0, Fusion())
+    label = pseudo_label(image, maps, 0, Fusion())
     assert iou(label > 0.5, union) > 0.95
-    assert pseudo_label(image, saliency * 0, boundary, offsets, 0, Fusion()) is None
+    assert pseudo_label(image, (maps[0] * 0, *maps[1:]), 0, Fusion()) is None
     # The first pseudo mask, which saw one object only, takes the other one out when it has most of the say.
     one = truth[0].repeat(4, 0).repeat(4, 1)
-    kept = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0.9)
+    kept = pseudo_label(image, maps, 0, Fusion(), first=one.astype(np.float32), keep=0.9)
     other = truth[1].repeat(4, 0).repeat(4, 1)
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
-    alone = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=one.astype(np.float32), keep=0)
+    alone = pseudo_label(image, maps, 0, Fusion(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
     odds = 0.6, 1.9, -0.9
-    pooled = pseudo_label(image, saliency, boundary, offsets, 0, Fusion(), first=0.05 + 0.65 * one, odds=odds)
+    pooled = pseudo_label(image, maps, 0, Fusion(), first=0.05 + 0.65 * one, odds=odds)
     assert pooled[other].mean() < 0.5 < pooled[one].mean()
 
 
@@ -251,6 +253,30 @@ def test_the_shares_are_of_what_walks_to_a_pixel():
     assert np.allclose(peaks, parts, atol=1e-3)
     assert ((shares > 0.5).sum(0) <= 1).all(), "no pixel is two instances'"
     assert walk(truth[:0], saliency, boundary, settings).shape == (0, 32, 48)
+
+
+def test_what_looks_alike_stays_together_where_b_misses_a_contour():
+    """Two objects side by side, no boundary between them, and a bad guess of which pixels are whose."""
+    saliency, boundary = torch.full((32, 48), 0.05), torch.zeros(32, 48)
+    saliency[4:28, 4:44] = 0.9
+    truth = np.zeros((2, 32, 48), bool)
+    truth[0, 4:28, 4:24] = truth[1, 4:28, 24:44] = True
+    clusters = truth.copy()
+    clusters[:, 4:28, 20:24] = clusters[::-1, 4:28, 20:24]
+    looks = torch.zeros(3, 32, 48)
+    looks[0], looks[1, truth[0]], looks[2, truth[1]] = 5, 1, 1
+    alone, informed = (
+        walk(clusters, saliency, boundary, Fusion(), features).numpy().argmax(0) for features in (None, looks))
+    right = [[iou(found[salient] == k, truth[k][salient]) for k in (0, 1)] for found in (alone, informed)
+             for salient in [truth.any(0)]]
+    assert min(right[1]) > 0.95 > max(right[0])
+    without = affinity_of(boundary, Fusion(likeness=0), looks)
+    assert torch.equal(without, affinity_of(boundary, Fusion())) and torch.equal(without, ops.boundary_affinity(
+        boundary[None], 5))
+    small = torch.nn.functional.avg_pool2d(looks, 2)
+    assert affinity_of(boundary, Fusion(), small).shape == without.shape, "features on the stride-8 grid"
+    halved = affinity_of(boundary, Fusion(likeness=1.0), looks) ** 5
+    assert torch.allclose(halved, ops.likeness((looks - looks.mean((1, 2), keepdim=True))[None], 5), atol=1e-6)
 
 
 def test_a_faint_object_does_not_spread_where_no_boundary_holds_it():
@@ -288,22 +314,23 @@ def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere()
     boundary[6] = 1
     yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
     offsets = torch.stack([8 - yy, torch.where(xx < 12, 10, 14) - xx])
+    maps = None, boundary, offsets, None
     rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
     classes = np.full((64, 96), 255, np.uint8)
     classes[rider], classes[horse] = 15, 13
-    blind, found = (instance_label(label, boundary, offsets, 2, Fusion(), known, known is not None)
+    blind, found = (instance_label(label, maps, 2, Fusion(), known, known is not None)
                     for known in (None, classes))  # fmt: skip
     assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
     assert (found[10:20, 10:86] == found[12, 30]).all(), "what is of no known class goes where the walk leads"
     assert blind[horse].min() != blind[horse].max(), "without the classes the horse is cut in two"
     classes[12:14, 22:24] = 3
-    again = instance_label(label, boundary, offsets, 2, Fusion(), classes, True)
+    again = instance_label(label, maps, 2, Fusion(), classes, True)
     assert (again[30:52, 10:86] == again[40, 40]).all(), "a speck of a third class is no object"
-    one = instance_label(label, boundary, offsets, 1, Fusion(), classes, True)
+    one = instance_label(label, maps, 1, Fusion(), classes, True)
     assert (one[horse] == 1).all() and (one[rider] == 255).all(), "of two objects where one was counted, the larger"
     classes[30:52, 45:50] = 255
     classes[30:52, 50:86] = 15
-    three = instance_label(label, boundary, offsets, 3, Fusion(), classes, True)
+    three = instance_label(label, maps, 3, Fusion(), classes, True)
     assert len({three[15, 40], three[40, 20], three[40, 75]}) == 3, "V divides the person of two parts"
 
 
@@ -314,17 +341,18 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     boundary[:, 12] = 1
     yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
     offsets = torch.stack([8 - yy, torch.where(xx < 12, 6, 17) - xx])
+    maps = None, boundary, offsets, None
     classes = np.zeros((64, 96), np.uint8)
     classes[16:48, 8:46], classes[20:24, 10:14] = 7, 9
-    found = instance_label(label, boundary, offsets, 2, Fusion(), classes)
+    found = instance_label(label, maps, 2, Fusion(), classes)
     assert found.dtype == np.uint8 and sorted(np.unique(found)) == [0, 1, 2, 255]
     assert (found[:12] == 0).all() and (found[16:48, 88:92] == 255).all()
     left, right = found[32, 30], found[32, 70]
     assert left != right and (found[26:48, 10:44] == left).all() and (found[16:48, 54:86] == right).all()
     assert (found[20:24, 10:14] == 255).all(), "another class than the rest of its instance"
-    assert sorted(np.unique(instance_label(label, boundary, offsets, 1, Fusion()))) == [0, 1, 255]
-    assert instance_label(label * 0, boundary, offsets, 2, Fusion()) is None
+    assert sorted(np.unique(instance_label(label, maps, 1, Fusion()))) == [0, 1, 255]
+    assert instance_label(label * 0, maps, 2, Fusion()) is None
     speck = label * 0
     speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
-    assert instance_label(speck, boundary, offsets, 1, Fusion()) is not None
-    assert instance_label(speck, boundary, offsets, 2, Fusion(smallest=0.3)) is None, "not two of that size"
+    assert instance_label(speck, maps, 1, Fusion()) is not None
+    assert instance_label(speck, maps, 2, Fusion(smallest=0.3)) is None, "not two of that size"

@@ -351,12 +351,13 @@ def test_the_mean_over_mirror_images_is_that_of_the_mirror_image():
     net = WSIDNet(NetConfig(**SMALL)).eval()
     image, edges = torch.rand(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) > 0.9).float()
     with torch.no_grad():
-        saliency, boundary, offsets, shares = mirrored(net, image, edges)
+        saliency, boundary, offsets, shares, features = mirrored(net, image, edges)
         again = mirrored(net, image.flip(-1), edges.flip(-1))
         plain, other = net(image, edges), net(image.flip(-1), edges.flip(-1))
     assert torch.allclose(saliency, (plain[0] + other[0].flip(-1)) / 2, atol=1e-6)
     assert not torch.allclose(saliency, plain[0], atol=1e-4)
     expected = saliency.flip(-1), boundary.flip(-1), offsets.flip(-1) * torch.tensor([1, -1]).view(2, 1, 1), shares
+    expected += (features.flip(-1),)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, expected, strict=True))
 
 

@@ -198,6 +198,40 @@ def test_affinity_flip_equivariance():
             assert torch.equal(flipped[k][:, : 10 - dx], plain[k][:, : 10 - dx].flip(1))
 
 
+# ---- likeness ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("channels, radius, height, width",
+                         [(5, 5, 9, 12), (1, 3, 4, 5), (7, 10, 6, 41), (3, 5, 1, 20), (3, 5, 20, 1), (2, 1, 3, 3)])
+def test_likeness_against_cosines(channels, radius, height, width, dtype, atol):
+    features = torch.randn(2, channels, height, width, generator=generator(), dtype=torch.float64)
+    likeness = ops.likeness(features.to(dtype), radius)
+    assert likeness.dtype == dtype and likeness.shape[1] == reference.pair_count(radius)
+    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0].tolist()):
+        expected = torch.zeros(2, height, width, dtype=torch.float64)
+        for y in range(height - dy):
+            for x in range(max(0, -dx), width - max(0, dx)):
+                pair = features[:, :, y, x], features[:, :, y + dy, x + dx]
+                expected[:, y, x] = torch.cosine_similarity(*pair).clamp(min=0)
+        assert torch.allclose(likeness[:, k].double(), expected, rtol=0, atol=atol)
+
+
+def test_likeness_knows_no_length_and_nothing_of_what_says_nothing():
+    features = torch.randn(1, 6, 8, 9, generator=generator())
+    likeness = ops.likeness(features, 3)
+    assert torch.allclose(ops.likeness(7 * features, 3), likeness, atol=1e-6)
+    assert torch.allclose(ops.likeness(torch.ones(1, 6, 2, 2), 2)[0, 0, :, 0], torch.ones(2))
+    for value in (0.0, math.nan, math.inf):
+        broken = features.clone()
+        broken[0, :, 4, 4] = value
+        found = ops.likeness(broken, 3)
+        assert (found[0, :, 4, 4] == 0).all() and found.isfinite().all() and found.sum() > 0
+    assert not ops.likeness(torch.zeros(2, 0, 4, 5), 5).any()
+    assert ops.likeness(features.half(), 3).dtype == torch.float32
+    assert torch.allclose(ops.likeness(features.to(memory_format=torch.channels_last), 3), likeness, atol=1e-6)
+
+
 # ---- random walk -------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +361,8 @@ def test_half_precision_is_computed_in_float32():
     lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4), max_iters=-1),
     lambda: ops.boundary_affinity(torch.zeros(1, 1, 4, 4), 5),
     lambda: ops.boundary_affinity(torch.zeros(1, 4, 4), 0),
+    lambda: ops.likeness(torch.zeros(3, 4, 4), 5),
+    lambda: ops.likeness(torch.zeros(1, 3, 4, 4), 65),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 5), 5, 10, 5),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
@@ -366,6 +402,8 @@ def test_compiled_equals_reference(device, dtype):
         expected = reference.boundary_affinity_backward(weight.cpu(), winner, radius)
         assert torch.equal(affinity.cpu(), plain)
         assert torch.equal(ops.boundary_affinity(boundary, radius), affinity)
+        likeness = reference.likeness(torch.nn.functional.normalize(x.cpu(), dim=1), radius)
+        assert torch.allclose(ops.likeness(x, radius).cpu(), likeness, rtol=0, atol=1e-6)
         assert torch.allclose(leaf.grad.cpu(), expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-11)
         for method in ("power", "chebyshev"):
             for power in (10, 2.5):
@@ -385,6 +423,7 @@ def test_opcheck(device):
         check(torch.ops.wsid.boundary_affinity.default, (boundary, 3, False))
         check(torch.ops.wsid.boundary_affinity.default, (boundary.clone().requires_grad_(), 3, True))
         check(torch.ops.wsid.boundary_affinity_backward.default, (affinity, winner, 3))
+        check(torch.ops.wsid.likeness.default, (x, 3))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
 
@@ -421,7 +460,7 @@ def test_thread_count_does_not_matter():
             affinity = ops.boundary_affinity(leaf, 10)
             (affinity * affinity).sum().backward()
             walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
-            results.append([ops.converge_centroids(field), affinity, leaf.grad, *walks])
+            results.append([ops.converge_centroids(field), affinity, ops.likeness(x, 10), leaf.grad, *walks])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results))

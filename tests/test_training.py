@@ -207,8 +207,8 @@ def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by
     boundary, offsets = np.zeros_like(saliency), np.zeros((2, 16, 16), np.float32)
     boundary[6] = 1
     sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
-    maps = saliency, boundary, offsets
-    train_pts.write_label(labels, sample, image, *maps, 2, Fusion(unsure=0, share="peak"), first, 0.0, None, by_class)
+    maps = saliency, boundary, offsets, np.ones((4, 8, 8), np.float32)
+    train_pts.write_label(labels, sample, image, maps, 2, Fusion(unsure=0, share="peak"), first, 0.0, None, by_class)
     assert (labels / "classes" / "rider.none").exists() == (taught is None)
     if taught == "classes":
         assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)

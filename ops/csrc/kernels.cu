@@ -1,4 +1,4 @@
-// The same operators on CUDA; see centroids.cpp, affinity.cpp and walk.cpp for what they compute.
+// The same operators on CUDA; see centroids.cpp, affinity.cpp, likeness.cpp and walk.cpp for what they compute.
 //
 // One thread works on one pixel. Threads of a warp lie side by side in a row, so every load and store is coalesced; maps
 // of one image fit the L2 cache, so the traffic that counts is the affinity's: written once, read once per step.
@@ -177,6 +177,44 @@ at::Tensor boundary_affinity_backward(const at::Tensor& grad, const at::Tensor& 
         <<<dim3(blocks(result.numel()), k_count), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
             g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, k_count,
             table.offsets.const_data_ptr<int32_t>(), table.steps.const_data_ptr<int32_t>(),
+            result.mutable_data_ptr<scalar_t>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return result;
+}
+
+// ---- likeness ----
+
+// Grid: pixels of all images by offsets.
+template <typename T>
+__global__ void dot_products(const T* __restrict__ features, int n, int channels, int height, int width, int k_count,
+                             const int32_t* __restrict__ offsets, T* __restrict__ likeness) {
+  const int64_t size = int64_t(height) * width, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= n * size) return;
+  const int64_t image = thread / size, p = thread % size;
+  for (int k = blockIdx.y; k < k_count; k += gridDim.y) {
+    const int32_t* const offset = offsets + 3 * k;
+    T sum = T(0);
+    if (pair_inside(offset, int(p / width), int(p % width), height, width)) {
+      const T* here = features + image * channels * size + p;
+      const int64_t d = int64_t(offset[0]) * width + offset[1];
+      for (int c = 0; c < channels; ++c, here += size) sum = fma(here[0], here[d], sum);
+    }
+    likeness[(image * k_count + k) * size + p] = sum > T(0) ? sum : T(0);
+  }
+}
+
+at::Tensor likeness(const at::Tensor& features, int64_t radius) {
+  at::Tensor result = wsid::likeness_output(features, radius);
+  const c10::cuda::CUDAGuard guard(features.device());
+  const at::Tensor f = features.contiguous();
+  const int64_t n = f.size(0), height = f.size(2), width = f.size(3), k_count = result.size(1);
+  if (!result.numel()) return result;
+  const at::Tensor offsets = path_table(radius, width, f).offsets;
+  AT_DISPATCH_FLOATING_TYPES(f.scalar_type(), "likeness", [&] {
+    dot_products<scalar_t>
+        <<<dim3(blocks(n * height * width), k_count), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            f.const_data_ptr<scalar_t>(), n, f.size(1), height, width, k_count, offsets.const_data_ptr<int32_t>(),
             result.mutable_data_ptr<scalar_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
@@ -370,5 +408,6 @@ TORCH_LIBRARY_IMPL(wsid, CUDA, m) {
   m.impl("converge_centroids", &converge_centroids);
   m.impl("boundary_affinity", &boundary_affinity);
   m.impl("boundary_affinity_backward", &boundary_affinity_backward);
+  m.impl("likeness", &likeness);
   m.impl("random_walk", &random_walk);
 }

@@ -6,6 +6,7 @@ TORCH_LIBRARY(wsid, m) {
   m.def("converge_centroids(Tensor offsets, int max_iters, float tol) -> Tensor");
   m.def("boundary_affinity(Tensor boundary, int radius, bool with_winner) -> (Tensor, Tensor)");
   m.def("boundary_affinity_backward(Tensor grad, Tensor winner, int radius) -> Tensor");
+  m.def("likeness(Tensor features, int radius) -> Tensor");
   m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
 }
 
