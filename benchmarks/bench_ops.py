@@ -1,4 +1,4 @@
-"""Speed and memory of the three operators, beside the ways others compute the same.
+"""Speed and memory of the operators, beside the ways others compute the same.
 
     python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
     python benchmarks/bench_ops.py --growth        also how time and memory grow; writes the table and a plot
@@ -19,6 +19,7 @@ import numpy as np
 import scipy.ndimage
 import scipy.sparse
 import torch
+import torch.nn.functional as F
 from measure import CPU, check, compare, device_name, peak_memory, record, timed, write_records
 
 import ops
@@ -88,6 +89,16 @@ def gather_and_max(boundary, radius):
         values = flat[:, index.flatten()].reshape(len(flat), len(members), length, -1)
         result[:, members] = 1 - values.amax(2) if not boundary.requires_grad else 1 - values.max(2).values
     return result.reshape(len(boundary), len(offsets), height - reach, width - 2 * reach)
+
+
+def unfolded_cosines(features, radius):
+    """As local affinities are usually had: every pixel's whole window beside it by F.unfold, then one product."""
+    n, channels, height, width = features.shape
+    side, offsets = 2 * radius - 1, ops.path_offsets(radius)[0]
+    unit = F.normalize(features, dim=1)
+    windows = F.unfold(unit, side, padding=radius - 1).view(n, channels, side * side, height, width)
+    chosen = torch.from_numpy((offsets[:, 0] + radius - 1) * side + offsets[:, 1] + radius - 1)
+    return (windows * unit[:, :, None]).sum(1)[:, chosen].clamp(min=0)
 
 
 def numpy_centroids(field, iterations=300):
@@ -214,6 +225,20 @@ def bench_affinity(args, device, limits):
     return rows
 
 
+def bench_likeness(args, device, limits):
+    features = torch.randn(1, 48, 128, 128, generator=torch.Generator().manual_seed(0))
+    features = features.to(memory_format=torch.channels_last)  # as infer.py has them
+    there = features.to(device)
+    print("\nLikeness, radius 5, 48 channels")
+    ours = ops.likeness(there, 5).cpu()
+    check("F.unfold against ours", (unfolded_cosines(features, 5) - ours).abs().max().item(), 1e-5)
+    return compare("Likeness 128x128, 48 channels, radius 5", {
+        "ours": lambda: ops.likeness(there, 5),
+        "PyTorch reference": lambda: reference.likeness(F.normalize(features, dim=1), 5),
+        "F.unfold and product": lambda: unfolded_cosines(features, 5)},
+        args.repeats, device, flop=2 * ours.numel() * 48, limits=limits)
+
+
 def bench_centroids(args, device, limits):
     _, offsets, _ = scene(128, 4)
     field = offsets[0].numpy()
@@ -323,6 +348,7 @@ def main():
     if args.dense:
         rows += bench_dense(args, device)
     rows += bench_affinity(args, device, limits)
+    rows += bench_likeness(args, device, limits)
     rows += bench_centroids(args, device, limits)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.growth:

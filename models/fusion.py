@@ -160,9 +160,9 @@ def walk(clusters, saliency, boundary, settings, features=None):
     """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10), and how much of a pixel each has.
 
     By a share of its own peak [IRN] a faint instance spreads, and one with a sure part loses the others. So the
-    background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and a pixel is an instance's
-    if more comes from there than from the background. Beside each other instances are still compared by shares of their
-    peaks, or the larger would take the smaller. The lesser of the two shares is above one half where both hold [ours].
+    background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and what comes from an
+    instance is set beside what comes from there. Beside each other instances are still compared by shares of their
+    peaks, or the larger would take the smaller. The lesser of the two shares counts; above one half, both hold [ours].
     clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid; features: as in
     ``affinity_of``. Returns the shares [n,H,W] in 0..1, of what ``settings.share`` says, on the device of S.
     """
