@@ -105,7 +105,7 @@ def show_branches(model, writer, step, samples, args, device, labels):
     rows = []
     for sample in samples:
         image = load_square(sample.path, args.size)
-        boundary, offsets, _ = model(*network_input(image, args.canny, device))
+        boundary, offsets, *_ = model(*network_input(image, args.canny, device))
         boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
         wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
         classes = read_map(labels / "classes" / f"{sample.stem}.png")
