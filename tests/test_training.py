@@ -170,7 +170,7 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
         shutil.copy(data / "images" / f"photo{i}.png", more / "images" / f"more{i}.png")
     (more / "labels.csv").write_text("image,classes,count\nmore0.png,cat,2\nmore1.png,dog,2\nmore2.png,dog,0\n")
 
-    def instances(label, boundary, offsets, count, settings, classes, by_class):
+    def instances(label, maps, count, settings, classes, by_class):
         assert (classes is not None or count == 2) and not by_class
         told.append(classes is None)
         return np.full(label.shape, 3, np.uint8) if classes is not None or sum(told) == 1 else None
@@ -208,7 +208,8 @@ def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by
     boundary[6] = 1
     sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
     maps = saliency, boundary, offsets, np.ones((4, 8, 8), np.float32)
-    train_pts.write_label(labels, sample, image, maps, 2, Fusion(unsure=0, share="peak"), first, 0.0, None, by_class)
+    settings = Fusion.of([*train_pts.MEASURED, "unsure=0"])
+    train_pts.write_label(labels, sample, image, maps, 2, settings, first, 0.0, None, by_class)
     assert (labels / "classes" / "rider.none").exists() == (taught is None)
     if taught == "classes":
         assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)
