@@ -22,7 +22,8 @@ class Recipe:
 
     cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
     network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
-    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time.
+    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time. number: of the network for
+    the number of objects.
     """
 
     cam: str
@@ -35,8 +36,10 @@ class Recipe:
     pts: str
     rounds: tuple[int, int]
     again: str
+    number: str
 
 
+NUMBER = "--size 256 --epochs 2 --batch-size 16 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(
         cam="--backbone resnet50 --size 512",
@@ -49,6 +52,7 @@ RECIPES = {
         pts="",
         rounds=(6, 8),
         again="",
+        number=NUMBER,
     ),
     "cpu": Recipe(  # its second cycle's network labels what the bundled weights learn from
         cam="--backbone tf_efficientnet_lite2 --size 320",
@@ -61,6 +65,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
         rounds=(2, 1),
         again="--epochs 3",
+        number=NUMBER,
     ),
     "quick": Recipe(  # minutes, to see that everything runs
         cam="--backbone mobilenetv2_100 --size 128",
@@ -73,6 +78,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
         rounds=(2, 1),
         again="",
+        number="--size 128 --epochs 2 --batch-size 8 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2",
     ),
 }
 
@@ -90,12 +96,13 @@ def add_data_arguments(parser, out):
     parser.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
 
 
-def stage(args, out, seed, name, *options, data=(), labels=None):
-    """One stage of ``train_branches.py`` in the folder ``out``; what is finished there is not done again."""
+def stage(args, out, seed, name, *options, data=(), **paths):
+    """One stage of ``train_branches.py`` in the folder ``out``; what is finished there is not done again. paths: of
+    --labels and --init."""
+    given = [argument for option, path in paths.items() for argument in (f"--{option}", str(path))]
     train_branches.main(
         ["--data", *args.data, *data, "--out", str(out), "--gpu", str(args.gpu), "--workers", str(args.workers),
-         "--seed", str(seed), "--stage", name, *" ".join(options).split(),
-         *(["--labels", str(labels)] if labels else [])]
+         "--seed", str(seed), "--stage", name, *" ".join(options).split(), *given]
     )  # fmt: skip
 
 
@@ -126,6 +133,12 @@ def train_progressively(recipe, args, out, seed, labels, data=()):
          "--epochs", str(epochs), *recipe.pts.split()]
     )  # fmt: skip
     return out / "weights_pts.pt"
+
+
+def train_number(recipe, args, out, seed, start):
+    """A network for the number of objects, added to the one whose weights are ``start`` [ours]. Returns its file."""
+    stage(args, out, seed, "number", recipe.number, init=start)
+    return out / "weights.pt"
 
 
 def link(name, target):

@@ -29,6 +29,7 @@ from experiments.recipes import (
     link,
     train_both_branches,
     train_labels,
+    train_number,
     train_progressively,
     train_saliency,
 )
@@ -41,17 +42,20 @@ from utils.cli import Help, InputError, make_folder, run
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table. switches: of the branches stage; labels: of the labels stage; paper: mAP@0.5, @0.7."""
+    """One line of a table. switches: of the branches stage; labels: of the labels stage; paper: mAP@0.5, @0.7; number:
+    whether a network of its own tells the number of objects."""
 
     name: str
     paper: tuple[float, float] | None = None
     switches: str = ""
     labels: str = ""
     pts: bool = True
+    number: bool = False
     evaluate: tuple[str, ...] = ()
 
 
 OURS = Row("ours", (68.3, 51.7))
+NUMBER = Row("ours, and a network for the number", number=True)
 COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
 PTS_ITERATIONS = 6  # of the table "pts", whatever the recipe has
 IRN = "--no-ca --no-be --no-lsu"
@@ -65,6 +69,7 @@ TABLES = {
         Row("w/o L_su", (62.1, 46.9), "--no-lsu"),
         Row("w/o PTS", (63.9, 47.2), pts=False),
         OURS,
+        NUMBER,
         COMPONENTS,
     ),
     "3": (
@@ -190,7 +195,9 @@ def train_row(row, recipe, args, seed):
     share(base, out, "branches", row.labels, row.switches)
     train_saliency(recipe, args, out, seed, labels, epochs, row.switches)
     weights = train_both_branches(recipe, args, out, seed, labels, row.switches)
-    return train_progressively(recipe, args, out, seed, labels) if row.pts else weights
+    if row.pts:
+        weights = train_progressively(recipe, args, out, seed, labels)
+    return train_number(recipe, args, out / "number", seed, weights) if row.number else weights
 
 
 def pts_rows(recipe, args, seed):

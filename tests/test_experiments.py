@@ -102,9 +102,18 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     assert epochs["run_no_PTS"] == epochs["run"] + rounds * each
 
 
+def test_a_network_for_the_number_is_added_to_ours(called, tmp_path):
+    out = tmp_path / "with space"
+    args = tables.get_args_parser().parse_args(["2", "--recipe", "quick", "--out", str(out)])
+    ours, more = (tables.train_row(row, recipes.RECIPES["quick"], args, 0) for row in (tables.OURS, tables.NUMBER))
+    assert (called[-1].stage, called[-1].init) == ("number", str(ours)) and more.parent == ours.parent / "number"
+    assert [getattr(args, "stage", "pts") for args in called].count("pts") == 2, "the same network: found, not trained"
+    assert {args.out for args in called if getattr(args, "stage", "pts") == "pts"} == {ours.parent}
+
+
 def test_all_rows_without_pts(called, tmp_path):
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--no-pts"])
-    assert {getattr(args, "stage", "pts") for args in called} == {"cam", "labels", "saliency", "branches"}
+    assert {getattr(args, "stage", "pts") for args in called} == {"cam", "labels", "saliency", "branches", "number"}
     text = (tmp_path / "table2_no_pts.md").read_text()
     assert "w/o PTS" not in text and "--no-pts`" in text and "| w/o CA |" in text and "| ours |" in text
     assert len({args.epochs for args in called if args.stage == "saliency"}) == 1
@@ -113,8 +122,9 @@ def test_all_rows_without_pts(called, tmp_path):
 def test_given_labels_serve_all_seeds(called, tmp_path):
     given = tmp_path / "other" / "labels"
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--labels", str(given)])
-    assert {getattr(args, "stage", "pts") for args in called} == {"saliency", "branches", "pts"}
-    assert {args.labels for args in called} == {given} and {args.seed for args in called} == {0, 1}
+    assert {getattr(args, "stage", "pts") for args in called} == {"saliency", "branches", "pts", "number"}
+    assert {args.labels for args in called if getattr(args, "stage", "") != "number"} == {given}
+    assert {args.seed for args in called} == {0, 1}
     called.clear()
     recipes.main(["quick", "--out", str(tmp_path), "--seed", "2", "--labels", str(given)])
     assert [(args.labels, args.seed) for args in called] == 3 * [(given, 2)], "no classifier, no labels of its own"
