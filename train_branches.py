@@ -428,7 +428,9 @@ def train_number(args, samples, device):
     model = replace(net.config, number=args.size).number_net()
     model.backbone.load_state_dict(net.branches.backbone.state_dict())
     model.backbone.freeze(args.freeze)
-    model.to(device).eval().counting.standardise(pooled_features(model.backbone, some_of(samples), args, device))
+    trained = args.out / "number" / "weights.pt"
+    if not trained.exists():
+        model.to(device).eval().counting.standardise(pooled_features(model.backbone, some_of(samples), args, device))
     # Crops that leave nearly everything: an object that is cut off counts.
     dataset = TrainingImages(samples, args.size, crop=0.9, jitter=0.2, seed=args.seed)
 
@@ -437,7 +439,7 @@ def train_number(args, samples, device):
 
     run_stage(args, samples, device, "number", model, dataset, losses)
     if distributed.is_first():
-        model.load_state_dict(checkpoint.load(args.out / "number" / "weights.pt")["model"])
+        model.load_state_dict(checkpoint.load(trained)["model"])
         save_weights(with_parts(net, number=model), args.out / "weights.pt", note="train_branches.py --stage number")
         print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
 

@@ -154,11 +154,13 @@ def make_labels(net, samples, folder, args, device):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
             saliency, boundary, offsets, shares, features = (m[0].float().cpu() for m in maps)
-            maps = saliency, boundary, offsets, features
+            maps = [m.numpy() for m in (saliency, boundary, offsets, features)]
+            if not args.fusion.likeness:
+                maps[3] = None  # megabytes that no worker looks at
             first = (args.labels or args.out / "labels") if sample.classes else None
             pool.submit(
-                write_label, labels, sample, square, [m.numpy() for m in maps], int(told(shares)), args.fusion, first,
-                args.keep, args.odds, args.by_class,
+                write_label, labels, sample, square, maps, int(told(shares)), args.fusion, first, args.keep, args.odds,
+                args.by_class,
             )  # fmt: skip
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
@@ -181,11 +183,11 @@ def write_label(labels, sample, image, maps, count, settings, first, keep, odds,
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    maps: as for ``pseudo_label``, arrays; first: the folder of its first labels, None where it has none; keep (0 is
-    Algorithm 1 to the letter) and odds: as for ``pseudo_label``; by_class: as for ``instance_label``, where there are
-    several classes.
+    maps: as for ``pseudo_label``, arrays, the features perhaps None; first: the folder of its first labels, None where
+    it has none; keep (0 is Algorithm 1 to the letter) and odds: as for ``pseudo_label``; by_class: as for
+    ``instance_label``, where there are several classes.
     """
-    maps = [torch.from_numpy(m) for m in maps]
+    maps = [None if m is None else torch.from_numpy(m) for m in maps]
     size, png = image.shape[0], f"{sample.stem}.png"
     mask = classes = instances = None
     if first:
