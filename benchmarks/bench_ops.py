@@ -2,7 +2,8 @@
 
     python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
     python benchmarks/bench_ops.py --growth        also how time and memory grow; writes the table and a plot
-    python benchmarks/bench_ops.py --dense         also the dense walk matrix (at 64x64: 128x128 takes minutes)
+    python benchmarks/bench_ops.py --dense         also the dense walk matrix (on a CPU at 64x64: 128x128 takes minutes)
+    python benchmarks/bench_ops.py --gpu 0         ours and all that is PyTorch on the GPU; NumPy and SciPy on the CPU
 
 Correctness comes first: every contender's result is compared with ours before it is timed. Times are medians over
 `--repeats` runs that take turns, in milliseconds; memory is the rise of the process's peak over one call, in MiB.
@@ -13,6 +14,7 @@ written at least once. The machine's limits are measured in the same run: a floa
 import argparse
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -71,24 +73,30 @@ def torch_csr_walk(matrix, x, steps):
     return v.T.reshape(x.shape)
 
 
-def gather_and_max(boundary, radius):
-    """As IRN does it: all path pixels of all offsets of equal length at once, then the maximum."""
-    height, width = boundary.shape[1:]
+def gather_and_max(height, width, radius, device):
+    """As IRN does it: all path pixels of all offsets of equal length at once, then the maximum. Returns the function of
+    the boundary; the indices are made once, as there."""
     offsets, paths = ops.path_offsets(radius)
     reach = radius - 1  # IRN crops: every start pixel whose partners are all inside
     rows = torch.arange(height - reach)[:, None]
     columns = torch.arange(reach, width - reach)[None]
     start = (rows * width + columns).flatten()
-    flat, groups = boundary.flatten(1), {}
+    groups, indices = {}, []
     for k, path in enumerate(paths):
         groups.setdefault(len(path), []).append(k)
-    result = boundary.new_empty(len(boundary), len(offsets), start.numel())
     for length, members in groups.items():
         steps = torch.tensor(np.stack([paths[k] @ (width, 1) for k in members]))
-        index = steps[:, :, None] + start
-        values = flat[:, index.flatten()].reshape(len(flat), len(members), length, -1)
-        result[:, members] = 1 - values.amax(2) if not boundary.requires_grad else 1 - values.max(2).values
-    return result.reshape(len(boundary), len(offsets), height - reach, width - 2 * reach)
+        indices.append((length, members, (steps[:, :, None] + start).flatten().to(device)))
+
+    def compute(boundary):
+        flat = boundary.flatten(1)
+        result = boundary.new_empty(len(boundary), len(offsets), start.numel())
+        for length, members, index in indices:
+            values = flat[:, index].reshape(len(flat), len(members), length, -1)
+            result[:, members] = 1 - values.amax(2) if not boundary.requires_grad else 1 - values.max(2).values
+        return result.reshape(len(boundary), len(offsets), height - reach, width - 2 * reach)
+
+    return compute
 
 
 def unfolded_cosines(features, radius):
@@ -97,7 +105,7 @@ def unfolded_cosines(features, radius):
     side, offsets = 2 * radius - 1, ops.path_offsets(radius)[0]
     unit = F.normalize(features, dim=1)
     windows = F.unfold(unit, side, padding=radius - 1).view(n, channels, side * side, height, width)
-    chosen = torch.from_numpy((offsets[:, 0] + radius - 1) * side + offsets[:, 1] + radius - 1)
+    chosen = torch.from_numpy((offsets[:, 0] + radius - 1) * side + offsets[:, 1] + radius - 1).to(features.device)
     return (windows * unit[:, :, None]).sum(1)[:, chosen].clamp(min=0)
 
 
@@ -157,33 +165,38 @@ def bench_walk(args, device, limits):
     exact = torch.from_numpy(scipy_walk(matrix, x[0].double().numpy(), 256))
     single = matrix.astype(np.float32)
     csr = torch.sparse_csr_tensor(torch.from_numpy(single.indptr), torch.from_numpy(single.indices),
-                                  torch.from_numpy(single.data), matrix.shape)
+                                  torch.from_numpy(single.data), matrix.shape, device=device)
     print("\nRandom walk, 256 steps, against a float64 matrix")
-    walk = {m: ops.random_walk(x.to(device), affinity.to(device), 5, 10, 256, m)[0].cpu() for m in
-            ("power", "chebyshev")}
-    double = ops.random_walk(x.double().to(device), affinity.double().to(device), 5, 10, 256)[0].cpu()
-    plain = (torch_csr_walk(csr, x[0], 256) - exact).abs().max().item()
+    xd, ad, first = x.to(device), affinity.to(device), x[0].numpy()
+    walk = {m: ops.random_walk(xd, ad, 5, 10, 256, m)[0].cpu() for m in ("power", "chebyshev")}
+    double = ops.random_walk(xd.double(), ad.double(), 5, 10, 256)[0].cpu()
+    plain = (torch_csr_walk(csr, xd[0], 256).cpu() - exact).abs().max().item()
     check("ours, float64, auto", (double - exact).abs().max().item(), 1e-4)
     check("ours, float32, power", (walk["power"] - exact).abs().max().item(), max(plain, 1e-5))
     check("ours, float32, chebyshev", (walk["chebyshev"] - exact).abs().max().item(), 1e-4)
     check("torch.sparse CSR, float32", plain, 1e-3)
-    xd, ad, first = x.to(device), affinity.to(device), x[0].numpy()
     terms = len(reference.chebyshev_coefficients(256, 1e-4)) - 1
     contenders = {
         "ours, auto (Chebyshev)": lambda: ops.random_walk(xd, ad, 5, 10, 256),
         "ours, power": lambda: ops.random_walk(xd, ad, 5, 10, 256, "power"),
-        "PyTorch reference, auto": lambda: reference.random_walk(x, affinity, 5, 10, 256),
-        "torch.sparse CSR (matrix given)": lambda: torch_csr_walk(csr, x[0], 256),
+        "PyTorch reference, auto": lambda: reference.random_walk(xd, ad, 5, 10, 256),
+        "torch.sparse CSR (matrix given)": lambda: torch_csr_walk(csr, xd[0], 256),
         "scipy CSR (matrix given)": lambda: scipy_walk(single, first, 256)}
     flop = 2 * (2 * 34 + 1) * 128 * 128 * 4 * terms
-    return compare(f"Random walk 128x128, 4 instances, radius 5, 256 steps ({terms} terms)", contenders,
+    rows = compare(f"Random walk 128x128, 4 instances, radius 5, 256 steps ({terms} terms)", contenders,
                    args.repeats, device, flop=flop, limits=limits)
+    if device.type == "cuda":
+        queued = timed(lambda: [ops.random_walk(xd, ad, 5, 10, 256) for _ in range(30)], device) / 30
+        print(f"  ours, 30 walks queued one after another: {queued:.3f} ms each")
+    return rows
 
 
 def bench_dense(args, device):
-    boundary, _, x = scene(64, 4)
+    size = 64 if device.type == "cpu" else 128
+    boundary, _, x = scene(size, 4)
     affinity = ops.boundary_affinity(boundary, 5)
-    dense = torch.from_numpy(transition_entries(affinity[0], 5, 10).toarray().astype(np.float32))
+    dense = torch.from_numpy(transition_entries(affinity[0], 5, 10).toarray().astype(np.float32)).to(device)
+    x, affinity = x.to(device), affinity.to(device)
 
     def squared():
         m = dense
@@ -192,35 +205,36 @@ def bench_dense(args, device):
         return m @ x[0].flatten(1).T
 
     error = (squared().T.reshape(x[0].shape) - ops.random_walk(x, affinity, 5, 10, 256)[0]).abs().max().item()
-    print("\nDense matrix, squared 8 times, at 64x64 (at 128x128: 64 times the work, 1 GiB a matrix)")
+    print(f"\nDense matrix, squared 8 times, at {size}x{size} (at 128x128: 64 times the work of 64x64, 1 GiB a matrix)")
     check("dense against ours", error, 1e-3)
-    return compare("Random walk 64x64, 4 instances, radius 5, 256 steps", {
+    return compare(f"Random walk {size}x{size}, 4 instances, radius 5, 256 steps", {
         "ours, auto (Chebyshev)": lambda: ops.random_walk(x, affinity, 5, 10, 256), "dense, squared 8 times": squared},
-        min(args.repeats, 3), CPU)
+        min(args.repeats, 3), device)
 
 
 def bench_affinity(args, device, limits):
     rows = []
     for radius, batch, train in ((5, 1, False), (10, 6, True)):
         boundary = torch.cat([scene(128, 4, seed)[0] for seed in range(batch)])
-        reach = radius - 1
-        inner = ops.boundary_affinity(boundary.to(device), radius).cpu()[:, :, :-reach, reach:-reach]
+        boundary = boundary.to(device)
+        reach, gather = radius - 1, gather_and_max(128, 128, radius, device)
+        inner = ops.boundary_affinity(boundary, radius)[:, :, :-reach, reach:-reach]
         print(f"\nAffinity, radius {radius}, batch {batch}")
-        check("gather-and-max against ours", (gather_and_max(boundary, radius) - inner).abs().max().item(), 0)
-        leaf, other = (boundary.clone().to(d).requires_grad_(train) for d in (device, CPU))
+        check("gather-and-max against ours", (gather(boundary) - inner).abs().max().item(), 0)
+        leaf = boundary.clone().requires_grad_(train)
 
-        def run(compute, on, radius=radius, train=train):
-            result = compute(on, radius)
+        def run(compute, *radius, leaf=leaf, train=train):
+            result = compute(leaf, *radius)
             if train:
-                on.grad = None
+                leaf.grad = None
                 result.backward(torch.ones_like(result))
 
         entries = inner.numel() // inner[0, 0].numel() * 128 * 128
         what = "forward+backward" if train else "forward"
         rows += compare(f"Affinity 128x128, radius {radius}, batch {batch}, {what}", {
-            "ours": lambda leaf=leaf, run=run: run(ops.boundary_affinity, leaf),
-            "PyTorch reference": lambda other=other, run=run: run(reference.boundary_affinity, other),
-            "gather-and-max (IRN, cropped)": lambda other=other, run=run: run(gather_and_max, other)},
+            "ours": partial(run, ops.boundary_affinity, radius),
+            "PyTorch reference": partial(run, reference.boundary_affinity, radius),
+            "gather-and-max (IRN, cropped)": partial(run, gather)},
             args.repeats, device, moved=entries * (4 + 10 * train) + boundary.numel() * (4 + 4 * train), limits=limits)
     return rows
 
@@ -228,12 +242,12 @@ def bench_affinity(args, device, limits):
 def bench_likeness(args, device, limits):
     features = torch.randn(1, 48, 128, 128, generator=torch.Generator().manual_seed(0))
     features = features.to(memory_format=torch.channels_last)  # as infer.py has them
-    there = features.to(device)
+    features = features.to(device)
     print("\nLikeness, radius 5, 48 channels")
-    ours = ops.likeness(there, 5).cpu()
+    ours = ops.likeness(features, 5)
     check("F.unfold against ours", (unfolded_cosines(features, 5) - ours).abs().max().item(), 1e-5)
     return compare("Likeness 128x128, 48 channels, radius 5", {
-        "ours": lambda: ops.likeness(there, 5),
+        "ours": lambda: ops.likeness(features, 5),
         "PyTorch reference": lambda: reference.likeness(F.normalize(features, dim=1), 5),
         "F.unfold and product": lambda: unfolded_cosines(features, 5)},
         args.repeats, device, flop=2 * ours.numel() * 48, limits=limits)
@@ -251,7 +265,7 @@ def bench_centroids(args, device, limits):
     offsets = offsets.to(device)
     return compare("Centroids 128x128", {
         "ours": lambda: ops.converge_centroids(offsets),
-        "PyTorch reference": lambda: reference.converge_centroids(offsets.cpu()),
+        "PyTorch reference": lambda: reference.converge_centroids(offsets),
         "NumPy loop, 300 steps": lambda: numpy_centroids(field),
         "map_coordinates, 300 steps": lambda: scipy_centroids(field)}, min(args.repeats, 5), device)
 
@@ -330,7 +344,7 @@ def plot(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", type=int, default=-1, help="GPU of our operators, -1 for the CPU (default)")
+    parser.add_argument("--gpu", type=int, default=-1, help="GPU to compute on, -1 for the CPU (default)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--dense", action="store_true", help="also the dense matrix")

@@ -97,7 +97,7 @@ def compare(title, contenders, repeats, device, flop=0, moved=0, limits=None, co
     for name, values in times.items():
         median = statistics.median(values)
         ours = ours or median
-        line = f"  {name:32}{median:11.2f}{min(values):10.2f}{median / ours:9.1f}x{memory[name]:10.1f}"
+        line = f"  {name:32}{median:11.3f}{min(values):10.3f}{median / ours:9.1f}x{memory[name]:10.1f}"
         print(f"{line}{1e3 * count / median:10.2f}" if count else line)
         rows.append(record(title, name, values, ratio=median / ours, memory=memory[name], count=count))
     if limits:

@@ -1,0 +1,89 @@
+// What the CUDA operators share: which pixel a thread works on, and the tables of pairs and paths on the device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "paths.h"
+
+namespace wsid {
+
+constexpr int kThreads = 256;
+
+inline unsigned blocks(int64_t work) { return unsigned((work + kThreads - 1) / kThreads); }
+
+// The pixel of this thread, where the pixels of n maps follow one another. A map has at most 2^30 of them, all maps may
+// have more than 2^32; but a division of 64 bits is slow and rarely needed.
+struct Pixel {
+  int64_t size, thread, map;
+  int p, y, x;
+  bool exists;
+
+  __device__ Pixel(int64_t n, int height, int width)
+      : size(int64_t(height) * width), thread(int64_t(blockIdx.x) * kThreads + threadIdx.x) {
+    exists = thread < n * size;
+    map = n * size >> 31 ? thread / size : uint32_t(thread) / uint32_t(size);
+    p = int(thread - map * size);
+    y = int(uint32_t(p) / uint32_t(width));
+    x = p - y * width;
+  }
+};
+
+struct alignas(4) Step {
+  int16_t dy, dx;
+};
+
+// One more entry than there are offsets ends the last path.
+struct Pair {
+  int32_t dy, dx, path;  // path: where it begins in the table of steps
+
+  __device__ bool inside(int y, int x, int height, int width) const {
+    return y + dy < height && x + dx >= 0 && x + dx < width;
+  }
+};
+
+struct Tables {
+  at::Tensor pair_data, step_data;
+  const Pair* pairs;
+  const Step* steps;
+};
+
+template <typename Entry>
+const Entry* to_device(const std::vector<Entry>& table, c10::Device device, at::Tensor& kept) {
+  const at::Tensor host = at::empty({int64_t(table.size() * sizeof(Entry))}, at::TensorOptions().dtype(at::kByte));
+  if (!table.empty()) std::copy(table.begin(), table.end(), reinterpret_cast<Entry*>(host.mutable_data_ptr<uint8_t>()));
+  kept = host.to(device);
+  return reinterpret_cast<const Entry*>(kept.const_data_ptr<uint8_t>());
+}
+
+// Copied once per device and radius; the copy has ended when it returns, so any stream may read it. Kept for good: at
+// the end of the process the device may be gone before a static object is.
+inline const Tables& tables(int64_t radius, c10::Device device) {
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::pair<int, int64_t>, Tables>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({device.index(), radius});
+  if (found != known.end()) return found->second;
+  std::vector<Pair> pairs;
+  std::vector<Step> steps;
+  for (const auto d : half_plane(radius)) {
+    pairs.push_back({int32_t(d.dy), int32_t(d.dx), int32_t(steps.size())});
+    for (const auto p : path(d)) steps.push_back({int16_t(p.dy), int16_t(p.dx)});
+  }
+  pairs.push_back({0, 0, int32_t(steps.size())});
+  Tables made;
+  made.pairs = to_device(pairs, device, made.pair_data);
+  made.steps = to_device(steps, device, made.step_data);
+  return known.emplace(std::make_pair(int(device.index()), radius), made).first->second;
+}
+
+}  // namespace wsid

@@ -1,0 +1,305 @@
+// The random walk on CUDA; see walk.cpp for what it computes.
+//
+// The step is a stencil with weights of its own at every pixel. The values of C maps lie together, so that one load has
+// all of a neighbour's, aligned wherever it is; zeros around every map stand in for bounds checks. The weights of both
+// directions of a pair are kept, 4 of a pixel to a load: twice the memory, but half of the reads were out of line.
+// A step of a few maps lasts about as long as the launch of the next one. Where the device can (from compute capability
+// 9.0), the next step is launched during this one and fetches its weights, which no step changes, before it waits.
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "checks.h"
+#include "device.h"
+
+namespace {
+
+using wsid::blocks;
+using wsid::kThreads;
+using wsid::Pair;
+using wsid::Pixel;
+
+constexpr int kColumns = 32, kRows = 4;  // pixels of a block of the step: near each other in both directions
+
+// Values that are loaded and stored together.
+template <typename T, int C>
+struct alignas(C * sizeof(T) < 16 ? C * sizeof(T) : 16) Pack {
+  T v[C];
+};
+
+// Where maps lie: rows of `stride` packs of which the first `width` are pixels and the rest zeros, with `guard` zeros
+// before the first row and after the last.
+struct Layout {
+  int height, width, maps, groups;  // groups: of C maps each
+  int64_t stride, guard, plane;
+
+  __device__ int64_t at(int64_t group, int y, int x) const { return group * plane + guard + y * stride + x; }
+};
+
+// ---- weights of the symmetric matrix S = D^-1/2 H^power D^-1/2 ----
+
+template <typename T>
+__device__ double raised(T affinity, double power, int whole) {
+  if (whole < 0) return pow(double(affinity), power);
+  double base = double(affinity), result = 1;
+  for (int exponent = whole; exponent; exponent >>= 1) {
+    if (exponent & 1) result *= base;
+    base *= base;
+  }
+  return result;
+}
+
+// root = D^1/2; D is 1 plus the weights of both directions of every pair.
+template <typename T>
+__global__ void row_sums(const T* __restrict__ affinity, int n, int height, int width, int k_count,
+                         const Pair* __restrict__ pairs, double power, int whole, double* __restrict__ root) {
+  const Pixel at(n, height, width);
+  if (!at.exists) return;
+  const T* plane = affinity + at.map * k_count * at.size + at.p;
+  double sum = 1;
+  for (int k = 0; k < k_count; ++k, plane += at.size) {
+    const int dy = pairs[k].dy, dx = pairs[k].dx;
+    if (pairs[k].inside(at.y, at.x, height, width)) sum += double(T(raised(plane[0], power, whole)));
+    if (at.y >= dy && at.x >= dx && at.x - dx < width)
+      sum += double(T(raised(plane[-(dy * width + dx)], power, whole)));
+  }
+  root[at.thread] = sqrt(sum);
+}
+
+// Weights [N, K / 2, H, W, 4]: of the pairs 2 g and 2 g + 1, to p + d and to p - d; K is even, as a disc is closed
+// under quarter turns. The diagonal of S makes up for the rounding of the other weights, so that constants keep their
+// value.
+template <typename T>
+__global__ void symmetric_weights(const T* __restrict__ affinity, const double* __restrict__ root, int n, int height,
+                                  int width, int k_count, const Pair* __restrict__ pairs, double power, int whole,
+                                  Pack<T, 4>* __restrict__ weights, T* __restrict__ centre) {
+  const Pixel at(n, height, width);
+  if (!at.exists) return;
+  const T* plane = affinity + at.map * k_count * at.size + at.p;
+  Pack<T, 4>* packed = weights + at.map * (k_count / 2) * at.size + at.p;
+  const double* const here = root + at.thread;
+  double sum = 0;
+  for (int k = 0; k < k_count; packed += at.size) {
+    Pack<T, 4> w = {};
+#pragma unroll
+    for (int i = 0; i < 4; i += 2, ++k, plane += at.size) {
+      const int dy = pairs[k].dy, dx = pairs[k].dx;
+      const auto weigh = [&](T value, int d) {
+        const T weight = T(double(T(raised(value, power, whole))) / (here[0] * here[d]));
+        sum += double(weight) * here[d];
+        return weight;
+      };
+      const bool ahead = pairs[k].inside(at.y, at.x, height, width);
+      const bool behind = at.y >= dy && at.x >= dx && at.x - dx < width;
+      if (ahead) w.v[i] = weigh(plane[0], dy * width + dx);
+      if (behind) w.v[i + 1] = weigh(plane[-(dy * width + dx)], -(dy * width + dx));
+    }
+    *packed = w;
+  }
+  centre[at.thread] = T((here[0] - sum) / here[0]);
+}
+
+// ---- steps ----
+
+constexpr int pair_count(int radius) {
+  int count = radius - 1;
+  for (int dy = 1; dy < radius; ++dy)
+    for (int dx = 1 - radius; dx < radius; ++dx) count += dy * dy + dx * dx < radius * radius;
+  return count;
+}
+
+// Loads 4 weights here, not where the compiler would rather have them, after the wait.
+template <typename T>
+__device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) {
+    Pack<T, 4> w;
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(w.v[0]), "=f"(w.v[1]), "=f"(w.v[2]), "=f"(w.v[3]) : "l"(p));
+    return w;
+  }
+#endif
+  return *p;
+}
+
+// before <- alpha S now - beta before and, with a total, total += coefficient before. `before` is not read for beta 0.
+// kRadius is the radius, or 0 for any: loops over known pairs are unrolled, and a pixel's weights kept in registers.
+// One block: a tile of one group of maps. Maps are written by the step before, maybe in this kernel's lifetime, so they
+// are not __restrict__: no load of them may move up beyond the wait, or through a cache that does not see those writes.
+template <typename T, int C, int kRadius>
+__global__ void __launch_bounds__(kColumns * kRows, 3)
+    walk_step(const Pack<T, 4>* __restrict__ weights, const T* __restrict__ centre, const Pack<T, C>* now,
+              Pack<T, C>* before, Pack<T, C>* total, Layout layout, int k_count, const Pair* __restrict__ pairs,
+              T alpha, T beta, T coefficient) {
+  const unsigned across = (layout.width + kColumns - 1) / kColumns, down = (layout.height + kRows - 1) / kRows;
+  const unsigned group = blockIdx.x / across / down;
+  const int y = int(blockIdx.x / across % down) * kRows + int(threadIdx.x / kColumns);
+  const int x = int(blockIdx.x % across) * kColumns + int(threadIdx.x % kColumns);
+  if (y >= layout.height || x >= layout.width) return;
+  const int64_t size = int64_t(layout.height) * layout.width, image = group / layout.groups;
+  const int64_t p = int64_t(y) * layout.width + x, i = layout.at(group, y, x), stride = layout.stride;
+  constexpr int kPacks = pair_count(kRadius) / 2;
+  const Pack<T, 4>* w = weights + image * (kRadius ? kPacks : k_count / 2) * size + p;
+  const T own = centre[image * size + p];
+  [[maybe_unused]] Pack<T, 4> kept[kPacks > 0 ? kPacks : 1];
+#pragma unroll
+  for (int g = 0; g < kPacks; ++g) kept[g] = fetch(w + g * size);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");  // after the wait: two steps in flight were faster than more
+#endif
+  const Pack<T, C>* const here = now + i;
+  const Pack<T, C> self = *here;
+  Pack<T, C> last = {}, so_far = {}, sum = {}, behind = {};  // in two halves: one long sum rounds more
+  if (beta != T(0)) last = before[i];
+  if (total) so_far = total[i];
+  const auto add = [](T weight, Pack<T, C> value, Pack<T, C>& to) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) to.v[c] = fma(weight, value.v[c], to.v[c]);
+  };
+  if constexpr (kRadius > 0) {
+    int k = 0;
+#pragma unroll
+    for (int dy = 0; dy < kRadius; ++dy)
+#pragma unroll
+      for (int dx = 1 - kRadius; dx < kRadius; ++dx)
+        if ((dy || dx > 0) && dy * dy + dx * dx < kRadius * kRadius) {
+          add(kept[k / 2].v[k % 2 * 2], here[dy * stride + dx], sum);
+          add(kept[k / 2].v[k % 2 * 2 + 1], here[-dy * stride - dx], behind);
+          ++k;
+        }
+  } else {
+#pragma unroll 4
+    for (int k = 0; k < k_count; k += 2, w += size) {
+      const Pack<T, 4> four = *w;
+      const int64_t one = pairs[k].dy * stride + pairs[k].dx, two = pairs[k + 1].dy * stride + pairs[k + 1].dx;
+      add(four.v[0], here[one], sum);
+      add(four.v[1], here[-one], behind);
+      add(four.v[2], here[two], sum);
+      add(four.v[3], here[-two], behind);
+    }
+  }
+  // The pixel's own weight, often close to 1, comes last: small terms added to it one by one would be lost.
+  add(T(1), behind, sum);
+  add(own, self, sum);
+#pragma unroll
+  for (int c = 0; c < C; ++c) sum.v[c] = alpha * sum.v[c] - (beta != T(0) ? beta * last.v[c] : T(0));
+  before[i] = sum;
+  if (total) {
+    add(coefficient, sum, so_far);
+    total[i] = so_far;
+  }
+}
+
+// now <- x D^1/2, total <- coefficient now
+template <typename T, int C>
+__global__ void arrange(const T* __restrict__ x, const double* __restrict__ root, int64_t n, Layout layout,
+                        T coefficient, T* __restrict__ now, T* __restrict__ total) {
+  const Pixel at(n * layout.maps, layout.height, layout.width);
+  if (!at.exists) return;
+  const int64_t image = at.map / layout.maps, map = at.map % layout.maps;
+  const int64_t i = layout.at(image * layout.groups + map / C, at.y, at.x) * C + map % C;
+  now[i] = T(double(x[at.thread]) * root[image * at.size + at.p]);
+  if (total) total[i] = coefficient * now[i];
+}
+
+// result <- last D^-1/2
+template <typename T, int C>
+__global__ void collect(const T* __restrict__ last, const double* __restrict__ root, int64_t n, Layout layout,
+                        T* __restrict__ result) {
+  const Pixel at(n * layout.maps, layout.height, layout.width);
+  if (!at.exists) return;
+  const int64_t image = at.map / layout.maps, map = at.map % layout.maps;
+  const int64_t i = layout.at(image * layout.groups + map / C, at.y, at.x) * C + map % C;
+  result[at.thread] = T(double(last[i]) / root[image * at.size + at.p]);
+}
+
+template <typename T, int C>
+void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
+          at::ArrayRef<double> coefficients, at::Tensor& result) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const int64_t n = x.size(0), maps = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t k_count = affinity.size(1), pixels = n * height * width;
+  const int whole = power == std::floor(power) && power <= 1024 ? int(power) : -1;
+  const Pair* const pairs = wsid::tables(radius, x.device()).pairs;
+  Layout layout = {int(height), int(width), int(maps), int((maps + C - 1) / C)};
+  layout.stride = width + radius - 1;
+  layout.guard = (radius - 1) * (layout.stride + 1);
+  layout.plane = height * layout.stride + 2 * layout.guard;
+
+  const at::Tensor root = at::empty({pixels}, x.options().dtype(at::kDouble));
+  const at::Tensor packed = at::empty({2 * affinity.numel()}, x.options()), centre = at::empty({pixels}, x.options());
+  double* const root_data = root.mutable_data_ptr<double>();
+  auto* const weights = reinterpret_cast<Pack<T, 4>*>(packed.mutable_data_ptr<T>());
+  T* const centre_data = centre.mutable_data_ptr<T>();
+  row_sums<T><<<blocks(pixels), kThreads, 0, stream>>>(affinity.const_data_ptr<T>(), n, height, width, k_count, pairs,
+                                                       power, whole, root_data);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  symmetric_weights<T><<<blocks(pixels), kThreads, 0, stream>>>(affinity.const_data_ptr<T>(), root_data, n, height,
+                                                                width, k_count, pairs, power, whole, weights,
+                                                                centre_data);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+  const bool series = !coefficients.empty();
+  if (series) steps = int64_t(coefficients.size()) - 1;
+  const int64_t values = n * layout.groups * layout.plane * C;
+  const at::Tensor both = at::zeros({2, values}, x.options());
+  const at::Tensor total = at::empty({series ? values : 0}, x.options());
+  T* const data[2] = {both.mutable_data_ptr<T>(), both.mutable_data_ptr<T>() + values};
+  T* const total_data = series ? total.mutable_data_ptr<T>() : nullptr;
+  arrange<T, C><<<blocks(x.numel()), kThreads, 0, stream>>>(x.const_data_ptr<T>(), root_data, n, layout,
+                                                            series ? T(coefficients[0]) : T(0), data[0], total_data);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+
+  auto* step = walk_step<T, C, 0>;
+  if constexpr (sizeof(T) == 4)
+    if (radius == 5) step = walk_step<T, C, 5>;
+  cudaFuncAttributes compiled;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, step));
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((width + kColumns - 1) / kColumns * ((height + kRows - 1) / kRows) * n * layout.groups);
+  config.blockDim = dim3(kColumns * kRows);
+  config.stream = stream;
+  config.attrs = &early;
+  for (int64_t k = 1; k <= steps; ++k) {
+    // Only after another step, and only if this one was compiled to wait for it.
+    config.numAttrs = k > 1 && compiled.ptxVersion >= 90;
+    T* const sum = series && coefficients[k] != 0 ? total_data : nullptr;
+    C10_CUDA_CHECK(cudaLaunchKernelEx(
+        &config, step, static_cast<const Pack<T, 4>*>(weights), static_cast<const T*>(centre_data),
+        reinterpret_cast<const Pack<T, C>*>(data[(k - 1) % 2]), reinterpret_cast<Pack<T, C>*>(data[k % 2]),
+        reinterpret_cast<Pack<T, C>*>(sum), layout, int(k_count), pairs, T(k == 1 || !series ? 1 : 2),
+        T(k == 1 || !series ? 0 : 1), series ? T(coefficients[k]) : T(0)));
+  }
+  collect<T, C><<<blocks(x.numel()), kThreads, 0, stream>>>(series ? total_data : data[steps % 2], root_data, n, layout,
+                                                            result.mutable_data_ptr<T>());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
+                       at::ArrayRef<double> coefficients) {
+  wsid::check_walk(x, affinity, radius, steps);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor in = x.contiguous(), a = affinity.contiguous();
+  at::Tensor result = at::empty_like(in);
+  if (!in.numel()) return result;
+  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "random_walk", [&] {
+    const auto run = in.size(1) == 1   ? walk<scalar_t, 1>
+                     : in.size(1) == 2 ? walk<scalar_t, 2>
+                                       : walk<scalar_t, 4>;
+    run(in, a, radius, power, steps, coefficients, result);
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wsid, CUDA, m) { m.impl("random_walk", &random_walk); }
