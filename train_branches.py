@@ -309,12 +309,6 @@ def require_labels(args, samples):
     return folder
 
 
-def edges_of(images, mode):
-    """Canny maps [N,1,H,W] of RGB images [N,3,H,W] in 0..1, on their device."""
-    arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return torch.stack([torch.from_numpy(canny_edges(array, mode)) for array in arrays])[:, None].to(images.device)
-
-
 def bandwidth(progress, size):
     """h of the soft centroid count, coarse to fine: 12 then 6 pixels of a 128x128 grid, the same share of others.
 
@@ -330,10 +324,11 @@ def train_branches(args, samples, device):
     initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
-    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, seed=args.seed)
+    edges = partial(canny_edges, mode=args.canny)
+    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, edges=edges, seed=args.seed)
 
     def losses(model, batch, progress):
-        maps = model(batch["image"], edges_of(batch["image"], args.canny))
+        maps = model(batch["image"], batch["edges"])
         boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
         grid = boundary.shape[-2:]
         classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()

@@ -72,6 +72,7 @@ def prepare_machine(args):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic  # all batches of a stage have one shape
     torch.manual_seed(args.seed)
     return device
 
@@ -141,8 +142,9 @@ def train(model, dataset, losses, schedule, *, folder, config, device, writer=No
         # The branches leave the backbone's last convolution, which the classifier uses, without a gradient.
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     loader = training_loader(
-        dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start
-    )
+        dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start,
+        pin=device.type == "cuda",
+    )  # fmt: skip
     bar = tqdm(loader, initial=start, total=total, desc=folder.name, mininterval=2, dynamic_ncols=True,
                disable=not distributed.is_first())  # fmt: skip
     saved_at = logged_at = time.monotonic()
