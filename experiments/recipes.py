@@ -88,6 +88,8 @@ def add_data_arguments(parser, out):
     parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
     parser.add_argument("--cam-data", nargs="*", default=[], metavar="PATH[@SPLIT]",
                         help="more photographs with class labels, for the classifier alone")  # fmt: skip
+    parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
+                        help="more photographs, with a count, for a second cycle")  # fmt: skip
     parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
     parser.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of another run; default: a classifier is trained for them")  # fmt: skip
@@ -135,9 +137,10 @@ def train_progressively(recipe, args, out, seed, labels, data=()):
     return out / "weights_pts.pt"
 
 
-def train_number(recipe, args, out, seed, start):
-    """A network for the number of objects, added to the one whose weights are ``start`` [ours]. Returns its file."""
-    stage(args, out, seed, "number", recipe.number, init=start)
+def train_number(recipe, args, out, seed, start, data=()):
+    """A network for the number of objects, added to that in the file ``start`` [ours]; ``data``: more photographs.
+    Returns the file of both."""
+    stage(args, out, seed, "number", recipe.number, data=data, init=start)
     return out / "weights.pt"
 
 
@@ -164,8 +167,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("recipe", choices=RECIPES)
     add_data_arguments(parser, "runs/recipe")
-    parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
-                        help="more photographs, with a count, for a second cycle")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]

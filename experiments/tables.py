@@ -8,7 +8,8 @@ What a row shares with others (classifier, pseudo labels, saliency branch) is tr
 the same number of epochs in every row: those that PTS would give it are added where PTS is off. A run that was
 stopped goes on with the same command; --out/table<N>.md is written as rows become complete.
 
-The table "pts" is Figures 17 and 18: the full model after every iteration of PTS, and --out/pts.svg draws it.
+The table "pts" is Figures 17 and 18: the full model after every iteration of PTS, and --out/pts.svg draws it. The table
+"cycle" is what a second cycle with the --counted photographs gives.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from experiments.recipes import (
     RECIPES,
     add_data_arguments,
     link,
+    train_again,
     train_both_branches,
     train_labels,
     train_number,
@@ -43,7 +45,7 @@ from utils.cli import Help, InputError, make_folder, run
 @dataclass(frozen=True)
 class Row:
     """One line of a table. switches: of the branches stage; labels: of the labels stage; paper: mAP@0.5, @0.7; number:
-    whether a network of its own tells the number of objects."""
+    whether a network of its own tells the number of objects; again: whether a second cycle comes before it."""
 
     name: str
     paper: tuple[float, float] | None = None
@@ -51,12 +53,14 @@ class Row:
     labels: str = ""
     pts: bool = True
     number: bool = False
+    again: bool = False
     evaluate: tuple[str, ...] = ()
 
 
 OURS = Row("ours", (68.3, 51.7))
 NUMBER = Row("ours, and a network for the number", number=True)
 COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
+AGAIN = Row("ours, a second cycle and a network for the number", number=True, again=True)
 PTS_ITERATIONS = 6  # of the table "pts", whatever the recipe has
 IRN = "--no-ca --no-be --no-lsu"
 PRM = Row("PRM, adapted", (49.6, 31.2), pts=False)
@@ -91,6 +95,7 @@ TABLES = {
     ),
     "6": (OURS,),  # and a row for the ground truth and every --saliency-dir
     "7": (Row("w/o CRF", None, labels="--no-crf"), OURS),
+    "cycle": (OURS, COMPONENTS, AGAIN, replace(AGAIN, name=COMPONENTS.name, evaluate=COMPONENTS.evaluate)),
     "pts": (),  # a row for every iteration
 }
 COLUMNS = {
@@ -120,8 +125,10 @@ def get_args_parser():
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    if args.no_pts and "pts" in args.tables:
-        raise InputError("--no-pts leaves nothing of the table pts; give one of them")
+    if args.no_pts and ("pts" in args.tables or "cycle" in args.tables):
+        raise InputError("--no-pts leaves nothing of the tables pts and cycle; give one of them")
+    if "cycle" in args.tables and not args.counted:
+        raise InputError("the table cycle needs more photographs with a count; name them with --counted")
     Fusion.of(args.fusion)  # a wrong setting is told before the training, not after it
     recipe = RECIPES[args.recipe]
     make_folder(args.out)
@@ -197,7 +204,10 @@ def train_row(row, recipe, args, seed):
     weights = train_both_branches(recipe, args, out, seed, labels, row.switches)
     if row.pts:
         weights = train_progressively(recipe, args, out, seed, labels)
-    return train_number(recipe, args, out / "number", seed, weights) if row.number else weights
+    more = ()
+    if row.again:
+        weights, more = train_again(recipe, args, out, seed, labels), args.counted
+    return train_number(recipe, args, weights.parent / "number", seed, weights, more) if row.number else weights
 
 
 def pts_rows(recipe, args, seed):

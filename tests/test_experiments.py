@@ -71,6 +71,7 @@ def test_a_second_cycle_learns_from_instances_of_counted_photographs(called, tmp
 @pytest.mark.parametrize("table", [table for table in tables.TABLES if table != "pts"])
 def test_every_row_is_an_option_and_stands_in_the_table(called, table, tmp_path):
     options = ["--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--saliency-dir", "X=maps"]
+    options += ["--counted", "b@count"]
     tables.main([table, *options])
     text = (tmp_path / f"table{table}.md").read_text()
     rows = [row.name for row in tables.TABLES[table]]
@@ -109,6 +110,15 @@ def test_a_network_for_the_number_is_added_to_ours(called, tmp_path):
     assert (called[-1].stage, called[-1].init) == ("number", str(ours)) and more.parent == ours.parent / "number"
     assert [getattr(args, "stage", "pts") for args in called].count("pts") == 2, "the same network: found, not trained"
     assert {args.out for args in called if getattr(args, "stage", "pts") == "pts"} == {ours.parent}
+
+
+def test_a_second_cycle_of_a_table_learns_the_number_from_all_counts(called, tmp_path):
+    args = tables.get_args_parser().parse_args(["cycle", "--data", "a", "--counted", "b@count", "--out", str(tmp_path)])
+    told = tables.train_row(tables.AGAIN, recipes.RECIPES["quick"], args, 0)
+    final = tmp_path / "seed0" / "run" / "final"
+    assert told == final / "number" / "weights.pt" and called[-1].init == str(final / "weights.pt")
+    assert called[-1].stage == "number" and called[-1].data == ["a", "b@count"]
+    assert [getattr(args, "stage", "pts") for args in called[-4:-1]] == ["pts", "pts", "branches"]
 
 
 def test_all_rows_without_pts(called, tmp_path):
@@ -168,9 +178,14 @@ def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatc
     assert torch.allclose(last.branches.state_dict()["centroid.predict.weight"], part, atol=1e-3)
 
 
-def test_iterations_of_pts_need_pts(called, tmp_path, capsys):
-    assert call(tables.main, "pts", "--no-pts", "--out", tmp_path / "out") == 2
-    assert "--no-pts leaves nothing of the table pts" in capsys.readouterr().err and not called
+@pytest.mark.parametrize("table, option, message", [
+    ("pts", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
+    ("cycle", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
+    ("cycle", "--gpu=-1", "name them with --counted"),
+])
+def test_tables_that_go_on_say_what_they_need(called, tmp_path, capsys, table, option, message):
+    assert call(tables.main, table, option, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not called
 
 
 def test_a_wrong_setting_of_the_fusion_is_told_before_the_training(called, tmp_path, capsys):
