@@ -4,6 +4,7 @@ Every random choice comes from (seed, epoch, index), never from a generator that
 was killed and started again sees exactly the images it would have seen.
 """
 
+import signal
 from pathlib import Path
 
 import cv2
@@ -201,10 +202,18 @@ class _ByEpoch(Dataset):
         return self.dataset[index]
 
 
+def _outlive_sigterm(_):
+    """Schedulers send SIGTERM to every process of a job: the first one saves and then ends the others itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def training_loader(dataset, *, batch_size, epochs, workers, start=0, pin=False):
     """A DataLoader over all epochs of ``dataset`` from iteration ``start`` on, for this process's share of a batch.
 
     pin: whether batches come in memory that a GPU copies from while it computes.
     """
     sampler = ResumableSampler(len(dataset), batch_size, epochs, dataset.seed, start)
-    return DataLoader(_ByEpoch(dataset), batch_sampler=ShareOfBatches(sampler), num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        _ByEpoch(dataset), batch_sampler=ShareOfBatches(sampler), num_workers=workers, pin_memory=pin,
+        worker_init_fn=_outlive_sigterm,
+    )  # fmt: skip

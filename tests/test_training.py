@@ -70,8 +70,8 @@ def salient_start(out):
     checkpoint.save(saved, path)
 
 
-def kill_when(command, appears, folder):
-    """Start a script and SIGKILL it, with its workers, as soon as a file matching ``appears`` exists."""
+def kill_when(command, appears, folder, by=signal.SIGKILL):
+    """Start a script and kill it, with its workers, as soon as a file matching ``appears`` exists. Returns its code."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, env=environment(),
@@ -80,8 +80,8 @@ def kill_when(command, appears, folder):
     while not list(folder.glob(appears)):
         assert process.poll() is None and time.monotonic() < deadline, f"{appears} never appeared"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, by)
+    return process.wait()
 
 
 def same_weights(a, b):
@@ -105,8 +105,9 @@ def test_both_scripts_leave_what_infer_takes(trained, data, tmp_path, capsys):
 def test_killed_branches_continue_to_the_same_weights(trained, data, tmp_path):
     out = tmp_path / "killed"
     command = branches_command(data, out)
-    for appears in ("cam/checkpoint.pt", "labels/classes/*.png", "branches/checkpoint.pt", "saliency/checkpoint.pt"):
+    for appears in ("cam/checkpoint.pt", "labels/classes/*.png", "branches/checkpoint.pt"):
         kill_when(command, appears, out)
+    assert kill_when(command, "saliency/checkpoint.pt", out, by=signal.SIGTERM) == 143
     done = python(*command)
     assert done.returncode == 0, done.stderr
     salient_start(out)
