@@ -2,7 +2,7 @@
 
     python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
     python benchmarks/bench_ops.py --growth        also how time and memory grow; writes the table and a plot
-    python benchmarks/bench_ops.py --dense         also the dense walk matrix (on a CPU at 64x64: 128x128 takes minutes)
+    python benchmarks/bench_ops.py --dense         also the dense walk matrix (at 128x128 on a GPU, on a CPU at 64x64)
     python benchmarks/bench_ops.py --gpu 0         ours and all that is PyTorch on the GPU; NumPy and SciPy on the CPU
 
 Correctness comes first: every contender's result is compared with ours before it is timed. Times are medians over
@@ -205,7 +205,7 @@ def bench_dense(args, device):
         return m @ x[0].flatten(1).T
 
     error = (squared().T.reshape(x[0].shape) - ops.random_walk(x, affinity, 5, 10, 256)[0]).abs().max().item()
-    print(f"\nDense matrix, squared 8 times, at {size}x{size} (at 128x128: 64 times the work of 64x64, 1 GiB a matrix)")
+    print(f"\nDense matrix, squared 8 times, at {size}x{size}")
     check("dense against ours", error, 1e-3)
     return compare(f"Random walk {size}x{size}, 4 instances, radius 5, 256 steps", {
         "ours, auto (Chebyshev)": lambda: ops.random_walk(x, affinity, 5, 10, 256), "dense, squared 8 times": squared},
@@ -215,8 +215,7 @@ def bench_dense(args, device):
 def bench_affinity(args, device, limits):
     rows = []
     for radius, batch, train in ((5, 1, False), (10, 6, True)):
-        boundary = torch.cat([scene(128, 4, seed)[0] for seed in range(batch)])
-        boundary = boundary.to(device)
+        boundary = torch.cat([scene(128, 4, seed)[0] for seed in range(batch)]).to(device)
         reach, gather = radius - 1, gather_and_max(128, 128, radius, device)
         inner = ops.boundary_affinity(boundary, radius)[:, :, :-reach, reach:-reach]
         print(f"\nAffinity, radius {radius}, batch {batch}")
@@ -241,8 +240,7 @@ def bench_affinity(args, device, limits):
 
 def bench_likeness(args, device, limits):
     features = torch.randn(1, 48, 128, 128, generator=torch.Generator().manual_seed(0))
-    features = features.to(memory_format=torch.channels_last)  # as infer.py has them
-    features = features.to(device)
+    features = features.to(device, memory_format=torch.channels_last)  # as infer.py has them
     print("\nLikeness, radius 5, 48 channels")
     ours = ops.likeness(features, 5)
     check("F.unfold against ours", (unfolded_cosines(features, 5) - ours).abs().max().item(), 1e-5)

@@ -95,7 +95,12 @@ TABLES = {
     ),
     "6": (OURS,),  # and a row for the ground truth and every --saliency-dir
     "7": (Row("w/o CRF", None, labels="--no-crf"), OURS),
-    "cycle": (OURS, COMPONENTS, AGAIN, replace(AGAIN, name=COMPONENTS.name, evaluate=COMPONENTS.evaluate)),
+    "cycle": (
+        OURS,
+        COMPONENTS,
+        AGAIN,
+        replace(AGAIN, name="connected components of its saliency map", evaluate=COMPONENTS.evaluate),
+    ),
     "pts": (),  # a row for every iteration
 }
 COLUMNS = {
@@ -204,10 +209,12 @@ def train_row(row, recipe, args, seed):
     weights = train_both_branches(recipe, args, out, seed, labels, row.switches)
     if row.pts:
         weights = train_progressively(recipe, args, out, seed, labels)
-    more = ()
     if row.again:
-        weights, more = train_again(recipe, args, out, seed, labels), args.counted
-    return train_number(recipe, args, weights.parent / "number", seed, weights, more) if row.number else weights
+        weights = train_again(recipe, args, out, seed, labels)
+    if row.number:
+        more = args.counted if row.again else ()
+        weights = train_number(recipe, args, weights.parent / "number", seed, weights, more)
+    return weights
 
 
 def pts_rows(recipe, args, seed):
