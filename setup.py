@@ -40,7 +40,8 @@ def operators():
         os.environ["CUDA_HOME"] = toolkit  # read when cpp_extension is imported
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    flags = {"cxx": ["-O3", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi"]}
+    # As PyTorch itself is built; without no-trapping, GCC makes no vectors of loops that choose between numbers.
+    flags = {"cxx": ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-trapping-math", "-Wno-psabi"]}
     if toolkit or force == "1":
         # Without a GPU to ask, build for the A100, and in a form that the driver translates for later ones.
         if not torch.cuda.is_available():

@@ -34,7 +34,6 @@ from models.losses import (
     centroid_loss,
     counted_centroid_loss,
     number_loss,
-    pair_labels,
     subitizing_loss,
 )
 from models.opinion import SecondOpinion
@@ -332,10 +331,9 @@ def train_branches(args, samples, device):
         boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
         grid = boundary.shape[-2:]
         classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()
-        pairs = pair_labels(classes, args.radius)
         terms = {
-            "boundary": boundary_loss(boundary, pairs, args.radius),
-            "centroid": centroid_loss(offsets, pairs, args.radius),
+            "boundary": boundary_loss(boundary, classes, args.radius),
+            "centroid": centroid_loss(offsets, classes, args.radius),
         }
         if not args.no_lsu:
             salient = F.interpolate(batch["pseudo_saliency"][:, None], grid, mode="area")[:, 0] > 0.5

@@ -99,6 +99,25 @@ def gather_and_max(height, width, radius, device):
     return compute
 
 
+def sums_over_all_pairs(boundary, field, labels, radius):
+    """What the losses sum, as IRN has it: all pairs of the batch side by side. Returns the sum of everything."""
+    height, width = labels.shape[-2:]
+    offsets = torch.tensor(ops.path_offsets(radius)[0])
+
+    def partners(maps, value):
+        padded = F.pad(maps, (radius, radius, 0, radius), value=value)
+        return torch.stack([padded[..., dy : dy + height, radius + dx : radius + dx + width] for dy, dx in offsets], 1)
+
+    here, there = labels[:, None], partners(labels, 255)
+    decided = (here != 255) & (there != 255)
+    same, different = decided & (here == there), decided & (here != there)
+    affinity = ops.boundary_affinity(boundary, radius)
+    entropy = same * -torch.log(affinity + 1e-5) + different * -torch.log(1 + 1e-5 - affinity)
+    wanted = (here > 0)[:, :, None] * offsets.to(field)[None, :, :, None, None]
+    miss = (field[:, None] - partners(field, 0) - wanted).abs().sum(2)
+    return entropy.sum() + (same * miss).sum()
+
+
 def unfolded_cosines(features, radius):
     """As local affinities are usually had: every pixel's whole window beside it by F.unfold, then one product."""
     n, channels, height, width = features.shape
@@ -238,6 +257,34 @@ def bench_affinity(args, device, limits):
     return rows
 
 
+def bench_pairs(args, device):
+    radius, scenes = 10, [scene(128, 4, seed) for seed in range(6)]
+    boundary, field = (torch.cat([parts[i] for parts in scenes]).to(device).requires_grad_() for i in (0, 1))
+    labels = torch.cat([maps.amax(1) > 0 for _, _, maps in scenes]).long().to(device)
+    labels[:, :4] = 255
+
+    def summed(operators):
+        of = labels if operators is ops else torch.where(labels == 255, torch.nan, labels.float())
+        entropy = operators.affinity_entropy(boundary, of, radius)
+        return entropy.sum() + operators.displacement_error(field, of, radius).sum()
+
+    ways = {
+        "ours": lambda: summed(ops),
+        "PyTorch reference": lambda: summed(reference),
+        "all pairs at once (IRN)": lambda: sums_over_all_pairs(boundary, field, labels, radius)}
+
+    def gradients(way):
+        return torch.autograd.grad(way(), (boundary, field))
+
+    print("\nPairs of labelled pixels, radius 10, batch 6")
+    ours = gradients(ways["ours"])
+    for name in list(ways)[1:]:
+        error = max((g - o).abs().max().item() / o.abs().max().item() for g, o in zip(gradients(ways[name]), ours))
+        check(f"{name}, gradients against ours", error, 1e-3)
+    return compare("Sums of L_B and L_V 128x128, radius 10, batch 6, forward+backward",
+                   {name: partial(gradients, way) for name, way in ways.items()}, args.repeats, device)
+
+
 def bench_likeness(args, device, limits):
     features = torch.randn(1, 48, 128, 128, generator=torch.Generator().manual_seed(0))
     features = features.to(device, memory_format=torch.channels_last)  # as infer.py has them
@@ -360,6 +407,7 @@ def main():
     if args.dense:
         rows += bench_dense(args, device)
     rows += bench_affinity(args, device, limits)
+    rows += bench_pairs(args, device)
     rows += bench_likeness(args, device, limits)
     rows += bench_centroids(args, device, limits)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,65 +10,41 @@ from models.counting import MOST, components, divide
 from utils.distributed import mean_over_processes
 
 
-def pair_labels(labels, radius):
-    """Which pairs (p, p + d) of pixels belong together, for the K offsets d of ``ops.path_offsets(radius)``.
-
-    labels: int64 [N,H,W] on the stride-4 grid: 0 background, 1..20 class (or 1..n instance), 255 ignore.
-    Returns three bool [N,K,H,W]: both background, both of one label, of different labels. Pairs that touch an
-    ignored pixel or leave the image are in none.
-    """
-    height, width = labels.shape[-2:]
-    padded = F.pad(labels, (radius, radius, 0, radius), value=IGNORE)
-    other = torch.stack(
-        [padded[:, dy : dy + height, radius + dx : radius + dx + width] for dy, dx in ops.path_offsets(radius)[0]], 1
-    )
-    here = labels[:, None]
-    valid = (here != IGNORE) & (other != IGNORE)
-    same = valid & (here == other)
-    return same & (here == 0), same & (here > 0), valid & (here != other)
-
-
-def _mean(values, mask):
-    return (values * mask).sum() / (mean_over_processes(mask.sum()) + 1e-5)
-
-
 def _mean_of(terms, offsets):
     """The mean of a list of scalars that depend on ``offsets``; 0 of an empty one."""
     count = mean_over_processes(offsets.new_tensor(float(len(terms))))
     return sum(terms, offsets.sum() * 0) / count.clamp(min=1e-5)
 
 
-def boundary_loss(boundary, pairs, radius):
+def _mean(sums, mask, counts):
+    """The mean over the pairs that the masked pixels begin: of all processes, as ``mean_over_processes`` has it."""
+    return (sums * mask).sum() / (mean_over_processes((counts * mask).sum()) + 1e-5)
+
+
+def boundary_loss(boundary, labels, radius):
     """L_B: pairs of one label should see no boundary between them, pairs of different labels should [IRN].
 
-    boundary: B [N,1,H,W] in 0..1; pairs: what ``pair_labels`` returns. L_B = (L+ + L-) / 2 with
-    L+ = 1/2 mean_bg -log(a + 1e-5) + 1/2 mean_fg -log(a + 1e-5) and L- = mean_neg -log(1 + 1e-5 - a).
+    boundary: B [N,1,H,W] in 0..1; labels: int64 [N,H,W] on the stride-4 grid, 0 background, 1..20 class (or 1..n
+    instance), 255 undecided, whose pairs do not count; radius: of the pairs, in pixels of that grid.
+    L_B = (L+ + L-) / 2 with L+ = 1/2 mean_bg -log(a + 1e-5) + 1/2 mean_fg -log(a + 1e-5) and
+    L- = mean_neg -log(1 + 1e-5 - a).
     """
-    background, foreground, different = pairs
-    affinity = ops.boundary_affinity(boundary[:, 0], radius)
-    together, apart = -torch.log(affinity + 1e-5), -torch.log(1 + 1e-5 - affinity)
-    positive = (_mean(together, background) + _mean(together, foreground)) / 2
-    return (positive + _mean(apart, different)) / 2
+    together, apart = ops.affinity_entropy(boundary[:, 0], labels, radius, IGNORE).unbind(1)
+    same, different = ops.pair_counts(labels, radius, IGNORE).unbind(1)
+    positive = (_mean(together, labels == 0, same) + _mean(together, labels > 0, same)) / 2
+    return (positive + _mean(apart, labels >= 0, different)) / 2
 
 
-def centroid_loss(offsets, pairs, radius):
+def centroid_loss(offsets, labels, radius):
     """L_V: two pixels of one object point to one place, background points nowhere in particular [IRN].
 
-    offsets: V [N,2,H,W] in stride-4 pixels; pairs: what ``pair_labels`` returns. With delta = V(p) - V(q), which
+    offsets: V [N,2,H,W] in stride-4 pixels; labels, radius: as for ``boundary_loss``. With delta = V(p) - V(q), which
     should equal q - p in the foreground and 0 in the background:
     L_V = (sum_fg |delta - (q - p)| / 2 #fg + sum_bg |delta| / 2 #bg) / 2.
     """
-    background, foreground, _ = pairs
-    height, width = offsets.shape[-2:]
-    padded = F.pad(offsets, (radius, radius, 0, radius))
-    inside = outside = 0
-    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0]):  # one at a time: K times less memory than all at once
-        delta = offsets - padded[:, :, dy : dy + height, radius + dx : radius + dx + width]
-        step = offsets.new_tensor([dy, dx]).view(1, 2, 1, 1)
-        inside = inside + ((delta - step).abs() * foreground[:, k, None]).sum()
-        outside = outside + (delta.abs() * background[:, k, None]).sum()
-    within, around = (2 * mean_over_processes(pairs.sum()) + 1e-5 for pairs in (foreground, background))
-    return (inside / within + outside / around) / 2
+    errors = ops.displacement_error(offsets, labels, radius, IGNORE)
+    components = 2 * ops.pair_counts(labels, radius, IGNORE)[:, 0]
+    return (_mean(errors, labels > 0, components) + _mean(errors, labels == 0, components)) / 2
 
 
 def centroid_count(points, bandwidth):
@@ -138,7 +114,7 @@ def counted_centroid_loss(offsets, classes, counts):
 
     L_V moves an object's rim first and its inside last, which takes thousands of iterations, and it holds touching
     objects of one class together; these targets reach every pixel and part them. offsets: V [N,2,H,W] in stride-4
-    pixels; classes: int64 [N,H,W] as in ``pair_labels``; counts: T [N]. Returns the mean over all
+    pixels; classes: int64 [N,H,W], the labels of ``boundary_loss``; counts: T [N]. Returns the mean over all
     ``counted_instances`` of the mean |V(p) - (c - p)|_1 over their pixels; 0 when there are none.
     """
     errors = []

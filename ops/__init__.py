@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from . import compiled, reference
 from .reference import path_offsets
 
-__all__ = ["boundary_affinity", "converge_centroids", "likeness", "path_offsets", "random_walk"]
+__all__ = ["affinity_entropy", "boundary_affinity", "converge_centroids", "displacement_error", "likeness",
+           "pair_counts", "path_offsets", "random_walk"]
 
 
 def _check(name, tensor, dims, channels=None):
@@ -98,6 +99,56 @@ def boundary_affinity(boundary, radius):
     (boundary,) = _full_precision(boundary)
     _check("boundary", boundary, 3)
     return _implementation(boundary).boundary_affinity(boundary, _check_radius(radius))
+
+
+def _pair_labels(labels, ignore_index, dtype, of=None):
+    """The labels as the operators take them: numbers of that type, NaN where undecided. of: the map they belong to."""
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 3 or labels.is_floating_point():
+        raise ValueError(f"labels must be a tensor of integers [N, H, W], not {_shape(labels)}")
+    if of is not None and (labels.shape != of.shape[:1] + of.shape[-2:] or labels.device != of.device):
+        raise ValueError(f"labels {_shape(labels)} and the map {_shape(of)} must agree in images, size and device")
+    return torch.where(labels == ignore_index, torch.nan, labels.to(dtype))
+
+
+def pair_counts(labels, radius, ignore_index=255):
+    """How many pairs of ``boundary_affinity`` each pixel begins, of one label and of two (Sec. 4.2).
+
+    labels: integers [N, H, W], 0 background, 1 and more things (up to 2^24), ``ignore_index`` undecided; a pair with an
+    undecided pixel is of neither kind. radius: integer 1..64. Returns int32 [N, 2, H, W]: same, different.
+    Raises ValueError for another shape, type or radius.
+    """
+    labels = _pair_labels(labels, ignore_index, torch.float32)
+    return _implementation(labels).pair_counts(labels, _check_radius(radius))
+
+
+def affinity_entropy(boundary, labels, radius, ignore_index=255):
+    """What L_B sums: the cross entropy of the affinity of labelled pairs, at the pixel that begins them [IRN].
+
+    boundary: as for ``boundary_affinity``, 0..1; labels, ignore_index: as for ``pair_counts``; radius: integer 1..64.
+    Returns [N, 2, H, W], with a = a(p, q): the sum of -log(a + 1e-5) over the pairs of one label, and of
+    -log(1 + 1e-5 - a) over those of two; NaN where one has no logarithm. Differentiable once in the boundary, as the
+    affinity is. Unlike that, it holds nothing for every pair, forward or backward.
+    Raises ValueError for another shape, type or radius.
+    """
+    (boundary,) = _full_precision(boundary)
+    _check("boundary", boundary, 3)
+    labels = _pair_labels(labels, ignore_index, boundary.dtype, boundary)
+    return _implementation(boundary).affinity_entropy(boundary, labels, _check_radius(radius))
+
+
+def displacement_error(offsets, labels, radius, ignore_index=255):
+    """What L_V sums: how far labelled pairs miss the displacement of one object, at the pixel that begins them [IRN].
+
+    offsets: V [N, 2, H, W], as for ``converge_centroids``; labels, ignore_index: as for ``pair_counts``; radius:
+    integer 1..64. Returns [N, H, W], sums over the pairs of one label: of |V(p) - V(q) - (q - p)|_1 at things, where
+    both should point to one place, of |V(p) - V(q)|_1 in the background. Differentiable once in the offsets; holds
+    nothing for every pair.
+    Raises ValueError for another shape, type or radius.
+    """
+    (offsets,) = _full_precision(offsets)
+    _check("offsets", offsets, 4, channels=2)
+    labels = _pair_labels(labels, ignore_index, offsets.dtype, offsets)
+    return _implementation(offsets).displacement_error(offsets, labels, _check_radius(radius))
 
 
 def likeness(features, radius):

@@ -37,6 +37,18 @@ def boundary_affinity(boundary, radius):
     return torch.ops.wsid.boundary_affinity(boundary, radius, with_winner)[0]
 
 
+def pair_counts(labels, radius):
+    return torch.ops.wsid.pair_counts(labels, radius)
+
+
+def affinity_entropy(boundary, labels, radius):
+    return torch.ops.wsid.affinity_entropy(boundary, labels, radius)
+
+
+def displacement_error(offsets, labels, radius):
+    return torch.ops.wsid.displacement_error(offsets, labels, radius)
+
+
 def likeness(features, radius):
     return torch.ops.wsid.likeness(features, radius)
 
@@ -62,6 +74,19 @@ def _backward(ctx, grad, _):
     return torch.ops.wsid.boundary_affinity_backward(grad, ctx.saved_tensors[0], ctx.radius), None, None
 
 
+def _keep_inputs(ctx, inputs, output):
+    *maps, ctx.radius = inputs
+    ctx.save_for_backward(*maps)
+
+
+def _entropy_backward(ctx, grad):
+    return torch.ops.wsid.affinity_entropy_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+
+
+def _error_backward(ctx, grad):
+    return torch.ops.wsid.displacement_error_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+
+
 if available:
 
     @torch.library.register_fake("wsid::converge_centroids")
@@ -85,8 +110,32 @@ if available:
         n, _, height, width = features.shape
         return features.new_empty(n, reference.pair_count(radius), height, width)
 
+    @torch.library.register_fake("wsid::pair_counts")
+    def _(labels, radius):
+        n, height, width = labels.shape
+        return labels.new_empty((n, 2, height, width), dtype=torch.int32)
+
+    @torch.library.register_fake("wsid::affinity_entropy")
+    def _(boundary, labels, radius):
+        n, height, width = boundary.shape
+        return boundary.new_empty(n, 2, height, width)
+
+    @torch.library.register_fake("wsid::affinity_entropy_backward")
+    def _(grad, boundary, labels, radius):
+        return boundary.new_empty(boundary.shape)
+
+    @torch.library.register_fake("wsid::displacement_error")
+    def _(offsets, labels, radius):
+        return offsets.new_empty(labels.shape)
+
+    @torch.library.register_fake("wsid::displacement_error_backward")
+    def _(grad, offsets, labels, radius):
+        return offsets.new_empty(offsets.shape)
+
     @torch.library.register_fake("wsid::random_walk")
     def _(x, affinity, radius, power, steps, coefficients):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     torch.library.register_autograd("wsid::boundary_affinity", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("wsid::affinity_entropy", _entropy_backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("wsid::displacement_error", _error_backward, setup_context=_keep_inputs)

@@ -1,4 +1,4 @@
-"""The three operators in plain PyTorch: the yardstick of the tests and the fallback of the compiled extension.
+"""The operators in plain PyTorch: the yardstick of the tests and the fallback of the compiled extension.
 
 All maps live on one grid (stride 4 of the network input); points are (y, x), offsets (dy, dx), in pixels of that
 grid. Nothing here ever holds an N x N matrix or one entry per path pixel. What each operator computes, its
@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @functools.cache
@@ -146,6 +147,59 @@ class _BoundaryAffinity(torch.autograd.Function):
 def boundary_affinity(boundary, radius):
     """See ops.boundary_affinity. One running maximum over shifted views per offset."""
     return _BoundaryAffinity.apply(boundary, radius)
+
+
+# ---- pairs of labelled pixels ------------------------------------------------------------------------------------
+
+
+def _pairs(labels, radius):
+    """For every offset that has any pairs: k, the offset, the windows of p and of the partners q, and for each pair
+    whether it is of one label and whether of two. Undecided labels are NaN, neither equal nor different."""
+    height, width = labels.shape[-2:]
+    for k, (dy, dx) in enumerate(path_offsets(radius)[0].tolist()):
+        (top, bottom), (left, right) = _windows((dy, dx), height, width)
+        if bottom <= top or right <= left:
+            continue
+        p = (..., slice(top, bottom), slice(left, right))
+        q = (..., slice(top + dy, bottom + dy), slice(left + dx, right + dx))
+        here, there = labels[p], labels[q]
+        yield k, (dy, dx), p, q, here == there, (here < there) | (here > there)
+
+
+def _add(total, p, values):
+    """total + values in the window p. Not in place: autograd would copy the whole for every offset."""
+    rows, columns = p[1:]
+    height, width = total.shape[-2:]
+    return total + F.pad(values, (columns.start, width - columns.stop, rows.start, height - rows.stop))
+
+
+def pair_counts(labels, radius):
+    """See ops.pair_counts."""
+    n, height, width = labels.shape
+    counts = torch.zeros(n, 2, height, width, dtype=torch.int32, device=labels.device)
+    for _, _, p, _, same, different in _pairs(labels, radius):
+        counts[p] += torch.stack([same, different], 1)
+    return counts
+
+
+def affinity_entropy(boundary, labels, radius):
+    """See ops.affinity_entropy."""
+    n, height, width = boundary.shape
+    affinity, total = boundary_affinity(boundary, radius).unbind(1), boundary.new_zeros(n, 2, height, width)
+    for k, _, p, _, same, different in _pairs(labels, radius):
+        a = affinity[k][p]
+        together, apart = -torch.log(a + 1e-5), -torch.log(1 + 1e-5 - a)
+        total = _add(total, p, torch.stack([torch.where(same, together, 0), torch.where(different, apart, 0)], 1))
+    return total
+
+
+def displacement_error(offsets, labels, radius):
+    """See ops.displacement_error."""
+    total = offsets.new_zeros(labels.shape)
+    for _, step, p, q, same, _ in _pairs(labels, radius):
+        wanted = (labels[p] > 0)[:, None] * offsets.new_tensor(step).view(1, 2, 1, 1)
+        total = _add(total, p, torch.where(same, (offsets[p] - offsets[q] - wanted).abs().sum(1), 0))
+    return total
 
 
 # ---- likeness ----------------------------------------------------------------------------------------------------

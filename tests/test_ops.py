@@ -198,6 +198,100 @@ def test_affinity_flip_equivariance():
             assert torch.equal(flipped[k][:, : 10 - dx], plain[k][:, : 10 - dx].flip(1))
 
 
+# ---- pairs of labelled pixels ------------------------------------------------------------------------------------
+
+
+def some_labels(n, height, width):
+    return torch.tensor([0, 0, 1, 2, 255])[torch.randint(0, 5, (n, height, width), generator=generator())]
+
+
+def brute_pairs(labels, radius):
+    """(image, p, q, same) of every pair of decided pixels."""
+    for n, y, x in (labels != 255).nonzero().tolist():
+        for dy, dx in ops.path_offsets(radius)[0].tolist():
+            v, u = y + dy, x + dx
+            if v < labels.shape[1] and 0 <= u < labels.shape[2] and labels[n, v, u] != 255:
+                yield n, (y, x), (v, u), bool(labels[n, y, x] == labels[n, v, u])
+
+
+PAIR_SIZES = pytest.mark.parametrize("radius, height, width",
+                                     [(5, 7, 18), (10, 4, 12), (12, 12, 9), (5, 1, 20), (5, 20, 1), (1, 3, 3)])
+
+
+@PAIR_SIZES
+def test_pairs_against_loop(radius, height, width):
+    labels, boundary = some_labels(2, height, width), rand(2, height, width)
+    field = torch.randn(2, 2, height, width, generator=generator(), dtype=torch.float64) * 3
+    affinity = torch.stack([brute_affinity(b, radius) for b in boundary])
+    k_of = {tuple(d): k for k, d in enumerate(ops.path_offsets(radius)[0].tolist())}
+    counts = torch.zeros(2, 2, height, width, dtype=torch.int32)
+    entropy, error = torch.zeros(counts.shape, dtype=torch.float64), torch.zeros(labels.shape, dtype=torch.float64)
+    for n, p, q, same in brute_pairs(labels, radius):
+        step = torch.tensor([q[0] - p[0], q[1] - p[1]])
+        a = affinity[n, k_of[tuple(step.tolist())], p[0], p[1]]
+        here = (n, int(not same), *p)
+        counts[here] += 1
+        entropy[here] -= math.log(a + 1e-5 if same else 1 + 1e-5 - a)
+        if same:
+            miss = field[n, :, p[0], p[1]] - field[n, :, q[0], q[1]] - step * int(labels[n, p[0], p[1]] > 0)
+            error[n, p[0], p[1]] += miss.abs().sum()
+    assert torch.equal(ops.pair_counts(labels, radius), counts) and (counts.any() or radius == 1)
+    assert torch.allclose(ops.affinity_entropy(boundary, labels, radius), entropy, atol=1e-9)
+    assert torch.allclose(ops.displacement_error(field, labels, radius), error, atol=1e-9)
+    single = ops.affinity_entropy(boundary.float(), labels, radius)
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), entropy, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(ops.displacement_error(field.float(), labels, radius).double(), error, rtol=1e-5, atol=1e-4)
+
+
+def test_pairs_survive_products_of_many_small_factors():
+    """As sure and as wrong as can be: every factor of a pixel's product is the least there is."""
+    labels, walls = torch.ones(1, 24, 24, dtype=torch.int64), torch.ones(1, 24, 24)
+    together, apart = ops.affinity_entropy(walls, labels, 12).unbind(1)
+    expected = ops.pair_counts(labels, 12)[:, 0] * -math.log(1e-5)
+    assert torch.allclose(together, expected, rtol=1e-5) and not apart.any()
+    labels[0, ::2] = 2
+    apart = ops.affinity_entropy(0 * walls, labels, 12)[:, 1]
+    assert torch.allclose(apart, ops.pair_counts(labels, 12)[:, 1] * -math.log(1e-5), rtol=1e-2), "1 + 1e-5 in float32"
+
+
+@pytest.mark.parametrize("radius, height, width, fast", [(5, 6, 7, True), (10, 5, 11, True), (3, 3, 4, False)])
+def test_pairs_gradcheck(radius, height, width, fast):
+    labels = some_labels(2, height, width)
+    order = torch.randperm(labels.numel(), generator=generator()).double().reshape(labels.shape)
+    boundary = ((order + 0.5) / order.numel()).requires_grad_()
+    field = (3 * torch.randn(2, 2, height, width, generator=generator(), dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: ops.affinity_entropy(b, labels, radius), boundary, fast_mode=fast)
+    assert torch.autograd.gradcheck(lambda v: ops.displacement_error(v, labels, radius), field, fast_mode=fast)
+
+
+def test_pairs_of_undecided_pixels_say_nothing():
+    labels = torch.full((1, 8, 8), 7)
+    field, boundary = torch.randn(1, 2, 8, 8, requires_grad=True), rand(1, 8, 8).requires_grad_()
+    total = ops.displacement_error(field, labels, 3, ignore_index=7).sum()
+    total = total + ops.affinity_entropy(boundary, labels, 3, ignore_index=7).sum()
+    total.backward()
+    assert total == 0 and not field.grad.any() and not boundary.grad.any()
+    assert not ops.pair_counts(labels, 3, ignore_index=7).any() and ops.pair_counts(labels, 3).any()
+
+
+def test_pairs_show_broken_values():
+    labels = torch.ones(1, 8, 9, dtype=torch.int64)
+    boundary, field = rand(1, 8, 9), torch.randn(1, 2, 8, 9, generator=generator())
+    boundary[0, 4, 4] = field[0, 1, 4, 4] = math.nan
+    for found in (ops.affinity_entropy(boundary, labels, 3)[0, 0], ops.displacement_error(field, labels, 3)[0]):
+        assert found[4, 4].isnan() and found[3, 4].isnan() and found[7].isfinite().all()
+
+
+def test_pairs_keep_nothing_per_pair(implementation):
+    if implementation == "reference":
+        pytest.skip("the stand-in goes through affinities")
+    labels, saved = some_labels(2, 30, 40), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.affinity_entropy(rand(2, 30, 40).requires_grad_(), labels, 10)
+        ops.displacement_error(rand(2, 2, 30, 40).requires_grad_(), labels, 10)
+    assert sum(t.numel() for t in saved) == 5 * labels.numel(), "the two maps and, twice, the labels"
+
+
 # ---- likeness ----------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +425,13 @@ def test_empty_inputs(dtype):
         assert boundary.grad.shape == shape
         x = torch.zeros(shape[0], 3, *shape[1:], dtype=dtype)
         assert ops.random_walk(x, affinity, 5, 10, 256).shape == x.shape
+        labels = torch.zeros(shape, dtype=torch.int64)
+        field = torch.zeros(shape[0], 2, *shape[1:], dtype=dtype, requires_grad=True)
+        entropy, error = ops.affinity_entropy(boundary, labels, 5), ops.displacement_error(field, labels, 5)
+        assert ops.pair_counts(labels, 5).shape == entropy.shape == field.shape and error.shape == shape
+        if error.requires_grad:  # in plain PyTorch what has no pairs has no gradient
+            (entropy.sum() + error.sum()).backward()
+            assert field.grad.shape == field.shape and not field.grad.any()
     x = torch.zeros(1, 0, 4, 5, dtype=dtype)
     assert ops.random_walk(x, torch.zeros(1, 34, 4, 5, dtype=dtype), 5, 10, 256).shape == x.shape
 
@@ -341,6 +442,12 @@ def test_non_contiguous_inputs():
     boundary = rand(8, 9, 4)[:, :, ::2].permute(2, 1, 0)
     affinity = ops.boundary_affinity(boundary, 5)
     assert torch.equal(affinity, ops.boundary_affinity(boundary.contiguous(), 5))
+    labels, grad = some_labels(8, 2, 9).permute(1, 0, 2), rand(9, 8, 2).permute(2, 1, 0)
+    for of, maps in ((ops.displacement_error, field), (lambda *a: ops.affinity_entropy(*a)[:, 0], boundary.mT)):
+        leaves = maps.clone().requires_grad_(), maps.contiguous().requires_grad_()
+        of(leaves[0], labels, 5).backward(grad.to(maps.dtype))
+        of(leaves[1], labels.contiguous(), 5).backward(grad.to(maps.dtype).contiguous())
+        assert torch.equal(leaves[0].grad, leaves[1].grad) and leaves[0].grad.any()
     x = rand(2, 9, 8, 3).permute(0, 3, 1, 2)
     strided = affinity.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
     assert torch.equal(ops.random_walk(x, strided, 5, 10, 20), ops.random_walk(x.contiguous(), affinity, 5, 10, 20))
@@ -361,6 +468,12 @@ def test_half_precision_is_computed_in_float32():
     lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4), max_iters=-1),
     lambda: ops.boundary_affinity(torch.zeros(1, 1, 4, 4), 5),
     lambda: ops.boundary_affinity(torch.zeros(1, 4, 4), 0),
+    lambda: ops.pair_counts(torch.zeros(1, 4, 4), 5),
+    lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.int64), 0),
+    lambda: ops.affinity_entropy(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64), 5),
+    lambda: ops.affinity_entropy(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
+    lambda: ops.displacement_error(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
+    lambda: ops.displacement_error(torch.zeros(2, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
     lambda: ops.likeness(torch.zeros(3, 4, 4), 5),
     lambda: ops.likeness(torch.zeros(1, 3, 4, 4), 65),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
@@ -392,6 +505,7 @@ def sample(dtype, device, n=2, height=19, width=23):
 def test_compiled_equals_reference(device, dtype):
     """Centroids and affinities to the last bit, sums to rounding."""
     field, boundary, x = sample(dtype, device)
+    labels, tol = some_labels(*boundary.shape), 1e-4 if dtype == torch.float32 else 1e-9
     assert torch.equal(ops.converge_centroids(field).cpu(), reference.converge_centroids(field.cpu()))
     for radius in (2, 5, 10):
         plain, winner = reference.boundary_affinity_forward(boundary.cpu(), radius)
@@ -402,6 +516,17 @@ def test_compiled_equals_reference(device, dtype):
         expected = reference.boundary_affinity_backward(weight.cpu(), winner, radius)
         assert torch.equal(affinity.cpu(), plain)
         assert torch.equal(ops.boundary_affinity(boundary, radius), affinity)
+        assert torch.equal(ops.pair_counts(labels.to(device), radius).cpu(), ops.pair_counts(labels, radius))
+        undecided = torch.where(labels == 255, torch.nan, labels.to(dtype))
+        for name, maps in (("affinity_entropy", boundary), ("displacement_error", field)):
+            leaves = maps.clone().requires_grad_(), maps.cpu().clone().requires_grad_()
+            found = getattr(ops, name)(leaves[0], labels.to(device), radius)
+            plain_sums = getattr(reference, name)(leaves[1], undecided, radius)
+            assert torch.allclose(found.cpu(), plain_sums, rtol=tol, atol=tol)
+            weight = torch.randn(found.shape, generator=generator(), dtype=dtype)
+            (found * weight.to(device)).sum().backward()
+            (plain_sums * weight).sum().backward()
+            assert torch.allclose(leaves[0].grad.cpu(), leaves[1].grad, rtol=tol, atol=tol)
         likeness = reference.likeness(torch.nn.functional.normalize(x.cpu(), dim=1), radius)
         assert torch.allclose(ops.likeness(x, radius).cpu(), likeness, rtol=0, atol=1e-6)
         assert torch.allclose(leaf.grad.cpu(), expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-11)
@@ -423,6 +548,13 @@ def test_opcheck(device):
         check(torch.ops.wsid.boundary_affinity.default, (boundary, 3, False))
         check(torch.ops.wsid.boundary_affinity.default, (boundary.clone().requires_grad_(), 3, True))
         check(torch.ops.wsid.boundary_affinity_backward.default, (affinity, winner, 3))
+        labels = some_labels(*boundary.shape).to(device, dtype)
+        both, one = rand(len(x), 2, 7, 9, dtype=dtype).to(device), boundary.clone()
+        check(torch.ops.wsid.pair_counts.default, (labels, 3))
+        check(torch.ops.wsid.affinity_entropy.default, (boundary.clone().requires_grad_(), labels, 3))
+        check(torch.ops.wsid.affinity_entropy_backward.default, (both, boundary, labels, 3))
+        check(torch.ops.wsid.displacement_error.default, (field.clone().requires_grad_(), labels, 3))
+        check(torch.ops.wsid.displacement_error_backward.default, (one, field, labels, 3))
         check(torch.ops.wsid.likeness.default, (x, 3))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
@@ -459,8 +591,12 @@ def test_thread_count_does_not_matter():
             leaf = boundary.clone().requires_grad_()
             affinity = ops.boundary_affinity(leaf, 10)
             (affinity * affinity).sum().backward()
+            leaf_field, labels = field.clone().requires_grad_(), some_labels(*boundary.shape)
+            entropy = ops.affinity_entropy(leaf, labels, 10)
+            (ops.displacement_error(leaf_field, labels, 10).sum() + entropy.sum()).backward()
             walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
-            results.append([ops.converge_centroids(field), affinity, ops.likeness(x, 10), leaf.grad, *walks])
+            results.append([ops.converge_centroids(field), affinity, ops.likeness(x, 10), leaf.grad,
+                            entropy, leaf_field.grad, ops.pair_counts(labels, 10), *walks])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results))

@@ -22,23 +22,11 @@
 
 namespace {
 
-using wsid::Offset;
-
-// Every offset's path as steps through a map of this width.
-std::vector<std::vector<int64_t>> path_steps(const std::vector<Offset>& offsets, int64_t width) {
-  std::vector<std::vector<int64_t>> steps;
-  for (const Offset d : offsets) {
-    steps.emplace_back();
-    for (const Offset p : wsid::path(d)) steps.back().push_back(p.dy * width + p.dx);
-  }
-  return steps;
-}
-
 template <typename T>
 void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_t radius, T* affinity,
              uint8_t* winner) {
   const auto offsets = wsid::half_plane(radius);
-  const auto steps = path_steps(offsets, width);
+  const auto steps = wsid::path_steps(offsets, width);
   const int64_t size = height * width, k_count = offsets.size();
   const auto with_winner = SELECT(path_max<T, true>);
   const auto without = SELECT(path_max<T, false>);
@@ -64,7 +52,7 @@ template <typename T>
 void backward(const T* grad, const uint8_t* winner, int64_t n, int64_t height, int64_t width, int64_t radius,
               T* result) {
   const auto offsets = wsid::half_plane(radius);
-  auto steps = path_steps(offsets, width);
+  auto steps = wsid::path_steps(offsets, width);
   for (auto& step : steps) step.resize(256, 0);  // whatever byte a winner holds, the read stays inside
   const int64_t size = height * width, k_count = offsets.size();
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {

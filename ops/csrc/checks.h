@@ -12,6 +12,8 @@
 
 namespace wsid {
 
+constexpr double kEps = 1e-5;  // beside the affinity, in its logarithms
+
 inline void check_radius(int64_t radius) { TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64"); }
 
 inline void check_offsets(const at::Tensor& offsets) {
@@ -50,6 +52,25 @@ inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int
   TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) &&
                   grad.sizes() == winner.sizes() && winner.scalar_type() == at::kByte,
               "grad and winner must both be [N, K, H, W] for this radius, winner uint8");
+}
+
+inline void check_labels(const at::Tensor& labels, int64_t radius) {
+  check_radius(radius);
+  TORCH_CHECK(labels.dim() == 3, "labels must be [N, H, W]");
+}
+
+// A map [N, H, W] or [N, 2, H, W], by its dimensions, and the labels of its pixels.
+inline void check_pairs(const at::Tensor& map, const at::Tensor& labels, int64_t radius, int64_t dims) {
+  check_labels(labels, radius);
+  TORCH_CHECK(map.dim() == dims && (dims == 3 || map.size(1) == 2) && map.size(0) == labels.size(0) &&
+                  map.size(-2) == labels.size(1) && map.size(-1) == labels.size(2) &&
+                  map.scalar_type() == labels.scalar_type() && map.device() == labels.device(),
+              "the map and its labels must agree in images, height, width, precision and device");
+}
+
+inline void check_like(const at::Tensor& grad, at::IntArrayRef sizes, const at::Tensor& map) {
+  TORCH_CHECK(grad.sizes() == sizes && grad.scalar_type() == map.scalar_type() && grad.device() == map.device(),
+              "grad must be of the result's shape, precision and device");
 }
 
 inline void check_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, int64_t steps) {

@@ -52,6 +52,7 @@ struct Pair {
 };
 
 struct Tables {
+  int count;  // of offsets
   at::Tensor pair_data, step_data;
   const Pair* pairs;
   const Step* steps;
@@ -79,8 +80,9 @@ inline const Tables& tables(int64_t radius, c10::Device device) {
     pairs.push_back({int32_t(d.dy), int32_t(d.dx), int32_t(steps.size())});
     for (const auto p : path(d)) steps.push_back({int16_t(p.dy), int16_t(p.dx)});
   }
-  pairs.push_back({0, 0, int32_t(steps.size())});
   Tables made;
+  made.count = int(pairs.size());
+  pairs.push_back({0, 0, int32_t(steps.size())});
   made.pairs = to_device(pairs, device, made.pair_data);
   made.steps = to_device(steps, device, made.step_data);
   return known.emplace(std::make_pair(int(device.index()), radius), made).first->second;

@@ -35,6 +35,16 @@ inline std::vector<Offset> path(Offset d) {
   return points;
 }
 
+// Every offset's path as steps through a map of this width.
+inline std::vector<std::vector<int64_t>> path_steps(const std::vector<Offset>& offsets, int64_t width) {
+  std::vector<std::vector<int64_t>> steps;
+  for (const Offset d : offsets) {
+    steps.emplace_back();
+    for (const Offset p : path(d)) steps.back().push_back(p.dy * width + p.dx);
+  }
+  return steps;
+}
+
 // Columns [begin, end) of the pixels p of row y for which p + d is inside the image; begin == end when there are none.
 struct Span {
   int64_t begin, end;

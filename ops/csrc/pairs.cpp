@@ -1,0 +1,148 @@
+// Pairs of labelled pixels on the CPU; see pairs.h for what is computed. Forward goes by rows, as each pixel sums what it
+// begins; backward by images, as a pair also adds to where it ends.
+#include "pairs.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "paths.h"
+
+#define KERNEL "pairs_kernel.h"
+#define FUSED 1
+#include "for_each_isa.h"
+
+namespace {
+
+using wsid::Grid;
+
+// The pairs of one offset and one row: `count` neighbouring pixels from p on, an index into the image, and the way `to`
+// from a pixel to its partner.
+struct Row {
+  size_t k;
+  int64_t p, x, to, count;
+};
+
+// body(Row) for every offset that has pairs in row y.
+template <typename Body>
+void for_each_offset(const std::vector<wsid::Offset>& offsets, const Grid& grid, int64_t y, Body body) {
+  for (size_t k = 0; k < offsets.size(); ++k) {
+    const wsid::Offset d = offsets[k];
+    const auto span = wsid::columns(d, y, grid.height, grid.width);
+    if (span.begin < span.end)
+      body(Row{k, y * grid.width + span.begin, span.begin, d.dy * grid.width + d.dx, span.end - span.begin});
+  }
+}
+
+constexpr size_t kFactors = 48;  // of kEps or more each: the product of these is a number yet
+
+template <typename T>
+struct Cpu {
+  static void counts(const T* labels, const Grid& grid, int32_t* result) {
+    const auto offsets = wsid::half_plane(grid.radius);
+    const auto add = SELECT(count_row<T>);
+    at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row / grid.height * grid.size();
+        for_each_offset(offsets, grid, row % grid.height, [&](const Row& r) {
+          int32_t* const same = result + 2 * first + r.p;
+          add(labels + first + r.p, r.to, r.count, same, same + grid.size());
+        });
+      }
+    });
+  }
+
+  static void entropy(const T* boundary, const T* labels, const Grid& grid, T* result) {
+    const auto offsets = wsid::half_plane(grid.radius);
+    const auto steps = wsid::path_steps(offsets, grid.width);
+    const auto path = SELECT(path_max<T, false>);
+    const auto multiply = SELECT(multiply_row<T>);
+    at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
+      std::vector<T> affinity(grid.width);
+      std::vector<double> together(grid.width, 1.0), apart(grid.width, 1.0);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row / grid.height * grid.size(), y = row % grid.height;
+        T* const sums = result + 2 * first + y * grid.width;
+        const auto take_logarithms = [&] {
+          for (int64_t x = 0; x < grid.width; ++x) {
+            sums[x] -= T(std::log(together[x]));
+            sums[grid.size() + x] -= T(std::log(apart[x]));
+            together[x] = apart[x] = 1;
+          }
+        };
+        for_each_offset(offsets, grid, y, [&](const Row& r) {
+          path(boundary + first + r.p, steps[r.k].data(), steps[r.k].size(), r.count, affinity.data(), nullptr);
+          multiply(labels + first + r.p, r.to, affinity.data(), r.count, &together[r.x], &apart[r.x]);
+          if (r.k % kFactors == kFactors - 1) take_logarithms();
+        });
+        take_logarithms();
+      }
+    });
+  }
+
+  static void entropy_backward(const T* grad, const T* boundary, const T* labels, const Grid& grid, T* result) {
+    const auto offsets = wsid::half_plane(grid.radius);
+    const auto steps = wsid::path_steps(offsets, grid.width);
+    const auto path = SELECT(path_max<T, true>);
+    const auto slope_of = SELECT(slope_row<T>);
+    at::parallel_for(0, grid.n, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> affinity(grid.width), slope(grid.width);
+      std::vector<uint8_t> winner(grid.width);
+      for (int64_t row = begin * grid.height; row < end * grid.height; ++row) {
+        const int64_t first = row / grid.height * grid.size();
+        for_each_offset(offsets, grid, row % grid.height, [&](const Row& r) {
+          const T* const together = grad + 2 * first + r.p;
+          const int64_t* const step = steps[r.k].data();
+          path(boundary + first + r.p, step, steps[r.k].size(), r.count, affinity.data(), winner.data());
+          slope_of(labels + first + r.p, r.to, affinity.data(), together, together + grid.size(), r.count, slope.data());
+          for (int64_t i = 0; i < r.count; ++i) result[first + r.p + i + step[winner[i]]] += slope[i];
+        });
+      }
+    });
+  }
+
+  static void error(const T* field, const T* labels, const Grid& grid, T* result) {
+    const auto offsets = wsid::half_plane(grid.radius);
+    const auto add = SELECT(error_row<T>);
+    at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t first = row / grid.height * grid.size();
+        for_each_offset(offsets, grid, row % grid.height, [&](const Row& r) {
+          const T* const y = field + 2 * first + r.p;
+          add(labels + first + r.p, r.to, y, y + grid.size(), T(offsets[r.k].dy), T(offsets[r.k].dx), r.count,
+              result + first + r.p);
+        });
+      }
+    });
+  }
+
+  static void error_backward(const T* grad, const T* field, const T* labels, const Grid& grid, T* result) {
+    const auto offsets = wsid::half_plane(grid.radius);
+    const auto sign = SELECT(sign_row<T>);
+    const auto add = SELECT(add_row<T>);
+    at::parallel_for(0, grid.n, 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> signs(2 * grid.width);
+      for (int64_t row = begin * grid.height; row < end * grid.height; ++row) {
+        const int64_t first = row / grid.height * grid.size();
+        for_each_offset(offsets, grid, row % grid.height, [&](const Row& r) {
+          const T* const y = field + 2 * first + r.p;
+          T* const into = result + 2 * first + r.p;
+          sign(labels + first + r.p, r.to, y, y + grid.size(), T(offsets[r.k].dy), T(offsets[r.k].dx),
+               grad + first + r.p, r.count, signs.data(), &signs[grid.width]);
+          for (int c = 0; c < 2; ++c) {  // where a row pairs with itself, both ends lie in what is added to
+            add(&signs[c * grid.width], T(1), r.count, into + c * grid.size());
+            add(&signs[c * grid.width], T(-1), r.count, into + c * grid.size() + r.to);
+          }
+        });
+      }
+    });
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(wsid, CPU, m) { wsid::PairOperators<Cpu>::implement(m); }
