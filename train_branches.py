@@ -27,7 +27,7 @@ from datasets.training import TrainingImages, load_square, read_samples, to_tens
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
-from models.counting import CountHead
+from models.counting import CountHead, counted_instances
 from models.enhancement import canny_edges, network_input, parse_canny
 from models.losses import (
     boundary_loss,
@@ -316,6 +316,12 @@ def bandwidth(progress, size):
     return (12.0 if progress < 0.5 else 6.0) * size / 512
 
 
+def edges_and_instances(image, maps, count, canny):
+    """What else the branches need of a photograph: its edges, and its counted instances on the stride-4 grid."""
+    instances = counted_instances(maps["pseudo_classes"][::4, ::4], count)
+    return {"edges": canny_edges(image, mode=canny)[None], "instances": instances}
+
+
 def train_branches(args, samples, device):
     """Stage branches: the boundary and the centroid branch together, L_B + L_V + L_su (Sec. 3.1, 3.2, 4.2)."""
     labels = require_labels(args, samples)
@@ -323,8 +329,8 @@ def train_branches(args, samples, device):
     initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
-    edges = partial(canny_edges, mode=args.canny)
-    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, edges=edges, seed=args.seed)
+    derive = partial(edges_and_instances, canny=args.canny)
+    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, derive=derive, seed=args.seed)
 
     def losses(model, batch, progress):
         maps = model(batch["image"], batch["edges"])
@@ -340,7 +346,7 @@ def train_branches(args, samples, device):
             seed = args.seed + int(progress * 1e9)
             count = subitizing_loss(offsets, salient, batch["count"], bandwidth(progress, args.size), seed=seed)
             terms["subitizing"] = args.lsu_weight * count
-            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, classes, batch["count"])
+            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, batch["instances"])
         return terms
 
     settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",

@@ -66,17 +66,18 @@ class TrainingImages(Dataset):
     ``<stem>.png``; a name ending in ``_classes`` is resized by nearest neighbour, others are resized
     smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast. paste: how many objects
     of other photographs are pasted on average into one with a count, which grows with them (datasets.copy_paste; it
-    needs the maps pseudo_classes and pseudo_saliency). edges: the function that finds the edges of uint8 RGB
-    [size,size,3], float32 [size,size], where they are wanted.
+    needs the maps pseudo_classes and pseudo_saliency). derive: a function of what all this has made, the image as uint8
+    RGB [size,size,3], the maps {name: uint8 [size,size]} and the count: a dict of arrays more, found by the loader's
+    processes and not by that which trains.
 
-    Items: dict of "image" float32 [3,size,size] in 0..1, perhaps "edges" float32 [1,size,size], "classes" float32 [20]
-    and "count" float32 scalar (both 0 where not known: the losses of the count leave 0 out), and per map float32
-    [size,size] (smooth) or int64 [size,size] (classes).
+    Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20] and "count" float32 scalar (both 0
+    where not known: the losses of the count leave 0 out), per map float32 [size,size] (smooth) or int64 [size,size]
+    (classes), and what ``derive`` makes.
     """
 
-    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, paste=0.0, maps=None, edges=None, seed=0):
+    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, paste=0.0, maps=None, derive=None, seed=0):
         self.samples, self.size, self.crop, self.jitter, self.seed = samples, size, crop, jitter, seed
-        self.edges = edges
+        self.derive = derive
         self.paste, self.single = paste, [sample for sample in samples if sample.count == 1] if paste else []
         self.maps = {name: Path(folder) for name, folder in (maps or {}).items()}
         self.epoch = 0
@@ -110,11 +111,11 @@ class TrainingImages(Dataset):
         classes = torch.zeros(20)
         classes[list(sample.classes or ())] = 1
         item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(count))}
-        if self.edges:
-            item["edges"] = torch.from_numpy(self.edges(image))[None]
         for name, labels in maps.items():
             item[name] = torch.from_numpy(labels)
             item[name] = item[name].long() if name.endswith("_classes") else item[name].float() / 255
+        if self.derive:
+            item |= {name: torch.from_numpy(array) for name, array in self.derive(image, maps, count).items()}
         return item
 
     def read_map(self, name, sample, window=np.asarray):

@@ -7,6 +7,7 @@ from scipy import ndimage
 from scipy.cluster.vq import kmeans2
 from torch import nn
 
+from datasets.labels import IGNORE
 from models.backbones import Backbone, at_size
 
 MOST = 4  # the last number the head tells stands for itself and all above: more are rare in every data set
@@ -141,6 +142,26 @@ def divide(parts, count, offsets=None):
     while parts and sum(shares) < count:
         shares[max(range(len(parts)), key=lambda k: len(parts[k]) / shares[k])] += 1
     return [piece for part, share in zip(parts, shares, strict=True) for piece in _k_means(part, share, offsets)]
+
+
+def counted_instances(classes, count, smallest=0.005):
+    """The photograph's objects in as many parts as the count label says [ours].
+
+    Parts are the connected components of each class: touching objects of two classes are two. Where there are too
+    many, the largest T stay; where there are too few, they are divided.
+
+    classes: integers [H,W], 0 background, 1..20 class, 255 undecided; count: T; smallest: share of the image below
+    which a component is noise. Returns int64 [H,W], 0 elsewhere and 1..n in the parts; n is T, or 0 without any
+    component.
+    """
+    parts = []
+    for name in np.unique(classes[(classes > 0) & (classes != IGNORE)]):
+        parts += components(classes == name, smallest * classes.size)
+    parts = sorted(parts, key=len, reverse=True)[:count]
+    instances = np.zeros(classes.shape, np.int64)
+    for number, piece in enumerate(divide(parts, count), 1):
+        instances[piece[:, 0], piece[:, 1]] = number
+    return instances
 
 
 def _k_means(place, share, offsets):

@@ -1,12 +1,11 @@
 """The losses of the boundary and centroid branches, on pairs of nearby pixels of the stride-4 grid (Sec. 3.1, 4.2)."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ops
 from datasets.labels import IGNORE
-from models.counting import MOST, components, divide
+from models.counting import MOST
 from utils.distributed import mean_over_processes
 
 
@@ -89,39 +88,25 @@ def number_loss(logits, counts):
     return F.cross_entropy(logits.float(), counts.long().clamp(max=MOST) - 1, label_smoothing=0.1)
 
 
-def counted_instances(classes, count, smallest=0.005):
-    """The photograph's objects in as many parts as the count label says [ours].
-
-    Parts are the connected components of each class: touching objects of two classes are two. Where there are too
-    many, the largest T stay; where there are too few, they are divided (``models.counting.divide``).
-
-    classes: int64 [H,W], 0 background, 1..20 class, 255 undecided; count: T; smallest: share of the image below which
-    a component is noise. Returns int64 [H,W], 0 elsewhere and 1..n in the parts; n is T, or 0 without any component.
-    """
-    classes, count = classes.cpu().numpy(), int(count)
-    parts = []
-    for name in np.unique(classes[(classes > 0) & (classes != IGNORE)]):
-        parts += components(classes == name, smallest * classes.size)
-    parts = sorted(parts, key=len, reverse=True)[:count]
-    instances = np.zeros(classes.shape, np.int64)
-    for number, piece in enumerate(divide(parts, count), 1):
-        instances[piece[:, 0], piece[:, 1]] = number
-    return torch.from_numpy(instances)
-
-
-def counted_centroid_loss(offsets, classes, counts):
+def counted_centroid_loss(offsets, instances):
     """What the count label says about V at once: every pixel of a counted instance points to its centre [ours].
 
     L_V moves an object's rim first and its inside last, which takes thousands of iterations, and it holds touching
     objects of one class together; these targets reach every pixel and part them. offsets: V [N,2,H,W] in stride-4
-    pixels; classes: int64 [N,H,W], the labels of ``boundary_loss``; counts: T [N]. Returns the mean over all
-    ``counted_instances`` of the mean |V(p) - (c - p)|_1 over their pixels; 0 when there are none.
+    pixels; instances: int64 [N,H,W] in 0..255, 0 elsewhere (``models.counting.counted_instances``). Returns the mean
+    over all instances of the mean |V(p) - (c - p)|_1 over their pixels; 0 when there are none.
     """
-    errors = []
-    for field, labels, count in zip(offsets, classes, counts, strict=True):
-        instances = counted_instances(labels, count).to(offsets.device)
-        for number in range(1, int(instances.max()) + 1):
-            place = (instances == number).nonzero()
-            target = place.float().mean(0) - place
-            errors.append((field[:, place[:, 0], place[:, 1]].t() - target).abs().sum(1).mean())
-    return _mean_of(errors, offsets)
+    count, (height, width) = len(instances), instances.shape[-2:]
+    places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).to(offsets)
+    bins = 256 * count
+    of = (instances + 256 * torch.arange(count, device=instances.device).view(-1, 1, 1)).flatten()
+
+    def means(values):  # [C,N*H*W] over the pixels of each instance
+        return values.new_zeros(len(values), bins).index_add_(1, of, values) / size.clamp(min=1)
+
+    size = offsets.new_zeros(bins).index_add_(0, of, torch.ones_like(of, dtype=offsets.dtype))
+    places = places.flatten(1).repeat(1, count)
+    target = means(places)[:, of] - places
+    errors = means((offsets.transpose(0, 1).flatten(1) - target).abs().sum(0, keepdim=True))[0]
+    is_instance = (size > 0) & (torch.arange(bins, device=of.device) % 256 > 0)
+    return (errors * is_instance).sum() / mean_over_processes(is_instance.sum()).clamp(min=1e-5)

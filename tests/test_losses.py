@@ -2,16 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import ops
+from models.counting import counted_instances
 from models.losses import (
     boundary_loss,
     centroid_count,
     centroid_loss,
     counted_centroid_loss,
-    counted_instances,
     number_loss,
     subitizing_loss,
 )
@@ -66,41 +67,43 @@ def test_subitizing_loss_touches_the_salient_region_only():
 
 
 def test_counted_instances_are_as_many_as_the_count():
-    classes = torch.zeros(32, 40, dtype=torch.int64)
+    classes = np.zeros((32, 40), np.uint8)
     classes[4:14, 4:14] = 3  # touches the next, of another class
     classes[4:14, 14:18] = 8
     classes[20:30, 10:38] = 3
     classes[0, 39] = 5  # noise, no instance
     classes[18, :] = 255
-    three = counted_instances(classes, torch.tensor(3.0))
+    three = counted_instances(classes, 3)
     assert three.max() == 3 and three[0, 39] == 0 and (three[18] == 0).all()
     assert len({three[5, 5].item(), three[5, 15].item(), three[25, 20].item()}) == 3
-    one = counted_instances(classes, torch.tensor(1.0))
+    one = counted_instances(classes, 1)
     assert (one > 0).sum() == 10 * 28, "of too many, the largest"
-    four = counted_instances(classes, torch.tensor(4.0))
+    four = counted_instances(classes, 4)
     assert four.max() == 4 and (four[20:30, 10:22] == four[25, 12]).all() and (four[20:30, 26:38] == four[25, 30]).all()
     assert four[25, 12] != four[25, 30], "of too few, the largest is halved"
-    assert counted_instances(classes * 0, torch.tensor(2.0)).max() == 0
-    assert counted_instances(classes, torch.tensor(0.0)).max() == 0
+    assert counted_instances(classes * 0, 2).max() == 0
+    assert counted_instances(classes, 0).max() == 0
 
 
 def test_counted_centroid_loss_is_the_distance_to_the_centres():
-    classes = torch.zeros(2, 32, 40, dtype=torch.int64)
-    classes[0, 4:14, 4:14] = classes[0, 20:30, 24:38] = 3
-    instances = counted_instances(classes[0], torch.tensor(2.0))
+    classes = np.zeros((32, 40), np.uint8)
+    classes[4:14, 4:14] = classes[20:30, 24:38] = 3
+    instances = torch.from_numpy(counted_instances(classes, 2))
     ideal = torch.zeros(2, 2, 32, 40)
     for number in (1, 2):
         place = instances == number
         ideal[:, :, place] = (POINTS[:, place].mean(1, keepdim=True) - POINTS[:, place])[None]
-    counts = torch.tensor([2.0, 1.0])
-    assert counted_centroid_loss(ideal, classes, counts).item() < 1e-5
-    # Off by (3, -1): |3| + |-1| at every pixel; the photograph without a class does not speak.
-    shifted = (ideal + torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)).requires_grad_()
-    loss = counted_centroid_loss(shifted, classes, counts)
+    instances = torch.stack([instances, torch.zeros_like(instances)])
+    assert counted_centroid_loss(ideal, instances).item() < 1e-5
+    # Off by (3, -1) in one of the two: half of |3| + |-1|; the photograph without a class does not speak.
+    off = ideal + (instances == 1)[:, None] * torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
+    off.requires_grad_()
+    loss = counted_centroid_loss(off, instances)
     loss.backward()
-    assert loss.item() == pytest.approx(4.0, rel=1e-5)
-    assert shifted.grad[1].abs().max() == 0 and (shifted.grad[0].abs().sum(0) > 0).equal(instances > 0)
-    assert counted_centroid_loss(shifted, classes * 0, counts).item() == 0
+    assert loss.item() == pytest.approx(2.0, rel=1e-5), "instances weigh the same, whatever their size"
+    assert off.grad[1].abs().max() == 0 and (off.grad[0].abs().sum(0) > 0)[instances[0] == 1].all()
+    assert not off.grad[0][:, instances[0] == 0].any()
+    assert counted_centroid_loss(off, instances * 0).item() == 0
 
 
 def two_discs():

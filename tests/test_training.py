@@ -418,11 +418,16 @@ def test_labels_move_with_their_photograph(photographs, tmp_path):
         for kind in ("smooth", "hard"):
             checkpoint.save_png(red, tmp_path / kind / f"{sample.stem}.png")
     maps = {"pseudo": tmp_path / "smooth", "pseudo_classes": tmp_path / "hard"}
-    dataset = TrainingImages(samples, 64, crop=0.5, maps=maps, edges=lambda image: image[..., 0] / np.float32(255))
+
+    def derive(image, maps, count):
+        return {"red": image[None, ..., 0] / np.float32(255), "hard": np.int64(maps["pseudo_classes"] + count)}
+
+    dataset = TrainingImages(samples, 64, crop=0.5, maps=maps, derive=derive)
     for index in range(len(samples)):
         item = dataset[index]
         assert (item["image"][0] - item["pseudo"]).abs().max() < 2 / 255
-        assert torch.equal(item["image"][:1], item["edges"])
+        assert torch.equal(item["image"][:1], item["red"])
+        assert torch.equal(item["hard"], item["pseudo_classes"] + item["count"].long())
         assert item["pseudo_classes"].dtype == torch.int64
         coarse = torch.nn.functional.avg_pool2d((item["pseudo_classes"] / 255)[None], 8)
         assert (coarse - torch.nn.functional.avg_pool2d(item["image"][:1], 8)).abs().max() < 0.1
