@@ -9,12 +9,6 @@ from models.counting import MOST
 from utils.distributed import mean_over_processes
 
 
-def _mean_of(terms, offsets):
-    """The mean of a list of scalars that depend on ``offsets``; 0 of an empty one."""
-    count = mean_over_processes(offsets.new_tensor(float(len(terms))))
-    return sum(terms, offsets.sum() * 0) / count.clamp(min=1e-5)
-
-
 def _mean(sums, mask, counts):
     """The mean over the pairs that the masked pixels begin: of all processes, as ``mean_over_processes`` has it."""
     return (sums * mask).sum() / (mean_over_processes((counts * mask).sum()) + 1e-5)
@@ -77,7 +71,8 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0):
         points = place + field[:, place[:, 0], place[:, 1]].t()
         # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
         losses.append(2 * F.smooth_l1_loss(centroid_count(points, bandwidth), count))
-    return _mean_of(losses, offsets)
+    count = mean_over_processes(offsets.new_tensor(float(len(losses))))
+    return sum(losses, offsets.sum() * 0) / count.clamp(min=1e-5)  # a gradient, if of 0, where no image speaks
 
 
 def number_loss(logits, counts):
