@@ -318,7 +318,7 @@ def bandwidth(progress, size):
 
 def edges_and_instances(image, maps, count, canny):
     """What else the branches need of a photograph: its edges, and its counted instances on the stride-4 grid."""
-    instances = counted_instances(maps["pseudo_classes"][::4, ::4], count)
+    instances = counted_instances(maps["pseudo_classes"], count)
     return {"edges": canny_edges(image, mode=canny)[None], "instances": instances}
 
 
@@ -335,14 +335,12 @@ def train_branches(args, samples, device):
     def losses(model, batch, progress):
         maps = model(batch["image"], batch["edges"])
         boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
-        grid = boundary.shape[-2:]
-        classes = F.interpolate(batch["pseudo_classes"][:, None].float(), grid, mode="nearest")[:, 0].long()
+        classes, salient = batch["pseudo_classes"], batch["pseudo_saliency"] > 0.5
         terms = {
             "boundary": boundary_loss(boundary, classes, args.radius),
             "centroid": centroid_loss(offsets, classes, args.radius),
         }
         if not args.no_lsu:
-            salient = F.interpolate(batch["pseudo_saliency"][:, None], grid, mode="area")[:, 0] > 0.5
             seed = args.seed + int(progress * 1e9)
             count = subitizing_loss(offsets, salient, batch["count"], bandwidth(progress, args.size), seed=seed)
             terms["subitizing"] = args.lsu_weight * count
@@ -478,8 +476,7 @@ def fit_opinion(args, samples, device):
 def saliency_losses(model, batch, progress):
     """Binary cross entropy of the saliency logits against soft pseudo masks, on the stride-4 grid."""
     logits = model.logits(batch["image"]).float()
-    target = F.interpolate(batch["pseudo_saliency"][:, None], logits.shape[-2:], mode="area")
-    return {"saliency": F.binary_cross_entropy_with_logits(logits, target)}
+    return {"saliency": F.binary_cross_entropy_with_logits(logits, batch["pseudo_saliency"][:, None])}
 
 
 def assemble(args):

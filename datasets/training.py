@@ -67,12 +67,12 @@ class TrainingImages(Dataset):
     smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast. paste: how many objects
     of other photographs are pasted on average into one with a count, which grows with them (datasets.copy_paste; it
     needs the maps pseudo_classes and pseudo_saliency). derive: a function of what all this has made, the image as uint8
-    RGB [size,size,3], the maps {name: uint8 [size,size]} and the count: a dict of arrays more, found by the loader's
+    RGB [size,size,3], the maps as they are in items and the count: a dict of arrays more, found by the loader's
     processes and not by that which trains.
 
     Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20] and "count" float32 scalar (both 0
-    where not known: the losses of the count leave 0 out), per map float32 [size,size] (smooth) or int64 [size,size]
-    (classes), and what ``derive`` makes.
+    where not known: the losses of the count leave 0 out), per map float32 (smooth) or int64 (classes) [size/4,size/4],
+    the stride-4 grid that losses compare on, and what ``derive`` makes.
     """
 
     def __init__(self, samples, size, *, crop=1.0, jitter=0.0, paste=0.0, maps=None, derive=None, seed=0):
@@ -111,12 +111,10 @@ class TrainingImages(Dataset):
         classes = torch.zeros(20)
         classes[list(sample.classes or ())] = 1
         item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(count))}
-        for name, labels in maps.items():
-            item[name] = torch.from_numpy(labels)
-            item[name] = item[name].long() if name.endswith("_classes") else item[name].float() / 255
+        arrays = {name: on_grid(name, labels) for name, labels in maps.items()}
         if self.derive:
-            item |= {name: torch.from_numpy(array) for name, array in self.derive(image, maps, count).items()}
-        return item
+            arrays |= self.derive(image, arrays, count)
+        return item | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def read_map(self, name, sample, window=np.asarray):
         """One of the maps of a photograph as uint8 [size,size]."""
@@ -134,6 +132,14 @@ class TrainingImages(Dataset):
             cut = cut_out(load_square(other.path, self.size), *(self.read_map(name, other) for name in names), rng)
             pasted += bool(cut) and paste(image, *(maps[name] for name in names), cut, FIRST + pasted, rng)
         return pasted
+
+
+def on_grid(name, labels):
+    """A uint8 map [H,W] on the stride-4 grid, its sides over 4: int64 where ``name`` ends in ``_classes``, of every
+    fourth pixel; else float32 in 0..1, by area averaging."""
+    if name.endswith("_classes"):
+        return labels[::4, ::4].astype(np.int64)
+    return cv2.resize(labels / np.float32(255), None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
 
 
 def read_map(path):
