@@ -40,15 +40,18 @@ def centroid_loss(offsets, labels, radius):
     return (_mean(errors, labels > 0, components) + _mean(errors, labels == 0, components)) / 2
 
 
-def centroid_count(points, bandwidth):
+def centroid_count(points, bandwidth, valid=None):
     """A differentiable number of clusters: T~ = sum_i 1 / sum_j exp(-|c_i - c_j|^2 / 2 h^2).
 
-    points: (y, x) [M,2] in stride-4 pixels; bandwidth: h, in the same pixels. Every pixel counts for one over
-    the number of pixels that share its centroid, so T~ is the number of clusters when the points of each
-    coincide and the clusters lie several h apart. 0 for M = 0.
+    points: (y, x) [...,M,2] in stride-4 pixels; bandwidth: h, in the same pixels; valid: bool [...,M], the points that
+    count, by default all. Every pixel counts for one over the number of pixels that share its centroid, so T~ is the
+    number of clusters when the points of each coincide and the clusters lie several h apart. Returns [...]; 0 where
+    no point counts.
     """
-    distance = (points[:, None] - points[None]).square().sum(2)
-    return (1 / torch.exp(-distance / (2 * bandwidth**2)).sum(1)).sum()
+    valid = points.new_ones(points.shape[:-1]) if valid is None else valid.to(points)
+    distance = (points[..., :, None, :] - points[..., None, :, :]).square().sum(-1)
+    near = torch.exp(-distance / (2 * bandwidth**2)) * valid[..., None, :]
+    return (valid / near.sum(-1).clamp(min=1)).sum(-1)  # a point that counts has itself near, others stay finite
 
 
 def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0):
@@ -57,22 +60,20 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0):
     offsets: V [N,2,H,W] in stride-4 pixels; salient: bool [N,H,W], the region whose offsets count and alone are
     updated; counts: T [N]; bandwidth: h of ``centroid_count``. T* is an integer without a gradient, so the soft
     count T~ over the points p + V(p) stands in for it; of each region a random ``subset`` of pixels is used, which
-    bounds the quadratic cost and hardly changes T~. Images without salient pixels are left out.
-    What keeps each cluster tight is L_V, with which this loss is trained.
+    bounds the quadratic cost and hardly changes T~. Images without salient pixels, or without a count (T < 1), are
+    left out. What keeps each cluster tight is L_V, with which this loss is trained.
     """
-    losses = []
-    for field, region, count in zip(offsets, salient, counts, strict=True):
-        place = region.nonzero()
-        if not len(place) or count < 1:
-            continue
-        generator = torch.Generator().manual_seed(seed + len(place))  # the same in whichever process the image is
-        chosen = torch.randperm(len(place), generator=generator)[:subset].to(place.device)
-        place = place[chosen]
-        points = place + field[:, place[:, 0], place[:, 1]].t()
-        # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
-        losses.append(2 * F.smooth_l1_loss(centroid_count(points, bandwidth), count))
-    count = mean_over_processes(offsets.new_tensor(float(len(losses))))
-    return sum(losses, offsets.sum() * 0) / count.clamp(min=1e-5)  # a gradient, if of 0, where no image speaks
+    width, regions = offsets.shape[-1], salient.flatten(1)
+    # One order of the grid's pixels for all images: an image has the same subset in whichever process it is.
+    order = torch.rand(regions.shape[1], generator=torch.Generator().manual_seed(seed)).to(offsets.device)
+    rank, chosen = order.where(regions, -1).topk(min(subset, regions.shape[1]))
+    valid = rank >= 0
+    pointed = offsets.flatten(2).gather(2, chosen[:, None].expand(-1, 2, -1)).transpose(1, 2)
+    points = torch.stack((chosen // width, chosen % width), 2) + pointed
+    speaks = valid.any(1) & (counts >= 1)
+    # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
+    losses = 2 * F.smooth_l1_loss(centroid_count(points, bandwidth, valid), counts.to(points), reduction="none")
+    return (losses * speaks).sum() / mean_over_processes(speaks.sum()).clamp(min=1e-5)
 
 
 def number_loss(logits, counts):

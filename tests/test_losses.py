@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ops
 from models.counting import counted_instances
@@ -64,6 +65,19 @@ def test_subitizing_loss_touches_the_salient_region_only():
     touched = field.grad.abs().sum(1) > 0
     assert touched[0].any() and not touched[0][~region[0]].any()
     assert not touched[1].any(), "a photograph without a salient region teaches nothing"
+
+
+def test_subitizing_loss_is_the_mean_over_photographs_that_have_region_and_count():
+    torch.manual_seed(0)
+    field, region = 3 * torch.randn(5, 2, 32, 40), torch.zeros(5, 32, 40, dtype=torch.bool)
+    region[0, 5:15, 5:35] = region[1, 3, 3] = region[2, :20] = region[4] = True
+    counts = torch.tensor([2.0, 3.0, 4.0, 1.0, 0.0])
+    alone = [subitizing_loss(field[i, None], region[i, None], counts[i, None], 2.0, seed=7) for i in range(5)]
+    assert alone[3] == alone[4] == 0 and alone[1] == pytest.approx(2 * (3 - 1 - 0.5))
+    assert subitizing_loss(field, region, counts, 2.0, seed=7) == pytest.approx(sum(alone) / 3)
+    points = (POINTS + field[0])[:, region[0]].t()
+    found = subitizing_loss(field[:1], region[:1], counts[:1], 2.0, subset=300)
+    assert found == pytest.approx(2 * F.smooth_l1_loss(centroid_count(points, 2.0), counts[0]).item(), rel=1e-4)
 
 
 def test_counted_instances_are_as_many_as_the_count():
