@@ -39,7 +39,7 @@ class Recipe:
     number: str
 
 
-NUMBER = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
+NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(
         cam="--backbone resnet50 --size 512",
@@ -52,7 +52,7 @@ RECIPES = {
         pts="",
         rounds=(6, 8),
         again="",
-        number=f"--size 256 --batch-size 16 {NUMBER}",
+        number=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
     ),
     "cpu": Recipe(  # its second cycle's network labels what the bundled weights learn from
         cam="--backbone tf_efficientnet_lite2 --size 320",
@@ -65,7 +65,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
         rounds=(2, 1),
         again="--epochs 3",
-        number=f"--size 256 --batch-size 16 {NUMBER}",
+        number=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
     ),
     "quick": Recipe(  # minutes, to see that everything runs
         cam="--backbone mobilenetv2_100 --size 128",
@@ -78,7 +78,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
         rounds=(2, 1),
         again="",
-        number=f"--size 128 --batch-size 8 {NUMBER}",
+        number=f"--size 128 --batch-size 8 {NUMBER_SCHEDULE}",
     ),
 }
 # The same with the backbone of the bundled weights, in twice the time.
