@@ -49,7 +49,8 @@ def centroid_count(points, bandwidth, valid=None):
     no point counts.
     """
     valid = points.new_ones(points.shape[:-1]) if valid is None else valid.to(points)
-    distance = (points[..., :, None, :] - points[..., None, :, :]).square().sum(-1)
+    y, x = points.unbind(-1)  # apart: a sum over an axis of two is slow
+    distance = (y[..., :, None] - y[..., None, :]).square() + (x[..., :, None] - x[..., None, :]).square()
     near = torch.exp(-distance / (2 * bandwidth**2)) * valid[..., None, :]
     return (valid / near.sum(-1).clamp(min=1)).sum(-1)  # a point that counts has itself near, others stay finite
 
