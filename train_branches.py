@@ -335,12 +335,13 @@ def train_branches(args, samples, device):
     def losses(model, batch, progress):
         maps = model(batch["image"], batch["edges"])
         boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
-        classes, salient = batch["pseudo_classes"], batch["pseudo_saliency"] > 0.5
+        classes = batch["pseudo_classes"]
         terms = {
             "boundary": boundary_loss(boundary, classes, args.radius),
             "centroid": centroid_loss(offsets, classes, args.radius),
         }
         if not args.no_lsu:
+            salient = batch["pseudo_saliency"] > 0.5
             seed = args.seed + int(progress * 1e9)
             count = subitizing_loss(offsets, salient, batch["count"], bandwidth(progress, args.size), seed=seed)
             terms["subitizing"] = args.lsu_weight * count

@@ -430,7 +430,8 @@ def test_labels_move_with_their_photograph(photographs, tmp_path):
         assert torch.equal(item["image"][:1], item["red"])
         assert torch.equal(item["hard"], item["pseudo_classes"] + item["count"].long())
         assert item["pseudo_classes"].dtype == torch.int64
-        assert (item["pseudo_classes"] / 255 - item["image"][0, ::4, ::4]).abs().mean() < 0.1
+        apart = item["pseudo_classes"] / 255 - item["image"][0, ::4, ::4]  # a cell aside it is .07 or more
+        assert torch.nn.functional.avg_pool2d(apart[None], 4).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 9])
