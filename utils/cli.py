@@ -1,6 +1,7 @@
-"""What every script needs at its edge: clear errors, the device, the output folder."""
+"""What every script needs at its edge: options that are checked, clear errors, the device, the output folder."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,47 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False or action.default == []
         return action.help if nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with this project's help and errors: InputError, one sentence without the usage."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": Help} | options)
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+
+def integer(least, most=None):
+    """The ``type=`` of an option that is a whole number from ``least`` to ``most``, or without an upper end."""
+    return _number(int, "a whole number", least, most)
+
+
+def number(least, most=None, *, above=None, below=None):
+    """The ``type=`` of an option that is a finite number from ``least`` to ``most``; both are allowed themselves.
+
+    above, below: ends that are not allowed themselves, in place of ``least`` and ``most``.
+    """
+    return _number(float, "a number", least, most, above, below)
+
+
+def _number(kind, name, least, most=None, above=None, below=None):
+    ends = {"of at least": least, "of at most": most, "above": above, "below": below}
+    allowed = f"{name} {' and '.join(f'{word} {end:g}' for word, end in ends.items() if end is not None)}".strip()
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = (least is None or value >= least) and (most is None or value <= most)
+        inside = inside and (above is None or value > above) and (below is None or value < below)
+        if not (math.isfinite(value) and inside):
+            raise argparse.ArgumentTypeError(f"{text!r} does not fit; give {allowed}")
+        return value
+
+    return parse
 
 
 class InputError(Exception):
