@@ -362,7 +362,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--init", "imagenett"], "--init imagenett: no such file"),
         (["--refresh", "0.5"], "a FILE to --init"),
         (["--stage", "labels"], "run --stage cam first"),
-        (["--labels", "absent"], "photographs have no pseudo labels in absent"),
+        (["--labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
     ],
