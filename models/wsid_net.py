@@ -116,6 +116,6 @@ def load_weights(path, device="cpu"):
     try:
         net = WSIDNet(NetConfig(**saved["config"]))
         net.load_state_dict(saved["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     return net.to(device).eval().to(memory_format=torch.channels_last)
