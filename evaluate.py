@@ -122,7 +122,7 @@ def main(argv=None):
 
 def measure_files(args, gt_masks, report):
     """Measure what --pred names; returns a list of Method. ``report`` gets an InputError for each image left out."""
-    maps = _maps_for(gt_masks, args.saliency_pred)
+    maps = maps_for(gt_masks, args.saliency_pred) if args.saliency_pred else None
     methods = [Method(name, open_predictions(path, gt_masks)) for name, path in _named(args.pred).items()]
     for stem, mask in tqdm(gt_masks.items(), "evaluate", unit="img", disable=None):
         try:
@@ -150,7 +150,8 @@ def measure_weights(args, gt_masks, photographs, report):
     import infer  # here, because evaluating files needs no network
     from models.fusion import Fusion
 
-    _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
+    if args.saliency_dir:
+        maps_for(gt_masks, args.saliency_dir, png=True)  # a missing one is told before the work, not amid it
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
     settings, how = Fusion.of(args.fusion or []), args.method or "wsid"
@@ -181,6 +182,15 @@ def measure_weights(args, gt_masks, photographs, report):
         _write(args.save_pred, json.dumps(named) + "\n")
     method.found = group_records(records, args.save_pred, {}, gt_masks)
     return method
+
+
+def maps_for(stems, folder, png=False):
+    """{stem: saliency map} of a folder that must have one for each of ``stems``, as <stem>.png where ``png`` is asked."""
+    maps = list_masks(folder)
+    for stem in stems:
+        if stem not in maps or (png and maps[stem].suffix != ".png"):
+            raise InputError(f"{folder} has no saliency map of {stem}; each photograph needs {stem}.png")
+    return maps
 
 
 def _check_options(args):
@@ -240,17 +250,6 @@ def _ground_truth(args, report):
         if args.images and stem not in photographs:
             raise InputError(f"{mask} has no photograph in {folder}; add it or remove the mask")
     return masks, photographs
-
-
-def _maps_for(gt_masks, folder):
-    """{stem: saliency map} of a folder with one for every ground-truth mask, or None without a folder."""
-    if folder is None:
-        return None
-    maps = list_masks(folder)
-    for stem in gt_masks:
-        if stem not in maps:
-            raise InputError(f"{folder} has no saliency map of {stem}; every mask needs one")
-    return maps
 
 
 def _check_writable(path):

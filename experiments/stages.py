@@ -86,6 +86,8 @@ def main(argv=None):
         for row, replaced in ROWS.items():
             found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
             results[row].append(match_instances(found.masks, found.scores, gt))
+    if not results["as it is"]:
+        raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_table({row: summarize(result) for row, result in results.items()}))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -25,7 +25,6 @@ import numpy as np
 
 import evaluate
 from datasets.images import image_size
-from datasets.masks import list_masks
 from datasets.sources import read_ground_truth
 from experiments import prm
 from experiments.recipes import (
@@ -175,7 +174,10 @@ def check_arguments(args):
         if len(set(values)) < len(values):
             raise InputError(f"{option} names {max(values, key=values.count)} twice; give each another")
     Fusion.of(args.fusion)
-    stems, _ = digest_of_truth(args.val)
+    try:
+        stems, _ = digest_of_truth(args.val)
+    except InputError as error:
+        raise InputError(f"--val {args.val}: {error}") from error
     for _, folder in args.saliency_dir:
         digest_of_maps(folder, stems)
 
@@ -203,10 +205,7 @@ def digest_of_truth(source):
 
 def digest_of_maps(folder, stems):
     """The digest of the saliency maps <stem>.png in ``folder``; InputError where one is missing."""
-    maps = list_masks(folder)
-    for stem in stems:
-        if stem not in maps:
-            raise InputError(f"{folder} has no saliency map of {stem}; every photograph of --val needs one")
+    maps = evaluate.maps_for(stems, folder, png=True)
     return digest.of_value(digest.of_files([maps[stem] for stem in stems]))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pycocotools.coco
 import pycocotools.mask
 import pytest
+import torch
 from conftest import call
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,6 +31,8 @@ from datasets.masks import (
     read_saliency_mask,
 )
 from datasets.sources import list_ground_truth
+from models.wsid_net import NetConfig, WSIDNet, save_weights
+from utils import checkpoint
 from utils.cli import InputError
 from utils.metrics import ImageResult
 from utils.report import SIDE, format_page, rank_images, tint
@@ -694,13 +697,14 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
     capsys.readouterr()
     assert [saliency.shape for saliency in model.maps.values()] == [SHAPE] * 3
     np.testing.assert_allclose(list(model.maps.values()), 0.2)
-    (maps / "c.png").unlink()
+    (maps / "c.png").rename(maps / "c.bmp")  # infer.py takes <stem>.png alone
     assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
 
 
 def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     run = folder / "run"
-    for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
+    branches = {"settings": {"lr": 0.5, "canny": "auto"}, "inputs": {"labels": "0123456789abcdef"}}
+    for stage, settings in (("branches", branches), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
         (run / stage).mkdir(parents=True)
         (run / stage / "config.json").write_text(json.dumps(settings))
     numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--log", run)
@@ -713,6 +717,40 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     }  # fmt: skip
     assert events.Scalars("pooled mAP@0.7")[0].value == numbers["mAP"]["pooled"]["0.7"] == 1
     assert "holds no settings of a training" in failure(capsys, "--data", folder, "--log", folder)
+    (run / "branches" / "config.json").write_text("{")
+    assert "config.json is not readable" in failure(capsys, "--data", folder, "--log", run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The file of a small network."""
+    path = tmp_path_factory.mktemp("weights") / "w.pt"
+    save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), path)
+    return path
+
+
+NOT_WHOLE = "w.pt does not hold the weights of a whole WSID-Net"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda saved: None, "no weights at"),
+    (lambda saved: b"", "w.pt is not a readable weights file"),
+    (lambda saved: b"PK and no more", "w.pt is not a readable weights file"),
+    (lambda saved: torch.zeros(3), NOT_WHOLE),
+    (lambda saved: [saved], NOT_WHOLE),
+    (lambda saved: {"model": saved["state"]}, NOT_WHOLE),
+    (lambda saved: saved | {"state": 3}, NOT_WHOLE),
+    (lambda saved: saved | {"state": dict(list(saved["state"].items())[:-1])}, NOT_WHOLE),
+    (lambda saved: saved | {"config": saved["config"] | {"backbone": "x"}}, NOT_WHOLE),
+    (lambda saved: saved | {"state": {k: v + torch.nan for k, v in saved["state"].items()}}, "not finite"),
+])  # fmt: skip
+def test_weights_that_are_not_whole(whole, folder, capsys, change, message):
+    content = change(checkpoint.load(whole))
+    if isinstance(content, bytes):
+        (folder / "w.pt").write_bytes(content)
+    elif content is not None:
+        checkpoint.save(content, folder / "w.pt")
+    assert message in failure(capsys, "--data", folder, "--weights", folder / "w.pt")
 
 
 def test_bad_data_folder(folder, model, capsys):

@@ -411,6 +411,25 @@ def test_prm_runs_on_a_classifier_of_the_registry():
     assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1
 
 
+def test_prm_and_stages_name_what_they_leave_out(val, capsys):
+    checkpoint.save({"model": Classifier("mobilenetv2_100").state_dict()}, "cam.pt")
+    save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), "weights.pt")
+    (val / "images" / "a.png").write_bytes(b"no picture")
+    classifier = ("--classifier", "cam.pt", "--data", val, "--gpu", "-1", "--size", "64", "--out", "new/found.json")
+    for main, options in (
+        (prm.main, (*classifier, "--backbone", "mobilenetv2_100")),
+        (stages.main, ("--weights", "weights.pt", "--data", val, "--gpu", "-1")),
+    ):
+        assert call(main, *options) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {val}/images/a.png is not an image")
+    assert {record["image_id"] for record in json.loads(Path("new/found.json").read_text())} <= {"b"}
+    checkpoint.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
+    assert call(stages.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
+    assert "none of 2 photographs can be measured" in capsys.readouterr().err
+    assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
+    assert "cam.pt does not hold a classifier with tf_efficientnet_lite0" in capsys.readouterr().err
+
+
 def test_true_maps_say_what_the_mask_says():
     gt = np.zeros((40, 60), np.uint8)
     gt[8:32, 8:28], gt[8:32, 28:48], gt[0:4] = 1, 2, 255
