@@ -185,7 +185,7 @@ def measure_weights(args, gt_masks, photographs, report):
 
 
 def maps_for(stems, folder, png=False):
-    """{stem: saliency map} of a folder that must have one for each of ``stems``, as <stem>.png where ``png`` is asked."""
+    """{stem: saliency map} of a folder that must have one for each of ``stems``; png: of the name <stem>.png alone."""
     maps = list_masks(folder)
     for stem in stems:
         if stem not in maps or (png and maps[stem].suffix != ".png"):
