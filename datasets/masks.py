@@ -11,6 +11,7 @@ from datasets.images import FORMATS, image_size, list_images
 from utils.cli import InputError
 
 VOID = 255  # pixels that nobody judged: they count for nothing
+SOFT = 40  # more labels than instance masks have, if most of their pixels are in no 2x2 square of one label
 VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
 
 
@@ -28,8 +29,20 @@ class MaskFile:
         return image_size(self.path)
 
     def read(self):
-        """uint8 [H,W]: 0 background, 1..254 instances, 255 void; InputError as in ``read_instance_mask``."""
-        return read_instance_mask(self.path)
+        """uint8 [H,W]: 0 background, 1..254 instances, 255 void.
+
+        InputError as in ``read_instance_mask``, and for a mask of what is salient that does not part its instances:
+        nothing but void, or greys that are the soft edges of a white area or a saliency map.
+        """
+        labels = read_instance_mask(self.path)
+        void, instance = labels == VOID, (labels > 0) & (labels < VOID)
+        if void.any() and not instance.any():
+            raise InputError(f"{self} shows nothing but void (white, 255); paint its instances in other colours")
+        soft = void.sum() > instance.sum() or len(np.unique(labels)) > SOFT
+        if soft and instance.sum() > 2 * (_in_squares(labels) & instance).sum():
+            raise InputError(f"{self} holds shades of grey, not a label for each instance; paint its instances in "
+                             "plain colours, or number them 1..254")  # fmt: skip
+        return labels
 
 
 def list_masks(folder):
@@ -67,6 +80,15 @@ def read_instance_mask(path):
     if labels.min() < 0 or labels.max() > VOID or (labels != labels.astype(np.uint8)).any():
         raise InputError(f"{path} holds labels outside 0..255; use 0 background, 1..254 instances, 255 void")
     return labels.astype(np.uint8)
+
+
+def is_coloured(path):
+    """Whether the labels of ``read_instance_mask`` are made from colours, and not numbers that the picture holds."""
+    picture = _read(path)
+    if len(picture.getbands()) < 2:
+        return False
+    colours = np.asarray(picture.convert("RGB"))
+    return bool((colours != colours[..., :1]).any())
 
 
 def read_saliency_mask(path):
@@ -110,6 +132,21 @@ def decode_rle(rle):
     return np.repeat(values, runs).reshape(width, height).T
 
 
+def decode_polygons(polygons, shape):
+    """Decode COCO polygons, a list of outlines [x, y, x, y, ...] in pixels, to a bool mask of ``shape`` (H, W).
+
+    ValueError for an outline of fewer than three points or with a coordinate that is not finite.
+    """
+    height, width = shape
+    # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
+    outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in polygons]
+    if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
+        raise ValueError("a polygon needs three points or more")
+    runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
+    union = pycocotools.mask.merge(runs)
+    return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
+
+
 def prediction_records(image_id, masks, scores):
     """COCO result records (a list of dicts ready for JSON) of masks [n, H, W] with scores [n] in (0, 1]."""
     return [
@@ -131,6 +168,16 @@ def _read(path):
         raise InputError(f"{path} has too many pixels; use masks of the size of their photographs") from None
     except Exception as error:  # Pillow answers broken files with OSError, SyntaxError, ValueError, ...
         raise InputError(f"{path} cannot be read ({error}); save the mask again as PNG") from error
+
+
+def _in_squares(labels):
+    """bool [H,W]: where a pixel lies in a 2x2 square of one label."""
+    square = (labels[:-1, :-1] == labels[1:, :-1]) & (labels[:-1, 1:] == labels[1:, 1:])
+    square &= labels[:-1, :-1] == labels[1:, 1:]
+    inside = np.zeros(labels.shape, bool)
+    for y, x in np.ndindex(2, 2):
+        inside[y : y + square.shape[0], x : x + square.shape[1]] |= square
+    return inside
 
 
 def _labels_of_colours(colours, path):
