@@ -134,12 +134,15 @@ def list_images(source, report=None, results=False):
         except OSError as error:
             raise InputError(f"cannot list the folder {path} ({error.strerror}); check its rights") from error
     else:
-        entries = sorted(map(Path, _matches(path)))
+        # By folder and name, because ``**`` also finds what a link to a folder above repeats.
+        entries = sorted({(os.path.realpath(match.parent), match.name): match for match in _matches(path)}.values())
     visible = [entry for entry in entries if not entry.name.startswith(".")]
     files = [entry for entry in visible if os.path.isfile(entry)]
     own = set() if results else _own_results(files)
     images = [file for file in files if file.suffix.lower() in SUFFIXES and file not in own]
     skipped = _describe_skipped(path, set(visible) - set(images) - own)
+    if own and not images:
+        skipped = f"{len(own)} results of infer.py{'; ' * bool(skipped)}{skipped}"
     if images:
         if report and skipped:
             report(skipped)
@@ -161,7 +164,7 @@ def _matches(path):
         found = glob(os.path.join(begin, *pattern), recursive=True)
         if found or not has_magic(str(path)):
             break
-    return found
+    return sorted(map(Path, found), reverse=True)
 
 
 def _own_results(files):
@@ -182,7 +185,7 @@ def _own_results(files):
 def _describe_skipped(source, entries):
     """One sentence about what is passed over in a folder or by a pattern; "" when that is nothing worth a word."""
     folders = sum(os.path.isdir(entry) for entry in entries)
-    files = [entry for entry in entries if not os.path.isdir(entry) and entry.name.lower() not in _CLUTTER]
+    files = [entry for entry in sorted(entries) if not os.path.isdir(entry) and entry.name.lower() not in _CLUTTER]
     kinds = Counter(_kind_of_entry(file) for file in files)
     several = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
     words = []
@@ -347,4 +350,5 @@ def _damaged(path, error):
     if "MAX_TEXT" in str(error):
         return InputError(f"the image {path} holds more than {MAX_TEXT >> 20} MiB of text beside its pixels; save it "
                           "again without")  # fmt: skip
-    return InputError(f"the image {path} is truncated or damaged ({error}); copy it again or leave it out")
+    reason = " ".join(str(error).split())  # in one line
+    return InputError(f"the image {path} is truncated or damaged ({reason}); copy it again or leave it out")

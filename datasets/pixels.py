@@ -12,8 +12,11 @@ DEPTHS = (8, 10, 12, 14, 16, 32)  # bits that cameras and scanners give, and tho
 
 _WIDTH, _HEIGHT, _BITS, _COLOURS, _ORIENTATION, _SAMPLES, _PLANES = 256, 257, 258, 262, 274, 277, 284  # TIFF's tags
 _EXTRA, _FORMAT, _NO_DATA = 338, 339, 42113  # the last is GDAL's
+_FILL = 1e30
 _FORMATS = {1: "integer", 2: "signed integer", 3: "floating-point"}
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # space of a profile -> Pillow's mode
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it has to say of a file, our sentences say
 
 
 def to_8_bit(values):
@@ -21,11 +24,11 @@ def to_8_bit(values):
 
     White is the full scale of the fewest bits (``DEPTHS``) that hold the largest value, because 10, 12 or 14 bits are
     stored in 16; floating-point values up to 1 have white there. Values that fit no such scale (negative, or none
-    above a quarter of it) have their own minimum for black and their maximum for white. NaN and -infinity
-    are black, infinity is white.
+    above a quarter of it) have their own minimum for black and their maximum for white. NaN and -infinity are black,
+    infinity is white; magnitudes from 1e30 on, which programs write where they have no value, count as infinite.
     """
     floating = values.dtype.kind == "f"
-    finite = values[np.isfinite(values)] if floating else values
+    finite = values[np.abs(values) < _FILL] if floating else values
     if not finite.size:
         return np.zeros(values.shape, np.uint8)
     low, high = float(finite.min()), float(finite.max())
@@ -35,7 +38,7 @@ def to_8_bit(values):
         low, high = 0.0, float(white)
     result = np.empty(values.shape, np.uint8)
     for begin in range(0, len(values), 256):  # in strips, because of the memory
-        strip = np.nan_to_num(values[begin : begin + 256].astype(np.float64), nan=low, posinf=high, neginf=low)
+        strip = np.nan_to_num(values[begin : begin + 256].astype(np.float64), nan=low).clip(low, high)
         # Divided before the difference is taken, which could overflow.
         strip = (strip / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
         result[begin : begin + 256] = np.rint(strip * 255)
@@ -68,10 +71,13 @@ def to_rgb(picture, path):
 
 
 def deep_samples(picture, path):
-    """``decode`` of a dark colour picture whose 8 bits are the upper ones of 16; None for any other."""
+    """``decode`` of a colour picture whose 8 bits are the upper ones of 16, where those do not do; None for any other.
+
+    They do when they are not dark, but for JPEG 2000, where Pillow rounds them and white becomes 256, which is 0.
+    """
     if picture.format not in ("PNG", "TIFF", "JPEG2000"):
         return None
-    if max(high for _, high in picture.convert("RGB").getextrema()) >= 64:
+    if picture.format != "JPEG2000" and max(high for _, high in picture.convert("RGB").getextrema()) >= 64:
         return None
     samples = decode(path)
     return samples if samples is not None and samples.ndim == 3 and samples.dtype.itemsize == 2 else None
@@ -81,14 +87,10 @@ def decode(path):
     """The samples of a PNG, TIFF or JPEG 2000 at their full depth, [H, W] or RGB(A) [H, W, 3 or 4]; None if they cannot
     be had. TIFFs are upright, others as stored. A PNG that is cut off is not noticed.
     """
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the caller says in a sentence what is wrong
     try:
         samples = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
     except (cv2.error, MemoryError):
         return None
-    finally:
-        cv2.utils.logging.setLogLevel(level)
     if samples is None or samples.ndim == 2:
         return samples
     return samples[..., [2, 1, 0, 3][: samples.shape[2]]]
@@ -112,7 +114,8 @@ def deep_size(tags):
     """(W, H), upright, of a TIFF with samples that OpenCV reads and Pillow may not, such as float RGB; else None."""
     bits, samples = _bits(tags), tags.get(_SAMPLES, 1)
     size = tags.get(_WIDTH), tags.get(_HEIGHT)
-    readable = bits in (10, 12, 14, 16, 32, 64) and samples in (1, 3, 4) and tags.get(_COLOURS) in (0, 1, 2)
+    deep = bits in (32, 64) or (bits in (10, 12, 14, 16) and tags.get(_FORMAT, (1,))[0] != 3)
+    readable = deep and samples in (1, 3, 4) and tags.get(_COLOURS) in (0, 1, 2)
     if not (readable and tags.get(_PLANES, 1) == 1 and all(isinstance(side, int) and side > 0 for side in size)):
         return None
     return size[::-1] if tags.get(_ORIENTATION) in (5, 6, 7, 8) else size
