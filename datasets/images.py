@@ -18,11 +18,11 @@ from utils.cli import InputError
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
     ".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".pfm", ".ico", ".qoi",
+    ".pnm", ".pfm", ".ico",
 )  # fmt: skip
 # The decoders that may touch a user's file. HEIC comes with pillow-heif, where that is installed.
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI")
-READ = "JPEG, PNG, WebP, TIFF, GIF, BMP, AVIF, HEIC, JPEG 2000, PPM, ICO or QOI"
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO")
+READ = "JPEG, PNG, WebP, TIFF, GIF, BMP, AVIF, HEIC, JPEG 2000, PPM or ICO"
 MAX_PIXELS, MAX_SIDE = 250_000_000, 1_000_000
 MAX_TEXT = 2**26
 
@@ -35,6 +35,8 @@ TiffImagePlugin.READ_LIBTIFF = True
 
 _RESULTS = ("_instances", "_overlay", "_saliency", "_boundary", "_offsets")  # what infer.py adds to a stem
 _CLUTTER = ("predictions.json", "labels.csv", "thumbs.db", "desktop.ini")  # nobody takes these for photographs
+# Raw files in the guise of TIFFs, of which Pillow sees the preview.
+_RAW = (".cr2", ".nef", ".nrw", ".arw", ".sr2", ".dng", ".pef", ".srw", ".orf", ".rw2", ".3fr", ".iiq")
 _ORIENTATION_TAG, _SUBFILE_TAG = 0x0112, 254
 _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,8 +54,8 @@ _KINDS = (  # what a file is by the bytes at an offset, for the sentence that sa
     (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (4, b"ftypmsf1", "HEIC"), (4, b"jP  ", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"), (4, b"ftypcrx", "camera raw"), (0, b"FUJIFILM", "camera raw"),
     (0, b"IIU\0", "camera raw"), (0, b"IIRO", "camera raw"), (4, b"ftyp", "video"), (8, b"AVI ", "video"),
-    (0, b"8BPS", "Photoshop"), (0, b"gimp xcf", "GIMP"), (0, b"%PDF", "PDF"), (0, b"%!PS", "PostScript"),
-    (0, b"v/1\x01", "OpenEXR"), (0, b"#?RAD", "Radiance HDR"), (0, b"PF\n", "colour PFM"),
+    (0, b"8BPS", "Photoshop"), (0, b"gimp xcf", "GIMP"), (0, b"qoif", "QOI"), (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"), (0, b"v/1\x01", "OpenEXR"), (0, b"#?RAD", "Radiance HDR"), (0, b"PF\n", "colour PFM"),
     (0, b"<svg", "SVG"), (0, b"<?xml", "XML or SVG"),
     (0, b"<!doctype", "HTML"), (0, b"<html", "HTML"), (0, b"PK\x03\x04", "zip"), (0, b"\x1f\x8b", "gzip"),
     (0, b"version https://git-lfs", "Git LFS pointer"),
@@ -256,13 +258,15 @@ def _decoders():
 def _leave_thumbnails(path, picture):
     """Go to the first page that is not marked as a reduced one; InputError when there is none, as in raw files."""
     page = 0
-    while picture.tag_v2.get(_SUBFILE_TAG, 0) & 1:
-        page += 1
-        try:
+    try:
+        if path.suffix.lower() in _RAW:
+            raise EOFError
+        while picture.tag_v2.get(_SUBFILE_TAG, 0) & 1:
+            page += 1
             picture.seek(page)
-        except Exception as error:  # EOFError behind the last page; whatever else for one that Pillow cannot read
-            raise InputError(f"{path} holds a thumbnail and no picture that is read, as raw files of cameras do; "
-                             "develop it to JPEG or TIFF") from error  # fmt: skip
+    except Exception as error:  # EOFError behind the last page; whatever else for one that Pillow cannot read
+        raise InputError(f"{path} holds a preview and no picture that is read, as raw files of cameras do; develop it "
+                         "to JPEG or TIFF") from error  # fmt: skip
 
 
 def _check_size(path, width, height):
@@ -311,14 +315,15 @@ def _upright(picture, orientation):
 
 
 def _png_has_exif(path):
-    """Whether any chunk of a PNG may hold EXIF or XMP; seeks from chunk to chunk and reads no pixels."""
+    """Whether any chunk of a PNG holds EXIF or XMP, also behind its pixels; seeks from chunk to chunk."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8:
             length, kind = struct.unpack(">I4s", head)
-            if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+            begin = file.read(min(length, 32))
+            if kind == b"eXIf" or begin.startswith((b"XML:com.adobe.xmp", b"Raw profile type")):
                 return True
-            file.seek(length + 4, os.SEEK_CUR)
+            file.seek(length - len(begin) + 4, os.SEEK_CUR)
     return False
 
 

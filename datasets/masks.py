@@ -89,7 +89,7 @@ def read_saliency_mask(path):
     elif picture.mode == "F":
         saliency = np.asarray(picture)
     else:
-        saliency = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+        saliency = np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32) / 255
         if (alpha := _alpha(picture)) is not None:
             saliency = saliency * (alpha.astype(np.float32) / 255)
     if not (saliency.min() >= 0 and saliency.max() <= 1):  # written so that NaN fails too
