@@ -1,11 +1,12 @@
 """Say what is understood of a data folder, and what is wrong with it.
 
     python -m datasets.check my_data
-    python -m datasets.check VOCdevkit@trainval,classes my_counts --deep
+    python -m datasets.check VOCdevkit@trainval,classes my_counts --quick
 
-Prints the layout, the number of images, how many show each class and each count, how many have ground-truth masks,
-and every problem by the name of its file. The exit code is 0 when all is well, 1 with problems, 2 when nothing can be
-read. Several sources are also checked against each other, as --data of the training scripts merges them.
+Reads every photograph and mask. Prints the layout, the number of images, how many show each class (others: objects of
+none of the 20) and each count, how many have ground-truth masks, and every problem by the name of its file. The exit
+code is 0 when all is well, 1 with problems, 2 when nothing can be read. Several sources are also checked against each
+other, as --data of the training scripts merges them.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from utils.cli import Help, InputError, run
 def get_args_parser():
     parser = argparse.ArgumentParser(prog="python -m datasets.check", description=__doc__, formatter_class=Help)
     parser.add_argument("sources", nargs="+", metavar="DIR", help="what --data takes: PATH or PATH@OPTION[,OPTION]")
-    parser.add_argument("--deep", action="store_true", help="read every image and mask, not only their headers")
+    parser.add_argument("--quick", action="store_true", help="read headers of pictures only: not all damage is seen")
+    parser.add_argument("--deep", action="store_true", help=argparse.SUPPRESS)  # the default, once to be asked for
     return parser
 
 
@@ -31,7 +33,7 @@ def main(argv=None):
     samples, problems = {}, []
     for source in args.sources:
         try:
-            title, samples[source], found = check(source, args.deep)
+            title, samples[source], found = check(source, not args.quick)
         except InputError as error:
             title, found = "cannot be read", [error]
         print(f"{source}: {title}")
@@ -48,11 +50,11 @@ def main(argv=None):
     return 1 if problems else 0
 
 
-def check(source, deep=False):
+def check(source, deep=True):
     """(name of the layout, list of the readable Samples, list of problems as InputErrors) of a source.
 
-    InputError when the source as a whole cannot be read. Pictures are opened for their headers only, unless
-    ``deep``; the masks of ILSO, whose counts come from them, are always read.
+    InputError when the source as a whole cannot be read. Unless ``deep``, pictures are opened for their headers only,
+    save masks that counts come from.
     """
     problems = []
     found = find_source(source)
@@ -71,9 +73,12 @@ def describe(samples, problems):
     if samples:
         classes = Counter(VOC_CLASSES[index] for sample in samples for index in sample.classes or ())
         unknown = [("not known", number)] if (number := sum(sample.classes is None for sample in samples)) else []
+        others = Counter(name for sample in samples for name in sample.others)
         counts = Counter("not known" if sample.count is None else sample.count for sample in samples)
         yield f"  images   {len(samples)}"
         yield f"  classes  {_tally(classes.most_common() + unknown)}"
+        if others:
+            yield f"  others   {_tally(others.most_common())}"
         yield f"  counts   {_tally(sorted(counts.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))}"
         yield f"  masks    {sum(sample.mask is not None for sample in samples)}"
     yield f"  problems {len(problems)}"

@@ -1,8 +1,9 @@
 """What --data takes: a folder (or COCO file) in one of the published layouts, found out from what lies in it.
 
     my_data                     labels.csv and images/
-    VOCdevkit@val               PASCAL VOC: a split, train unless another is named
+    VOCdevkit@val               PASCAL VOC: a split, train unless another is named; also XML files beside photographs
     coco@val2017                annotations/instances_val2017.json and its photographs; also the file itself
+    roboflow@train              the folder train/ in another, in a layout of its own
     ILSO                        images/ and instance_masks/ (or gt/): counts, no classes
     photos                      any photographs, without labels
     VOCdevkit@trainval,classes  only the classes of a source, or only the @count, to go with those of another
@@ -17,18 +18,18 @@ from typing import NamedTuple
 
 from datasets import coco, ilso, voc
 from datasets.images import image_size, list_images
-from datasets.labels import VOC_CLASSES, Sample, collect, fail, read_labels
+from datasets.labels import VOC_CLASSES, Notice, Sample, collect, fail, find_table, read_labels
 from datasets.masks import MaskFile, list_masks
 from utils.cli import InputError
 
 
-def read_photographs(folder, report=fail):
+def read_photographs(folder, report=fail, only=None):
     """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern."""
     return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
 
 
 class Layout(NamedTuple):
-    """A published layout: its name, whether a path has it, and its reader (path, report[, split])."""
+    """A published layout: its name, whether a path has it, and its reader (path, report, only[, split])."""
 
     name: str
     fits: Callable
@@ -37,12 +38,16 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("labels.csv", lambda path: (path / "labels.csv").exists(), read_labels),
-    Layout("PASCAL VOC", voc.find_root, voc.read_voc, splits=True),
-    Layout("COCO", lambda path: path.suffix == ".json" or coco.find_files(path), coco.read_coco, splits=True),
+    Layout("labels.csv", find_table, read_labels),
+    Layout("PASCAL VOC", voc.find_folders, voc.read_voc, splits=True),
+    Layout("COCO", lambda path: path.suffix.lower() == ".json" or coco.find_files(path), coco.read_coco, splits=True),
     Layout("ILSO", ilso.is_ilso, ilso.read_ilso),
     Layout("photographs", lambda path: _has_images(path), read_photographs),
 )
+
+
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")  # that may hold labels
+FORGET = {"classes": {"count": None, "mask": None}, "count": {"classes": None, "others": (), "mask": None}}
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,56 @@ def find_source(text):
     split = [word for word in words if word not in only]
     if len(split) > 1 or len(only) > 1:
         raise InputError(f"{text} asks for two things at once; give the source once for each")
-    layout = next((layout for layout in LAYOUTS if layout.fits(path)), None)
+    if path.is_file() and path.name.lower() == "labels.csv":
+        path = path.parent
+    layout = _layout(path)
+    if split and not (layout and layout.splits) and _layout(path / split[0]):
+        path, layout, split = path / split[0], _layout(path / split[0]), []
     if layout is None:
-        raise InputError(f"there is no {path / 'labels.csv'} nor another known layout in {path}; name a folder with "
-                         "labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs")  # fmt: skip
+        raise InputError(_no_layout(path))
     if split and not layout.splits:
         raise InputError(f"{text} names the split {split[0]}, but {path} ({layout.name}) has none; leave it out")
     return Source(path, layout, *split or [None], *only or [None])
+
+
+def _layout(path):
+    """The Layout of a path, None when none fits."""
+    if path.is_file() and path.suffix.lower() in TABLES and path.suffix.lower() != ".json":
+        return None
+    return next((layout for layout in LAYOUTS if layout.fits(path)), None)
+
+
+def _no_layout(path):
+    """What to say of a path that has no layout."""
+    if path.is_file():
+        return f"{path} is no photograph and no COCO file; name the folder that holds the photographs and labels.csv"
+    text = f"there is no {path / 'labels.csv'} nor another known layout in {path}"
+    inside = [folder for folder in _folders_in(path) if _layout(folder)]
+    if inside:
+        return f"{text}; name one of the folders in it: {', '.join(map(str, inside))}"
+    text = "; ".join([text, *_not_read(path)])
+    return f"{text}; name a folder with labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs"
+
+
+def _folders_in(path):
+    return sorted(inside for inside in path.iterdir() if inside.is_dir()) if path.is_dir() else []
+
+
+def _not_read(path):
+    """[a sentence] on the label files of other tools in ``path`` and where such tools put them; [] without any."""
+    folders = [path, *(path / name for name in ("images", "labels", "annotations", "Annotations"))]
+    if path.name == "images":
+        folders += [path.parent / "labels", path.parent / "annotations"]
+    if path.parent.name == "images":  # YOLO: labels/train beside images/train
+        folders.append(path.parent.parent / "labels" / path.name)
+    stems = {image.stem for image in _images_of(path)} if _has_images(path) else set()
+    found = [
+        file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())
+        if file.suffix.lower() in TABLES or (file.suffix.lower() == ".txt" and file.stem in stems)
+    ]  # fmt: skip
+    text = (f"{' and '.join(map(str, found[:2]))}{' and others' if len(found) > 2 else ''} may hold labels but are not "
+            "read; export labels.csv, COCO's JSON or VOC's XML, or move them away")  # fmt: skip
+    return [text] if found else []
 
 
 def read_source(source, report=fail):
@@ -82,9 +130,12 @@ def read_source(source, report=fail):
     """
     source = source if isinstance(source, Source) else find_source(source)
     options = {"split": source.split} if source.split else {}
-    samples = source.layout.read(source.path, report=report, **options)
+    if source.layout.name in ("photographs", "ILSO"):
+        for text in _not_read(source.path):
+            report(Notice(text))
+    samples = source.layout.read(source.path, report=report, only=source.only, **options)
     if source.only:
-        samples = [Sample(sample.path, **{source.only: getattr(sample, source.only)}) for sample in samples]
+        samples = [replace(sample, **FORGET[source.only]) for sample in samples]
     return samples
 
 
@@ -113,7 +164,9 @@ def read_ground_truth(source):
     A folder with instance_masks/ (or gt/, see datasets.ilso) is taken by its masks, whether it has labels.csv or not.
     """
     found = find_source(source)
-    samples = read_source(found) if found.layout.splits else ilso.read_pairs(found.path)
+    samples = read_source(found) if found.layout.splits else []
+    if not any(sample.mask for sample in samples) and (not found.layout.splits or ilso.is_ilso(found.path)):
+        samples = ilso.read_pairs(found.path)
     samples = [sample for sample in samples if sample.mask is not None]
     if not samples:
         raise InputError(f"{source} has no instance masks; name a source that has")
@@ -134,7 +187,7 @@ def list_ground_truth(source):
 def _parse(text):
     """PATH@OPTION,OPTION -> (Path, [options]); an @ in the name of what exists is no option."""
     name, _, options = str(text).rpartition("@")
-    if not name or Path(text).exists():
+    if not name or Path(text).expanduser().exists():
         name, options = text, ""
     return Path(name).expanduser(), [word for word in options.split(",") if word]
 
@@ -152,7 +205,8 @@ def _join(first, second, origin, name):
                          "from one source and @count from the other if they are one photograph")  # fmt: skip
     elif image_size(first.path) != image_size(second.path):
         raise InputError(f"{first.path} and {second.path} share a name but not a size; rename one of them")
-    return replace(first, **{key: getattr(second, key) for key in known[1]})
+    joined = replace(first, **{key: getattr(second, key) for key in known[1]})
+    return replace(joined, others=second.others) if "classes" in known[1] else joined
 
 
 def _known(key, value):
