@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -196,7 +197,7 @@ def _photographs(file, names):
     inside = (split, f"images/{split}", "images", "JPEGImages", "data", ".")
     folders = [Photographs(root / folder, names) for folder in inside]
     some = names[:100]  # not only the first: it may be what is missing
-    found = next((folder for folder in folders if any((folder.folder / name).is_file() for name in some)), None)
+    found = next((folder for folder in folders if any(os.path.isfile(folder.folder / name) for name in some)), None)
     found = found or next((folder for folder in folders if any(map(folder.has, some))), None)
     if found is None:
         raise InputError(f"the photographs of {file}, such as {names[0]}, are in none of "
@@ -264,6 +265,8 @@ def _draw(annotation, mask):
         outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in segmentation]
         if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
             raise ValueError("a polygon needs three points or more")
+        if max(outline.max() for outline in outlines) <= 1:
+            raise ValueError("its points are shares of the image, not pixels")
         runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
         union = pycocotools.mask.merge(runs)
         return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})

@@ -31,19 +31,18 @@ class Photographs:
 
     def find(self, name, where):
         """The Path of the photograph ``name``; InputError, beginning with ``where``, when it is not there."""
-        if (self.folder / name).is_file():
-            return self.folder / name
-        for number, tail in enumerate(_tails(name)):
-            if number and self.tails[_key("/".join(tail))] > 1:
+        exact, tails = self.folder / name, _tails(name)
+        if os.path.isfile(exact):  # unlike Path.is_file, it answers names that are too long
+            return exact
+        for tail in tails:
+            if len(tail) < len(tails[0]) and self.tails[_key("/".join(tail))] > 1:
                 break
             path = self._match(self.folder.joinpath(*tail), where)
             if path is not None:
                 return path
-        like = self._files(self.folder)[1].get(_key(_stem(_tails(name)[-1][-1])))
+        like = self._files(self.folder)[1].get(_key(_stem(tails[-1][-1]))) if tails else None
         hint = f" (there is {', '.join(path.name for path in like)})" if like else ""
-        raise InputError(
-            f"{where} names the image {self.folder / name}, which is missing{hint}; add the file or remove its label"
-        )
+        raise InputError(f"{where} names the image {exact}, which is missing{hint}; add the file or remove its label")
 
     def has(self, name):
         """Whether ``find`` gives a photograph."""
@@ -53,7 +52,7 @@ class Photographs:
             return False
 
     def _match(self, path, where):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         names, stems = self._files(path.parent)
         found = names.get(_key(path.name)) or (stems.get(_key(path.name)) if _stem(path.name) == path.name else None)
@@ -74,8 +73,8 @@ class Photographs:
 
 
 def _tails(name):
-    """The parts of a path, then without the first, the first two, ...; never empty."""
-    parts = [part for part in str(name).replace("\\", "/").split("/") if part not in ("", ".", "..")] or [""]
+    """The parts of a path, then without the first, the first two, ..."""
+    parts = [part for part in str(name).replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return [parts[start:] for start in range(len(parts))]
 
 

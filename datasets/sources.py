@@ -12,6 +12,7 @@ The first that fits in this order is taken.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,18 @@ from utils.cli import InputError
 
 
 def read_photographs(folder, report=fail, only=None):
-    """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern."""
+    """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern.
+
+    ``report`` gets a Notice for photographs in other folders there.
+    """
+    folder = Path(folder)
+    inside = folder / "images" if (folder / "images").is_dir() else folder
+    others = [
+        other for other in {folder, *_folders_in(folder), *_folders_in(inside)} - {inside} if _holds_images(other)
+    ]
+    if others:
+        report(Notice(f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
+                      "name the folders one by one"))  # fmt: skip
     return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
 
 
@@ -60,6 +72,16 @@ class Source:
     only: str | None = None
 
 
+@contextmanager
+def _readable():
+    """A folder that cannot be listed is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename} ({error.strerror}); check the path and its rights") from error
+
+
+@_readable()
 def find_source(text):
     """The Source that PATH or PATH@OPTION[,OPTION] names; an option is a split, ``classes`` or ``count``.
 
@@ -94,7 +116,9 @@ def _no_layout(path):
     if path.is_file():
         return f"{path} is no photograph and no COCO file; name the folder that holds the photographs and labels.csv"
     text = f"there is no {path / 'labels.csv'} nor another known layout in {path}"
-    inside = [folder for folder in _folders_in(path) if _layout(folder)]
+    folders = _folders_in(path)
+    inside = [folder for folder in folders if _layout(folder)]
+    inside = inside or [folder for outer in folders for folder in _folders_in(outer) if _layout(folder)]
     if inside:
         return f"{text}; name one of the folders in it: {', '.join(map(str, inside))}"
     text = "; ".join([text, *_not_read(path)])
@@ -113,15 +137,17 @@ def _not_read(path):
     if path.parent.name == "images":  # YOLO: labels/train beside images/train
         folders.append(path.parent.parent / "labels" / path.name)
     stems = {image.stem for image in _images_of(path)} if _has_images(path) else set()
+    stems |= {"labels", "annotations", "classes"}
     found = [
         file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())
         if file.suffix.lower() in TABLES or (file.suffix.lower() == ".txt" and file.stem in stems)
     ]  # fmt: skip
-    text = (f"{' and '.join(map(str, found[:2]))}{' and others' if len(found) > 2 else ''} may hold labels but are not "
-            "read; export labels.csv, COCO's JSON or VOC's XML, or move them away")  # fmt: skip
-    return [text] if found else []
+    names = f"{found[0]}{f' and {len(found) - 1} more files' if found[1:] else ''}" if found else ""
+    return [f"{names} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or move the "
+            "files away"] if found else []  # fmt: skip
 
 
+@_readable()
 def read_source(source, report=fail):
     """The Samples of a Source, or of the text that names one; no two have the same stem.
 
@@ -221,5 +247,13 @@ def _images_of(folder):
 def _has_images(path):
     try:
         return bool(_images_of(path))
+    except InputError:
+        return False
+
+
+def _holds_images(folder):
+    """Whether photographs lie in the folder itself."""
+    try:
+        return bool(list_images(folder))
     except InputError:
         return False

@@ -161,6 +161,8 @@ def _box_area(thing, where):
     left, top, right, bottom = (_number(thing, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax"))
     if right < left or bottom < top:
         raise InputError(f"{where} has a box that ends before it begins; exchange its corners")
+    if 0 <= left < right <= 1 and 0 <= top < bottom <= 1 and (right, bottom) != (1, 1):
+        raise InputError(f"{where} has a box in shares of the image; write it in pixels")
     return (right - left + 1) * (bottom - top + 1)
 
 

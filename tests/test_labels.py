@@ -66,6 +66,8 @@ def test_the_folder_may_be_a_string(folder):
         ("b.jpg,cat", "no count"),
         ("b.jpg,cat,dog,2", "more fields"),
         ("z.jpg,cat,1", "z.jpg, which is missing"),
+        (f"{'z' * 300},cat,1", "which is missing"),
+        ("./..,cat,1", "which is missing"),
         ("../z.jpg,cat,1", "which is missing"),
         ("c.jpg,cat,1", "c.jpg, which is missing (there is c.png)"),
         ('b.jpg,"cat', "is no row of a table"),
@@ -89,6 +91,14 @@ def test_bad_row(folder, row, complaint):
 )
 def test_a_column_left_out_is_not_known(folder, text, expected):
     assert [(sample.classes, sample.count) for sample in read(folder, text)] == expected
+
+
+def test_a_column_by_another_name_is_noticed(folder, capsys):
+    assert read(folder, ",image,kind,count\n0,a.jpg,cat,1\n")[0].classes is None
+    assert "line 1 has no column classes, which is then not known: kind are not read" in capsys.readouterr().err
+    read(folder, "image,count,\na.jpg,1,\n")
+    read(folder, "image,classes,count,note\na.jpg,cat,1,sharp\n")
+    assert not capsys.readouterr().err
 
 
 def test_problems_can_be_collected(folder):

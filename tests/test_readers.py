@@ -77,6 +77,10 @@ def voc_annotation(root, name, objects, size="<size><width>50</width><height>40<
     (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
 
 
+VOC_SHARES = """<object><name>cat</name>
+    <bndbox><xmin>0.1</xmin><xmax>0.9</xmax><ymin>0</ymin><ymax>1</ymax></bndbox></object>"""
+
+
 @pytest.fixture
 def voc(tmp_path):
     """VOCdevkit/VOC2012 with 2 images in Segmentation/train, 3 in Main/train, 1 in Main/val; 50 x 40 in its XML."""
@@ -123,6 +127,7 @@ def test_voc_splits_and_roots(voc):
         ("<?xml version='1.0' encoding='klingon'?><annotation/>", "2007_3.xml is not XML"),
         ([voc_object("", 9, 9)], "2007_3.xml has an object without a name"),
         ([voc_object("cat", -9, -9)], "2007_3.xml has a box that ends before it begins"),
+        ([VOC_SHARES], "2007_3.xml has a box in shares of the image"),
         ([voc_object("cat", "nan", 9)], "2007_3.xml has an object whose bndbox/xmax is no number"),
         (["<object><name>cat</name></object>"], "2007_3.xml has an object whose bndbox/xmin is no number"),
         ([voc_object("cat", 9, 9)] * 256, "2007_3.xml has the count 256"),
@@ -282,6 +287,9 @@ def coco_data():
     }
 
 
+NO_AREA = {"area": None, "segmentation": []}
+
+
 def write_coco(folder, data, split="val2017"):
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
@@ -374,10 +382,11 @@ def test_coco_polygon_far_outside_is_clipped(coco):
     "change, complaint",
     [
         (lambda data: data["annotations"][5].update(category_id=99), "image 2 has the unknown category 99"),
-        (lambda data: data["annotations"].__setitem__(5, {"image_id": 2, "category_id": 7}),
-         "image 2 has an annotation without an area"),
-        (lambda data: data["annotations"].__setitem__(5, {"image_id": 2, "category_id": 7, "bbox": [0.1, 0.1, 0.5, 1]}),
-         "image 2 has the bbox [0.1, 0.1, 0.5, 1] in shares"),
+        (lambda data: data["annotations"][5].update(NO_AREA), "image 2 has an annotation without an area"),
+        (lambda data: data["annotations"][5].update(NO_AREA, bbox=[0, 0, 0.5, 1]), "the bbox [0, 0, 0.5, 1] in shares"),
+        (lambda data: data["annotations"][5].update(NO_AREA, segmentation=rectangle(0, 0, 0.5, 1)), "are shares"),
+        (lambda data: data["images"][1].update(file_name="x" * 300), "which is missing"),
+        (lambda data: data["images"][1].update(file_name="/"), "which is missing"),
         (lambda data: data["annotations"].extend([data["annotations"][5]] * 255), "image 2 has the count 256"),
         (lambda data: data["images"][1].update(file_name="gone.jpg"), "gone.jpg, which is missing"),
     ],
@@ -647,7 +656,9 @@ def test_check_reads_pixels_unless_quick(tmp_path, capsys):
     assert "cut.jpg is truncated or damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["a.txt", "a.json", "labels.xlsx", "Labels.ods", "annotations.csv", "a.xml"])
+@pytest.mark.parametrize(
+    "file", ["a.txt", "labels.txt", "a.json", "labels.xlsx", "Labels.ods", "annotations.csv", "a.xml"]
+)
 def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
     """YOLO, labelme, spreadsheets: not read, and told so by trainings and by the check."""
     photograph(tmp_path / "images" / "a.jpg")
@@ -658,16 +669,29 @@ def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
         for source in (tmp_path, tmp_path / "images"):
             if source != tmp_path / "images" or folder != tmp_path:
                 assert known(read_samples([source])) == {"a": (None, None)}
-                assert f"{folder / file} may hold labels but are not read" in capsys.readouterr().err
+                assert f"{folder / file} may hold labels, which are not read" in capsys.readouterr().err
         assert check.main([str(tmp_path)]) == 1
         (folder / file).unlink()
     (tmp_path / "images" / "README.txt").touch()
     assert check.main([str(tmp_path)]) == 0
 
 
+def test_photographs_in_other_folders_are_named(tmp_path, capsys):
+    for name in ("images/a.jpg", "images/more/b.jpg", "c.jpg", "dogs/d.jpg"):
+        photograph(tmp_path / "set" / name)
+    assert list(known(read_samples([tmp_path / "set"]))) == ["a"]
+    folders = ", ".join(str(tmp_path / "set" / name) for name in ("", "dogs", "images/more"))
+    assert f"the photographs in {folders} are not read" in capsys.readouterr().err
+    assert check.main([str(tmp_path / "set")]) == 1
+    for name in ("a.jpg", "b.jpg"):
+        photograph(tmp_path / "yolo" / "images" / name[0] / name)
+    message = refused(read_source, tmp_path / "yolo")
+    assert f"name one of the folders in it: {tmp_path}/yolo/images/a, {tmp_path}/yolo/images/b" in message
+
+
 def test_labels_without_photographs_are_named(tmp_path):
     (tmp_path / "labels.xlsx").touch()
-    assert "labels.xlsx may hold labels but are not read" in refused(read_source, tmp_path)
+    assert "labels.xlsx may hold labels, which are not read" in refused(read_source, tmp_path)
     assert "labels.xlsx is no photograph" in refused(read_source, tmp_path / "labels.xlsx")
 
 
