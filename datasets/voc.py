@@ -5,6 +5,7 @@ the XML files in annotations/ beside images/, or beside the photographs themselv
 """
 
 import math
+import os
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
@@ -34,14 +35,15 @@ def find_folders(folder):
     """The Folders of ``folder``, None when there are none.
 
     They are JPEGImages/ and Annotations/ in it, in VOC2012/, VOC2007/ or VOCdevkit/VOC2012/ (VOCdevkit, its parent), or
-    XML annotations in annotations/, Annotations/ or labels/ beside images/, or beside the photographs.
+    XML annotations in annotations/, Annotations/ or labels/ beside images/ or JPEGImages/, or beside the photographs.
     """
     folder = Path(folder)
     for root in (folder, folder / "VOC2012", folder / "VOCdevkit" / "VOC2012", folder / "VOC2007"):
         others = (root / name for name in ("Annotations", "ImageSets", "SegmentationObject"))
         if (root / "JPEGImages").is_dir() and any(map(Path.is_dir, others)):
             return Folders(root, root / "JPEGImages", root / "Annotations")
-    photographs = folder / "images" if (folder / "images").is_dir() else folder
+    inside = (folder / name for name in ("images", "Images", "JPEGImages"))
+    photographs = next(filter(Path.is_dir, inside), folder)
     for annotations in (folder / "annotations", folder / "Annotations", folder / "labels", photographs, folder):
         if any(map(_is_annotation, _xml_files(annotations)[:10])):
             return Folders(folder, photographs, annotations)
@@ -69,21 +71,14 @@ def read_voc(folder, report=fail, only=None, split=None):
     names = _image_list(folders.root, split)
     photographs = Photographs(folders.photographs, names or ())
     if names is None:
-        paths = list_images(folders.photographs)
-        _report_strays(folders, {path.stem for path in paths}, report)
-        entries = ((path.with_suffix(".xml").name, path) for path in paths)
-        entries = [(folders.annotations / name, path) for name, path in entries]
-        entries = [(where if where.is_file() else path, path) for where, path in entries]
+        annotations = {path.stem: path for path in _xml_files(folders.annotations)}
+        entries = [(annotations.pop(path.stem, path), path.name) for path in list_images(folders.photographs)]
+        if annotations:
+            report(Notice(f"{len(annotations)} annotations in {folders.annotations}, such as {min(annotations)}.xml, "
+                          f"belong to no photograph in {folders.photographs}; add it or remove them"))  # fmt: skip
     else:
         entries = [(folders.annotations / f"{_without_suffix(name)}.xml", name) for name in names]
     return collect(entries, partial(_read, folders, photographs, only), report)
-
-
-def _report_strays(folders, stems, report):
-    strays = [path.name for path in _xml_files(folders.annotations) if path.stem not in stems]
-    if strays:
-        report(Notice(f"{len(strays)} annotations in {folders.annotations}, such as {strays[0]}, belong to no "
-                      f"photograph in {folders.photographs}; add it or remove them"))  # fmt: skip
 
 
 def _image_list(root, split):
@@ -112,11 +107,9 @@ def _image_list(root, split):
 
 
 def _read(folders, photographs, only, where, name):
-    path = name
-    if not isinstance(name, Path):
-        path = photographs.find(name if photographs.has(name) else _without_suffix(name), where)
-    mask = folders.root / "SegmentationObject" / f"{path.stem}.png"
-    sample = Sample(path, mask=MaskFile(mask) if mask.is_file() else None)
+    path = photographs.find(name if photographs.has(name) else _without_suffix(name), where)
+    mask = folders.root / "SegmentationObject" / f"{_without_suffix(name)}.png"
+    sample = Sample(path, mask=MaskFile(mask) if os.path.isfile(mask) else None)
     if not folders.annotations.is_dir():
         return count_instances(path, sample)
     if where == path:
@@ -182,7 +175,8 @@ def _without_suffix(name):
 
 
 def _xml_files(folder):
-    return sorted(path for path in folder.glob("*.xml") if not path.name.startswith("."))
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.suffix.lower() == ".xml" and not path.name.startswith("."))
 
 
 def _is_annotation(path):

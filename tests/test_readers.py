@@ -186,6 +186,8 @@ def test_voc_names_as_tools_write_them(tmp_path):
     (lists / "cat_default.txt").write_text("a.v2  1\nc -1\n")
     samples = read_source(root)
     assert known(samples) == dict.fromkeys(["my photo 1", "a.v2", "b", "c"], ((CAT,), 1))
+    save(VOC_LABELS, root / "SegmentationObject" / "sub" / "b.png")
+    assert [sample.mask is None for sample in read_source(root)] == [True, True, False, True]
     (lists / "mine.txt").write_text("my photo 1\n")
     assert list(known(read_source(f"{root}@mine"))) == ["my photo 1"]
     assert "it has default, mine; name one" in refused(read_source, root)
@@ -202,17 +204,18 @@ def test_voc_masks_without_annotations(voc):
     assert len(read_source(voc)) == 4 and "leave the split out" in refused(read_source, f"{voc}@train")
 
 
-@pytest.mark.parametrize("places", [("images", "annotations"), ("images", "images"), (".", "."), ("images", "labels")])
+@pytest.mark.parametrize("places", ["images annotations", "images images", ". .", "JPEGImages labels"])
 def test_voc_annotations_beside_photographs(tmp_path, capsys, places):
     """As labelImg, Roboflow and Kaggle have them."""
-    photographs, annotations = (tmp_path / "set" / place for place in places)
-    (tmp_path / "set" / "Annotations").mkdir(parents=True)
+    photographs, annotations = (tmp_path / "set" / place for place in places.split())
+    (tmp_path / "Annotations").mkdir()
     for name in ("a.png", "b.JPG", "unlabelled.jpg"):
         photograph(photographs / name)
     for name in ("a", "b", "gone"):
-        voc_annotation(tmp_path / "set", name, [voc_object("dog", 20, 20)])
+        voc_annotation(tmp_path, name, [voc_object("dog", 20, 20)])
         annotations.mkdir(exist_ok=True)
-        (tmp_path / "set" / "Annotations" / f"{name}.xml").rename(annotations / f"{name}.xml")
+        suffix = "XML" if name == "b" else "xml"
+        (tmp_path / "Annotations" / f"{name}.xml").rename(annotations / f"{name}.{suffix}")
     assert known(read_samples([tmp_path / "set"])) == {"a": ((DOG,), 1), "b": ((DOG,), 1), "unlabelled": (None, None)}
     assert "gone.xml, belong to no photograph" in capsys.readouterr().err
     assert check.main([str(tmp_path / "set")]) == 1
