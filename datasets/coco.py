@@ -61,10 +61,11 @@ class CocoMask:
 def find_files(folder):
     """{split: annotations file} of a folder: ``annotations/instances_<split>.json``, else COCO files of other names
     there, else those in the folder itself."""
-    folder = Path(folder)
-    files = sorted((folder / "annotations").glob("instances_*.json"))
-    for inside in (folder / "annotations", folder):
-        files = files or [path for path in sorted(inside.glob("*.json")) if _is_coco(path)]
+    files = []
+    for inside in (Path(folder) / "annotations", Path(folder)):
+        found = sorted(inside.iterdir()) if inside.is_dir() and not files else []
+        found = [path for path in found if path.suffix.lower() == ".json"]
+        files = files or [path for path in found if path.name.startswith("instances_")] or list(filter(_is_coco, found))
     return {file.stem.removeprefix("instances_"): file for file in files}
 
 
@@ -88,10 +89,12 @@ def read_coco(path, report=fail, only=None, split=None):
     belong to no image.
     """
     file = _choose(Path(path), split)
-    data = _load(file)
+    data = _load(file, only)
     annotations = _by_image(data)
     _report_strays(file, data, report)
-    categories = {_id(category["id"]): str(category["name"]) for category in data["categories"]}
+    categories = {}
+    if only != "count":
+        categories = {_id(category["id"]): str(category["name"]) for category in data["categories"]}
     folder = _photographs(file, [str(image["file_name"]) for image in data["images"]])
     entries = ((f"{file} image {_id(image['id'])}", image) for image in data["images"])
     return collect(entries, partial(_read, file, folder, categories, annotations, only), report)
@@ -114,7 +117,8 @@ def _read(file, photographs, categories, annotations, only, where, image):
     classes, others = split_names(names)
     count = None
     if only != "classes":
-        count = sum(_area(annotation, mask) >= SMALLEST * math.prod(mask.shape) for annotation in _instances(found))
+        least = SMALLEST * math.prod(mask.shape)
+        count = len([annotation for annotation in _instances(found) if _area(annotation, mask) >= least])
     if not count and len(_instances(found)) < len(found):
         count = None
     whole = all(_outlines(annotation) for annotation in found)
@@ -135,14 +139,16 @@ def _choose(path, split):
     return files[split]
 
 
-def _load(file):
+def _load(file, only=None):
     try:
         data = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {file} ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); copy it again") from error
-    needed = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
+    needed = {"images": ("id", "file_name"), "annotations": ("image_id",)}
+    if only != "count":
+        needed["categories"] = ("id", "name")
     for part, keys in needed.items():
         records = data.get(part) if isinstance(data, dict) else None
         if not isinstance(records, list) or (not records and part == "images"):
@@ -150,7 +156,7 @@ def _load(file):
         for number, record in enumerate(records):
             if not isinstance(record, dict) or not all(_id(record.get(key)) for key in keys):
                 raise InputError(f"{file} {part}[{number}] needs {' and '.join(keys)}; mend the record")
-    for part in ("images", "categories"):
+    for part in [part for part in needed if part != "annotations"]:
         doubled = [number for number, times in Counter(_id(record["id"]) for record in data[part]).items() if times > 1]
         if doubled:
             raise InputError(f"{file} has several {part} of the id {doubled[0]}; give each its own")

@@ -59,7 +59,7 @@ def test_the_folder_may_be_a_string(folder):
         ("b.jpg,cat,-1", "count '-1'"),
         ("b.jpg,cat,1.5", "count '1.5'"),
         ('b.jpg,cat,"1,000"', "count '1,000'"),
-        ("b.jpg,cat,256", "has the count 256; at most 254 objects"),
+        ("b.jpg,cat,251", "has the count 251; at most 250 objects"),
         (f"b.jpg,cat,{'9' * 5000}", "write an integer"),
         ("b.jpg,cat,two", "count 'two'"),
         ("b.jpg,cat,", "no count"),

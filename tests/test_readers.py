@@ -15,8 +15,9 @@ from datasets import check
 from datasets.images import image_size, read_image
 from datasets.labels import CLASS_INDEX, VOC_CLASSES, Sample
 from datasets.masks import encode_rle
+from datasets.pseudo_labels import SPREAD, write_pseudo_labels
 from datasets.sources import find_source, list_ground_truth, merge, read_ground_truth, read_source
-from datasets.training import TrainingImages, read_map, read_samples, with_classes
+from datasets.training import TrainingImages, read_classes, read_map, read_samples, with_classes
 from models.counting import counted_instances
 from models.losses import counted_centroid_loss, subitizing_loss
 from utils.cli import InputError
@@ -422,6 +423,14 @@ def test_coco_bad_file(coco, change, complaint):
     assert complaint in refused(read_source, coco)
 
 
+def test_coco_counts_need_no_categories(coco):
+    data = coco_data()
+    expected = known(read_source(f"{coco}@count"))
+    del data["categories"]
+    write_coco(coco, data)
+    assert known(read_source(f"{coco}@count")) == expected == known(read_source(f"{coco}@val2017,count"))
+
+
 def test_coco_is_not_json(coco):
     (coco / "annotations" / "instances_val2017.json").write_text("{")
     assert "is not JSON" in refused(read_source, coco)
@@ -487,7 +496,7 @@ def test_coco_some_annotations_of_no_image(coco, capsys):
     "file, photographs, name",
     [
         ("train/_annotations.coco.json", "train", ""),
-        ("annotations/train.json", "images", ""),
+        ("annotations/train.JSON", "images", ""),
         ("annotations/train.json", "train", ""),
         ("annotations.json", "JPEGImages", "JPEGImages/"),
         ("result.json", "images", "images\\"),
@@ -614,6 +623,17 @@ def test_with_classes(tmp_path):
     left_out = [Sample(path), Sample(path, None, 2), Sample(path, (), 2), Sample(path, (), None)]
     assert with_classes([cat, *left_out, nothing, unknown_count]) == [cat, nothing, unknown_count]
     assert "no photograph has classes" in refused(with_classes, [nothing, *left_out])
+
+
+def test_photographs_of_one_stem_have_labels_of_their_own(tmp_path):
+    folder = labels_csv(tmp_path, "image,classes\ncats/1.png,cat\ndogs/1.png,dog\n")
+    for kind in ("saliency", "classes"):
+        (tmp_path / "labels" / kind).mkdir(parents=True)
+    for sample in read_samples([folder]):
+        cams = np.ones((1, 16, 16), np.float32)
+        write_pseudo_labels(tmp_path / "labels", sample, cams, sample.classes, 16, SPREAD, use_crf=False)
+    found = [read_classes(tmp_path / "labels" / "classes" / f"{name}_1.png", 16).max() for name in ("cats", "dogs")]
+    assert found == [CAT + 1, DOG + 1]
 
 
 def test_unknown_labels_leave_the_count_losses_out(tmp_path):
