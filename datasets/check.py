@@ -14,8 +14,10 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from datasets.ilso import count_instances
 from datasets.images import image_size, read_image
 from datasets.labels import VOC_CLASSES
+from datasets.masks import MaskFile
 from datasets.sources import find_source, merge, read_source
 from utils.cli import Help, InputError, run
 
@@ -86,11 +88,13 @@ def describe(samples, problems):
 
 
 def _inspect(sample, deep):
-    """InputError when the photograph or its mask is unreadable, or the two differ in size."""
+    """InputError when the photograph or its mask is unreadable, the mask all void, or the two differ in size."""
     size = read_image(sample.path).shape[:2] if deep else image_size(sample.path)
     if sample.mask is None:
         return
     mask = sample.mask.read().shape if deep else sample.mask.size()
+    if deep and isinstance(sample.mask, MaskFile):  # 0 and 255 are no instances; COCO may have nothing but crowds
+        count_instances(sample.path, sample)
     if mask != size:
         raise InputError(f"{sample.path} is {size[0]} x {size[1]} but its mask {sample.mask} {mask[0]} x {mask[1]}; "
                          "make them equal")  # fmt: skip

@@ -155,7 +155,7 @@ def read_labels(folder, report=fail, only=None):
     table = find_table(folder)
     if table is None:
         raise InputError(f"there is no {folder / 'labels.csv'}; a data folder needs images/ and labels.csv")
-    rows = _rows(table, report)
+    rows = _rows(table, report, only)
     if not rows:
         raise InputError(f"{table} has no rows below its header; add one row per image")
     images = folder / "images"
@@ -184,7 +184,7 @@ def read_text(path):
     raise InputError(f"{path} is not text; save it again as CSV or text in UTF-8")
 
 
-def _rows(table, report):
+def _rows(table, report, only):
     """[(file and line, {column: cell})] of a table, empty rows left out; of its columns those that are known.
 
     The delimiter is that of the header (``, ; |`` or a tab), or what Excel's line ``sep=;`` says. InputError when the
@@ -208,14 +208,14 @@ def _rows(table, report):
         raise InputError(f"{table} line {reader.line_num} is no row of a table ({error}); mend its quotes") from error
     rows = [(line, row) for line, row in rows if any(row)]
     header, *rows = rows or [(1, [])]
-    places = _columns(header[1], f"{table} line {header[0]}", report)
+    places = _columns(header[1], f"{table} line {header[0]}", report, only)
     return [(f"{table} line {line}", _cells(row, places, len(header[1]))) for line, row in rows]
 
 
-def _columns(header, where, report):
+def _columns(header, where, report, only):
     """{column: its place in the header}; InputError when one that is needed is missing, or is there twice.
 
-    ``report`` gets a Notice when one is missing that other columns may stand for.
+    ``report`` gets a Notice when one is missing that others may stand for.
     """
     names = [name.lower() for name in header]
     places = {}
@@ -226,11 +226,11 @@ def _columns(header, where, report):
         if name:
             places[column] = names.index(name)
     missing = [column for column in COLUMNS if column not in places]
-    if "image" in missing or {"classes", "count"} <= set(missing):
+    if "image" in missing or only in missing or {"classes", "count"} <= set(missing):
         raise InputError(f"{where} lacks the column {' and '.join(missing)}; its header must be {','.join(COLUMNS)}")
     others = [name for place, name in enumerate(header) if name and place not in places.values()]
-    if missing and others:
-        report(Notice(f"{where} has no column {missing[0]}, which is then not known: {', '.join(others)} are not read; "
+    if missing and others and not only:
+        report(Notice(f"{where} has no column {missing[0]}, which is then not known (not read: {', '.join(others)}); "
                       f"its header should be {','.join(COLUMNS)}"))  # fmt: skip
     return places
 

@@ -126,7 +126,8 @@ def _no_layout(path):
 
 
 def _folders_in(path):
-    return sorted(inside for inside in path.iterdir() if inside.is_dir()) if path.is_dir() else []
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(inside for inside in found if inside.is_dir() and not inside.name.startswith("."))
 
 
 def _not_read(path):
@@ -142,9 +143,11 @@ def _not_read(path):
         file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())
         if file.suffix.lower() in TABLES or (file.suffix.lower() == ".txt" and file.stem in stems)
     ]  # fmt: skip
-    names = f"{found[0]}{f' and {len(found) - 1} more files' if found[1:] else ''}" if found else ""
-    return [f"{names} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or move the "
-            "files away"] if found else []  # fmt: skip
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more files" if found[1:] else ""
+    return [f"{found[0]}{more} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or "
+            "move the files away"]  # fmt: skip
 
 
 @_readable()
@@ -170,7 +173,8 @@ def merge(sources, report=fail):
 
     Two files are one photograph when they share the stem and the size and each source knows what the other does not,
     as classes from one and the count from another. The same file may come as often as it likes. Anything else under
-    one stem goes to ``report`` as an InputError that names both, and the later one is left out.
+    one stem goes to ``report`` as an InputError that names both, a Notice where the later one has no labels, and the
+    later one is left out.
     """
     merged, origin = {}, {}
     for name, samples in sources.items():
@@ -226,7 +230,9 @@ def _join(first, second, origin, name):
             if a != b:
                 raise InputError(f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
                                  f"{_known(key, b)}); take only @classes or @count from one of them")  # fmt: skip
-    elif not known[0] or not known[1] or known[0] & known[1]:
+    elif not known[1]:
+        raise Notice(f"{second.path} is left out, as {first.path} shares its name; rename one of them")
+    elif not known[0] or known[0] & known[1]:
         raise InputError(f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
                          "from one source and @count from the other if they are one photograph")  # fmt: skip
     elif image_size(first.path) != image_size(second.path):

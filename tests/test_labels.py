@@ -95,7 +95,7 @@ def test_a_column_left_out_is_not_known(folder, text, expected):
 
 def test_a_column_by_another_name_is_noticed(folder, capsys):
     assert read(folder, ",image,kind,count\n0,a.jpg,cat,1\n")[0].classes is None
-    assert "line 1 has no column classes, which is then not known: kind are not read" in capsys.readouterr().err
+    assert "line 1 has no column classes, which is then not known (not read: kind)" in capsys.readouterr().err
     read(folder, "image,count,\na.jpg,1,\n")
     read(folder, "image,classes,count,note\na.jpg,cat,1,sharp\n")
     assert not capsys.readouterr().err
@@ -242,6 +242,10 @@ def test_only_what_is_asked_for_has_to_be_right(folder):
     assert [sample.count for sample in read_labels(folder, problems.append, only="count")] == [1]
     assert [sample.classes for sample in read_labels(folder, problems.append, only="classes")] == [(7,)]
     assert ["many" in str(problem) for problem in problems] == [True, False]
+    (folder / "labels.csv").write_text("image,count,kind\na.jpg,1,cat\n")
+    assert read_labels(folder, only="count")[0].count == 1, "and no word of the other column"
+    with pytest.raises(InputError, match="line 1 lacks the column classes"):
+        read_labels(folder, only="classes")
 
 
 def test_a_doubled_column(folder):

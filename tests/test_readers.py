@@ -548,6 +548,14 @@ def test_what_is_no_source(ilso, tmp_path):
     assert "two things at once" in refused(read_source, f"{ilso}@train,val")
 
 
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
+    assert f"cannot read {tmp_path} (Permission denied)" in refused(find_source, tmp_path)
+
+
 def test_an_at_sign_in_a_folder_name(ilso):
     ilso.rename(ilso.with_name("mine@home"))
     assert len(read_source(ilso.with_name("mine@home"))) == 3
@@ -579,12 +587,15 @@ def test_the_same_file_may_come_twice(voc):
     assert len(read_samples([voc, f"{voc}@Main/train", voc / "VOC2012" / "JPEGImages"])) == 4
 
 
-def test_photographs_of_one_name_are_not_mixed_up(tmp_path):
+def test_photographs_of_one_name_are_not_mixed_up(tmp_path, capsys):
     a = labels_csv(tmp_path / "a", "image,classes\nx.jpg,cat\n")
     b = labels_csv(tmp_path / "b", "image,count\nx.jpg,1\n", size=(W, H + 1))
     assert "share a name but not a size" in refused(read_samples, [a, b])
     photograph(tmp_path / "c" / "x.jpg")
-    assert "share a name" in refused(read_samples, [a, tmp_path / "c"]), "an unlabelled photograph adds nothing"
+    photograph(tmp_path / "c" / "y.jpg")
+    assert known(read_samples([a, tmp_path / "c"])) == {"x": ((CAT,), None), "y": (None, None)}
+    assert f"{tmp_path}/c/x.jpg is left out, as {a}/images/x.jpg shares its name" in capsys.readouterr().err
+    assert "share a name" in refused(read_samples, [tmp_path / "c", a]), "labels are not left out"
     photograph(tmp_path / "c" / "x.png")
     assert "names x again" in refused(read_samples, [tmp_path / "c"])
 
@@ -669,6 +680,14 @@ def test_check_names_every_problem(tmp_path, capsys):
     assert "images   1" in text and "problems 3" in text
     for problem in ("line 5 has the unknown class 'elk'", "b.jpg is not an image", "c.jpg is 32 x 48 but its mask"):
         assert problem in text, problem
+
+
+def test_check_refuses_masks_without_instances(tmp_path, capsys):
+    folder = labels_csv(tmp_path / "mine", "image,count\na.jpg,1\nb.jpg,1\n")
+    save(regions((255, 3, 3, 9, 9)), folder / "instance_masks" / "a.png")
+    save(regions((1, 3, 3, 9, 9)), folder / "instance_masks" / "b.png")
+    assert check.main([str(folder)]) == 1
+    assert "a.png shows nothing but void" in capsys.readouterr().out
 
 
 def test_check_reads_pixels_unless_quick(tmp_path, capsys):
