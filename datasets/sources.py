@@ -58,6 +58,7 @@ LAYOUTS = (
 )
 
 
+BESIDE = ("labels", "label", "annotations", "Annotations", "ann", "json", "xml")  # where tools put labels
 TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")  # that may hold labels
 FORGET = {"classes": {"count": None, "mask": None}, "count": {"classes": None, "others": (), "mask": None}}
 
@@ -130,19 +131,28 @@ def _folders_in(path):
     return sorted(inside for inside in found if inside.is_dir() and not inside.name.startswith("."))
 
 
+def _files_in(path):
+    return sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else []
+
+
 def _not_read(path):
     """[a sentence] on the label files of other tools in ``path`` and where such tools put them; [] without any."""
-    folders = [path, *(path / name for name in ("images", "labels", "annotations", "Annotations"))]
-    if path.name == "images":
-        folders += [path.parent / "labels", path.parent / "annotations"]
-    if path.parent.name == "images":  # YOLO: labels/train beside images/train
-        folders.append(path.parent.parent / "labels" / path.name)
     stems = {image.stem for image in _images_of(path)} if _has_images(path) else set()
     stems |= {"labels", "annotations", "classes"}
-    found = [
-        file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())
-        if file.suffix.lower() in TABLES or (file.suffix.lower() == ".txt" and file.stem in stems)
-    ]  # fmt: skip
+
+    def may_hold_labels(file):
+        table = file.suffix.lower() in TABLES and file.name != "predictions.json"  # which infer.py writes
+        return table or (file.suffix.lower() == ".txt" and file.stem in stems)
+
+    folders = [path, *(path / name for name in ("images", *BESIDE))]
+    if path.name.lower() in ("images", "imgs", "img", "jpegimages"):
+        folders += [path.parent, *(path.parent / name for name in BESIDE)]
+    if path.parent.name == "images":  # YOLO: labels/train beside images/train
+        folders.append(path.parent.parent / "labels" / path.name)
+    found = [file for folder in folders for file in _files_in(folder) if may_hold_labels(file)]
+    if path.name and path.is_dir():  # COCO: annotations/instances_val2017.json beside val2017/
+        around = _files_in(path.parent) + _files_in(path.parent / "annotations")
+        found += [file for file in around if file.stem.endswith(path.name) and may_hold_labels(file)]
     if not found:
         return []
     more = f" and {len(found) - 1} more files" if found[1:] else ""

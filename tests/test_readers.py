@@ -705,17 +705,24 @@ def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
     """YOLO, labelme, spreadsheets: not read, and told so by trainings and by the check."""
     photograph(tmp_path / "images" / "a.jpg")
     (tmp_path / "labels").mkdir()
-    assert read_samples([tmp_path]) and not capsys.readouterr().err
+    for name in ("images/README.txt", "predictions.json"):
+        (tmp_path / name).touch()
+    assert check.main([str(tmp_path)]) == 0 and read_samples([tmp_path]) and not capsys.readouterr().err
     for folder in (tmp_path, tmp_path / "images", tmp_path / "labels"):
         (folder / file).write_text("{}")
         for source in (tmp_path, tmp_path / "images"):
-            if source != tmp_path / "images" or folder != tmp_path:
-                assert known(read_samples([source])) == {"a": (None, None)}
-                assert f"{folder / file} may hold labels, which are not read" in capsys.readouterr().err
+            assert known(read_samples([source])) == {"a": (None, None)}
+            assert f"{folder / file} may hold labels, which are not read" in capsys.readouterr().err
         assert check.main([str(tmp_path)]) == 1
         (folder / file).unlink()
-    (tmp_path / "images" / "README.txt").touch()
-    assert check.main([str(tmp_path)]) == 0
+
+
+def test_a_coco_file_that_is_not_looked_at_is_named(coco, capsys):
+    file = coco / "annotations" / "instances_val2017.json"
+    for place in (file, coco / "val2017.json"):
+        file = file.rename(place)
+        read_samples([coco / "val2017"])
+        assert f"{place} may hold labels, which are not read" in capsys.readouterr().err
 
 
 def test_photographs_in_other_folders_are_named(tmp_path, capsys):
