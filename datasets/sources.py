@@ -21,6 +21,7 @@ from datasets import coco, ilso, voc
 from datasets.images import image_size, list_images
 from datasets.labels import VOC_CLASSES, Notice, Sample, collect, fail, find_table, read_labels
 from datasets.masks import MaskFile, list_masks
+from datasets.unread import TABLES, folders_in, unread_labels
 from utils.cli import InputError
 
 
@@ -31,9 +32,7 @@ def read_photographs(folder, report=fail, only=None):
     """
     folder = Path(folder)
     inside = folder / "images" if (folder / "images").is_dir() else folder
-    others = [
-        other for other in {folder, *_folders_in(folder), *_folders_in(inside)} - {inside} if _holds_images(other)
-    ]
+    others = [other for other in {folder, *folders_in(folder), *folders_in(inside)} - {inside} if _holds_images(other)]
     if others:
         report(Notice(f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
                       "name the folders one by one"))  # fmt: skip
@@ -58,8 +57,6 @@ LAYOUTS = (
 )
 
 
-BESIDE = ("labels", "label", "annotations", "Annotations", "ann", "json", "xml")  # where tools put labels
-TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")  # that may hold labels
 FORGET = {"classes": {"count": None, "mask": None}, "count": {"classes": None, "others": (), "mask": None}}
 
 
@@ -117,47 +114,13 @@ def _no_layout(path):
     if path.is_file():
         return f"{path} is no photograph and no COCO file; name the folder that holds the photographs and labels.csv"
     text = f"there is no {path / 'labels.csv'} nor another known layout in {path}"
-    folders = _folders_in(path)
+    folders = folders_in(path)
     inside = [folder for folder in folders if _layout(folder)]
-    inside = inside or [folder for outer in folders for folder in _folders_in(outer) if _layout(folder)]
+    inside = inside or [folder for outer in folders for folder in folders_in(outer) if _layout(folder)]
     if inside:
         return f"{text}; name one of the folders in it: {', '.join(map(str, inside))}"
-    text = "; ".join([text, *_not_read(path)])
+    text = "; ".join([text, *unread_labels(path, _stems(path))])
     return f"{text}; name a folder with labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs"
-
-
-def _folders_in(path):
-    found = path.iterdir() if path.is_dir() else ()
-    return sorted(inside for inside in found if inside.is_dir() and not inside.name.startswith("."))
-
-
-def _files_in(path):
-    return sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else []
-
-
-def _not_read(path):
-    """[a sentence] on the label files of other tools in ``path`` and where such tools put them; [] without any."""
-    stems = {image.stem for image in _images_of(path)} if _has_images(path) else set()
-    stems |= {"labels", "annotations", "classes"}
-
-    def may_hold_labels(file):
-        table = file.suffix.lower() in TABLES and file.name != "predictions.json"  # which infer.py writes
-        return table or (file.suffix.lower() == ".txt" and file.stem in stems)
-
-    folders = [path, *(path / name for name in ("images", *BESIDE))]
-    if path.name.lower() in ("images", "imgs", "img", "jpegimages"):
-        folders += [path.parent, *(path.parent / name for name in BESIDE)]
-    if path.parent.name == "images":  # YOLO: labels/train beside images/train
-        folders.append(path.parent.parent / "labels" / path.name)
-    found = [file for folder in folders for file in _files_in(folder) if may_hold_labels(file)]
-    if path.name and path.is_dir():  # COCO: annotations/instances_val2017.json beside val2017/
-        around = _files_in(path.parent) + _files_in(path.parent / "annotations")
-        found += [file for file in around if file.stem.endswith(path.name) and may_hold_labels(file)]
-    if not found:
-        return []
-    more = f" and {len(found) - 1} more files" if found[1:] else ""
-    return [f"{found[0]}{more} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or "
-            "move the files away"]  # fmt: skip
 
 
 @_readable()
@@ -170,7 +133,7 @@ def read_source(source, report=fail):
     source = source if isinstance(source, Source) else find_source(source)
     options = {"split": source.split} if source.split else {}
     if source.layout.name in ("photographs", "ILSO"):
-        for text in _not_read(source.path):
+        for text in unread_labels(source.path, _stems(source.path)):
             report(Notice(text))
     samples = source.layout.read(source.path, report=report, only=source.only, **options)
     if source.only:
@@ -258,6 +221,10 @@ def _known(key, value):
 def _images_of(folder):
     inside = Path(folder) / "images"
     return list_images(inside if inside.is_dir() else folder)
+
+
+def _stems(path):
+    return {image.stem for image in _images_of(path)} if _has_images(path) else set()
 
 
 def _has_images(path):
