@@ -19,11 +19,11 @@ from datasets.images import image_size, read_image
 from datasets.labels import VOC_CLASSES
 from datasets.masks import MaskFile
 from datasets.sources import find_source, merge, read_source
-from utils.cli import Help, InputError, run
+from utils.cli import InputError, Parser, run
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="python -m datasets.check", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m datasets.check", description=__doc__)
     parser.add_argument("sources", nargs="+", metavar="DIR", help="what --data takes: PATH or PATH@OPTION[,OPTION]")
     parser.add_argument("--quick", action="store_true", help="read headers of pictures only: not all damage is seen")
     parser.add_argument("--deep", action="store_true", help=argparse.SUPPRESS)  # the default, once to be asked for

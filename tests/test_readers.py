@@ -777,6 +777,10 @@ def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
     assert check.main([str(tmp_path / "absent")]) == 2
 
 
+def test_check_with_an_unknown_option():
+    assert "unrecognized arguments: --fast" in refused(check.main, ["x", "--fast"])
+
+
 def test_check_as_a_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "datasets.check", tmp_path], capture_output=True, text=True,
                           cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # fmt: skip
