@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from datasets.images import list_images
+from datasets.labels import Notice, fail
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
 from utils import hparams
@@ -95,7 +96,14 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     _check_options(args)
     problems = []
-    gt_masks, photographs = _ground_truth(args, problems.append)
+
+    def report(error):
+        if isinstance(error, Notice):
+            fail(error)  # which prints it
+        else:
+            problems.append(error)
+
+    gt_masks, photographs = _ground_truth(args, report)
     if args.pred:
         methods = measure_files(args, gt_masks, problems.append)
     else:

@@ -328,7 +328,7 @@ def make_labels(args, samples, device):
             image = to_tensor(load_square(sample.path, CAM_SIZE))[None].to(device)
             cams = activations(model, image, sample.classes, args)[0].cpu().numpy()
             pool.submit(
-                pseudo_labels.write_pseudo_labels, folder, sample.path, cams, sample.classes, args.size, thresholds,
+                pseudo_labels.write_pseudo_labels, folder, sample, cams, sample.classes, args.size, thresholds,
                 not args.no_crf,
             )  # fmt: skip
 

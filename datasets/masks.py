@@ -92,7 +92,7 @@ def read_instance_mask(path):
 
 def is_coloured(path):
     """Whether the labels of ``read_instance_mask`` are made from colours, and not numbers that the picture holds."""
-    picture = _read(path)
+    picture = load(path)
     if len(picture.getbands()) < 2:
         return False
     colours = np.asarray(picture.convert("RGB"))
@@ -145,13 +145,15 @@ def decode_rle(rle):
 def decode_polygons(polygons, shape):
     """Decode COCO polygons, a list of outlines [x, y, x, y, ...] in pixels, to a bool mask of ``shape`` (H, W).
 
-    ValueError for an outline of fewer than three points or with a coordinate that is not finite.
+    ValueError for an outline of fewer than three points, with a coordinate that is not finite or with shares of 1.
     """
     height, width = shape
     # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
     outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in polygons]
     if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
         raise ValueError("a polygon needs three points or more")
+    if max(outline.max() for outline in outlines) <= 1:
+        raise ValueError("its points are shares of the image, not pixels")
     runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
     union = pycocotools.mask.merge(runs)
     return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})

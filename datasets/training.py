@@ -38,8 +38,8 @@ def pseudo_maps_can_be_made(sample):
 def with_classes(samples):
     """The samples that activation maps can be made of; InputError when there are none.
 
-    Left out are those whose classes are not known, and those that show only objects of no known class: their
-    pseudo mask would call these objects background.
+    Left out are those whose classes are not known, and those of no known class unless their count is 0: their pseudo
+    mask would call what they show background.
     """
     chosen = [sample for sample in samples if pseudo_maps_can_be_made(sample)]
     if not any(sample.classes for sample in chosen):
@@ -149,7 +149,10 @@ def on_grid(name, labels):
 
 def read_map(path):
     """An 8-bit label map as uint8 [H,W]; InputError when it is missing or broken."""
-    labels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+    try:  # not cv2.imread, which crashes on names that are not UTF-8
+        labels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
+    except (OSError, cv2.error):  # the latter for an empty file
+        labels = None
     if labels is None:
         raise InputError(f"the label map {path} is missing or broken; run the labels stage again")
     return labels

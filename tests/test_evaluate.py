@@ -32,7 +32,7 @@ from datasets.masks import (
 )
 from datasets.sources import list_ground_truth
 from models.wsid_net import NetConfig, WSIDNet, save_weights
-from utils import checkpoint
+from utils import checkpoint, provenance
 from utils.cli import InputError
 from utils.metrics import ImageResult
 from utils.report import SIDE, format_page, rank_images, tint
@@ -433,7 +433,7 @@ def test_bad_label_maps(folder, label_maps, capsys, change, message):
         ({"b.png": np.zeros((13, 20), np.uint8)}, "b.png is 13 x 20 but the mask"),
         ({"b.png": instance_map((0, 0, 2, 2))}, "scores.csv has no score for the label 1 of b.png"),
         ({"b.png": np.stack(3 * [instance_map()], -1) + np.uint8([0, 1, 9])}, "b.png is a picture in colours"),
-        ({"b.png": "no picture"}, "b.png is not a picture"),
+        ({"b.png": "no picture"}, "b.png is not an image that can be read"),
     ],
 )
 def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys, change, message):
@@ -703,10 +703,9 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
 
 def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     run = folder / "run"
-    branches = {"settings": {"lr": 0.5, "canny": "auto"}, "inputs": {"labels": "0123456789abcdef"}}
-    for stage, settings in (("branches", branches), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
+    for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
         (run / stage).mkdir(parents=True)
-        (run / stage / "config.json").write_text(json.dumps(settings))
+        provenance.bind(run / stage, settings, {"a photograph": "0123456789abcdef"})
     numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--log", run)
     capsys.readouterr()
     events = EventAccumulator(str(run / "val" / "w (wsid)")).Reload()
@@ -718,7 +717,7 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     assert events.Scalars("pooled mAP@0.7")[0].value == numbers["mAP"]["pooled"]["0.7"] == 1
     assert "holds no settings of a training" in failure(capsys, "--data", folder, "--log", folder)
     (run / "branches" / "config.json").write_text("{")
-    assert "config.json is not readable" in failure(capsys, "--data", folder, "--log", run)
+    assert "config.json does not say what the folder was made from" in failure(capsys, "--data", folder, "--log", run)
 
 
 @pytest.fixture(scope="module")
