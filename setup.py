@@ -70,7 +70,7 @@ def operators():
         sys.exit(f"FORCE_CUDA=1 was given, but there is no toolkit for a PyTorch of CUDA {torch.version.cuda}; set "
                  "CUDA_HOME to a folder of that major version that holds bin/nvcc, include/ and lib64/libcudart.so")
     if found := compiler():
-        os.environ["CXX"] = shlex.join(found)  # for compiling and for linking
+        os.environ.setdefault("CXX", found[0])  # for compiling and for linking
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
@@ -85,7 +85,8 @@ def operators():
                 extension.extra_compile_args["cxx"].remove("-fopenmp")
                 extension.extra_link_args.remove("-fopenmp")
             # What is built tells what it was built from, and is built again where that has changed.
-            said = f'// For PyTorch {torch.__version__}.\n#define WSID_SOURCES "{sources_digest()}"\n'
+            how = f"// For PyTorch {torch.__version__}: {extension.sources} {extension.extra_compile_args}\n"
+            said = how + f'#define WSID_SOURCES "{sources_digest()}"\n'
             header = Path(self.build_temp, "built_from.h").resolve()
             header.parent.mkdir(parents=True, exist_ok=True)
             if not header.exists() or header.read_text() != said:

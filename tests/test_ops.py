@@ -318,7 +318,7 @@ def test_a_gradient_has_no_gradient_of_its_own():
                 (grad,) = torch.autograd.grad(reduce(of(leaf)), leaf, create_graph=True)
                 assert grad.any()
                 with pytest.raises(RuntimeError, match="once|twice|does not require grad"):
-                    torch.autograd.grad(grad.square().sum(), leaf)
+                    grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -675,16 +675,14 @@ def everything(boundary, labels, field, x, features, radius):
 
 @only_compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("radius, height, width", [(14, 14, 6), (14, 6, 14), (26, 16, 16), (5, 1, 1), (2, 1, 9),
-                                                   (3, 9, 1), (33, 2, 18), (64, 1, 40), (64, 40, 1), (64, 5, 7)])
+@pytest.mark.parametrize("radius, height, width", [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9),
+                                                   (3, 9, 1), (33, 1, 20), (33, 20, 1)])
 def test_compiled_equals_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
-    """On maps narrower than the radius; of values in their range, at its ends, beyond it, and of none at all."""
+    """On maps narrower than the radius; of values at the ends of their range, beyond it, and of none at all."""
     labels = some_labels(2, height, width)
-    draws = {"in range": rand(2, height, width), "ends": rand(2, height, width).round(),
-             "zero": torch.zeros(2, height, width), "one": torch.ones(2, height, width),
-             "beyond": 100 * rand(2, height, width) - 50}  # fmt: skip
+    draws = {"ends": rand(2, height, width).round(), "beyond": 100 * rand(2, height, width) - 50}
     for name in (*draws, "nan", "inf"):
-        boundary = draws.get(name, draws["in range"]).to(dtype)
+        boundary = draws.get(name, rand(2, height, width)).to(dtype)
         field = (3 * torch.randn(2, 2, height, width, generator=generator())).to(dtype)
         x = rand(2, 2, height, width, seed=1, dtype=dtype)
         features = torch.randn(2, 3, height, width, generator=generator()).to(dtype)
