@@ -677,7 +677,7 @@ def everything(boundary, labels, field, x, features, radius):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("radius, height, width", [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9),
                                                    (3, 9, 1), (33, 1, 20), (33, 20, 1)])
-def test_compiled_equals_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
+def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
     """On maps narrower than the radius; of values at the ends of their range, beyond it, and of none at all."""
     labels = some_labels(2, height, width)
     draws = {"ends": rand(2, height, width).round(), "beyond": 100 * rand(2, height, width) - 50}
