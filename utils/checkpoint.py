@@ -68,11 +68,14 @@ def load_newest(path, device="cpu"):
             state = load(candidate, device)
             if not is_finite(state):
                 raise InputError(f"{candidate} holds numbers that are not finite; delete its folder to start anew")
-            return state
         except InputError as error:
             if candidate is there[-1]:
                 raise
             print(f"{error}; going on from the one before it", file=sys.stderr)
+            continue
+        if candidate != path:
+            path.unlink(missing_ok=True)  # the next save would keep it in the place of this one
+        return state
     return None
 
 

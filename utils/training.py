@@ -190,7 +190,7 @@ def train(model, dataset, losses, schedule, *, folder, config, device, writer=No
                     scalars = {"lr": rate, "images_per_second": speed, "gradient_norm": norm} | _memory(device)
                     for key, scalar in (terms | scalars).items():
                         writer.add_scalar(f"{name}/{key}", scalar, step)
-            if show and writer and (step + 1) % sampler.per_epoch == 0:
+            if show and writer and (step + 1) % sampler.per_epoch == 0 and not stopped.is_set():
                 model.eval()
                 with torch.no_grad():
                     show(model, writer, step + 1)
