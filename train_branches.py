@@ -131,7 +131,7 @@ def main(argv=None):
     args.canny = parse_canny(args.canny)
     args.start = starting_network(args.init)
     if args.refresh and not args.start:
-        raise InputError(f"--refresh {args.refresh} needs the network that a training goes on from; give a FILE to --init")
+        raise InputError(f"--refresh {args.refresh} needs the network a training goes on from; give a FILE to --init")
     if args.stage in ADDED and not args.start:
         raise InputError(f"--stage {args.stage} goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)

@@ -4,7 +4,6 @@ Every random choice comes from (seed, epoch, index), never from a generator that
 was killed and started again sees exactly the images it would have seen.
 """
 
-import errno
 import multiprocessing
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,6 +266,9 @@ def _raising(batches):
 def _sentence(error):
     """What an error about the loader's processes means, as the sentence of an InputError; None for other errors."""
     message = str(error)
+    for lack in ("Too many open files", "Cannot allocate memory", "Resource temporarily unavailable"):
+        if lack in message:
+            return f"the machine does not bear the processes that load images ({lack}); give fewer --workers, or 0"
     if "out of shared memory" in message or "</torch_" in message:
         return (
             "the shared memory (/dev/shm) does not hold the batches that the loader's processes prepare; give "
@@ -277,6 +279,4 @@ def _sentence(error):
             "a process that loads images died, mostly because the memory did not suffice; give fewer --workers "
             "(0 loads in the script's own process), and the same command continues"
         )
-    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE):
-        return f"the machine does not bear the processes that load images ({error.strerror}); give fewer --workers"
     return None

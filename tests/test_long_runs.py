@@ -247,6 +247,10 @@ def full(image, maps, count):
     raise RuntimeError("unable to write to file </torch_8_1_0>: No space left on device (28)")
 
 
+def crowded(image, maps, count):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
 def killed(image, maps, count):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -256,6 +260,7 @@ def killed(image, maps, count):
     [
         (None, r"^the image .*photo3.png is truncated or damaged \(.*\); copy it again or leave it out$"),
         (full, r"^the shared memory .* give --workers 0 or fewer, .* --shm-size"),
+        (crowded, r"^the machine does not bear the processes that load images .* give fewer --workers"),
         (killed, r"^a process that loads images died, .* give fewer --workers"),
     ],
 )
