@@ -17,10 +17,10 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from datasets import pseudo_labels
 from datasets.training import (
@@ -41,6 +41,7 @@ from models.losses import (
     boundary_loss,
     centroid_loss,
     counted_centroid_loss,
+    divisors,
     number_loss,
     subitizing_loss,
 )
@@ -48,8 +49,9 @@ from models.opinion import SecondOpinion
 from models.pts import blend
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint, digest, distributed, provenance, visualize
-from utils.cli import Help, InputError, make_folder, run
+from utils.cli import InputError, Parser, integer, make_folder, number, run
 from utils.parallel import WorkerPool
+from utils.progress import tqdm
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 STAGES = ("cam", "labels", "branches", "saliency")
@@ -58,14 +60,22 @@ ADDED = ("number", "opinion")  # to a network that is there
 
 def input_size(text):
     """The value of --size, an input square that the backbones can halve five times; InputError for others."""
-    size = int(text)
+    size = int(text) if text.isdecimal() else 0
     if size < 64 or size % 32:
-        raise InputError(f"--size {size} does not fit the backbones; give a multiple of 32, at least 64")
+        raise InputError(f"--size {text} does not fit the backbones; give a multiple of 32, at least 64")
     return size
 
 
+def group_width(text):
+    """The value of --channels, which group normalisation divides by four."""
+    channels = integer(4)(text)
+    if channels % 4:
+        raise argparse.ArgumentTypeError(f"{text!r} does not fit; give a multiple of 4, for group normalisation")
+    return channels
+
+
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__)
     run_ = parser.add_argument_group("run")
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
@@ -79,7 +89,7 @@ def get_args_parser():
     net.add_argument("--backbone-weights", type=Path, help="local ImageNet weights instead of the download")
     net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
     net.add_argument("--size", type=input_size, default=512, help="input square, pixels")
-    net.add_argument("--channels", type=int, default=256, help="width of the CA module and the ASPP")
+    net.add_argument("--channels", type=group_width, default=256, help="width of the CA module and the ASPP")
     net.add_argument("--no-ca", action="store_true", help="without cross-layer attention (= --no-cfm --ma none)")
     net.add_argument("--no-cfm", action="store_true", help="without cross-layer feature mixing")
     net.add_argument("--ma", choices=MutualAttention.ORDERS, default="parallel", help="mutual attention")
@@ -89,33 +99,36 @@ def get_args_parser():
     net.add_argument("--no-crf", action="store_true", help="saliency pseudo masks without the CRF (Table 7)")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
-    schedule.add_argument("--epochs", type=int, default=5, help="of each stage that trains")
-    schedule.add_argument("--batch-size", type=int, default=6, help="photographs a step")
-    schedule.add_argument("--lr", type=float, default=0.01, help="initial learning rate of the new layers")
+    schedule.add_argument("--epochs", type=integer(1), default=5, help="of each stage that trains")
+    schedule.add_argument("--batch-size", type=integer(1), default=6, help="photographs a step")
+    schedule.add_argument("--lr", type=number(None, above=0), default=0.01,
+                          help="initial learning rate of the new layers")  # fmt: skip
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
                           help="adamw moves V in a tenth of the iterations, at an --lr near 0.001")  # fmt: skip
-    schedule.add_argument("--backbone-lr", type=float, default=0.1, help="times --lr for the pretrained layers")
+    schedule.add_argument("--backbone-lr", type=number(0), default=0.1, help="times --lr for the pretrained layers")
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
     schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
                           help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
                           "weights.pt of a network that goes on, on other data or at another --size")  # fmt: skip
-    schedule.add_argument("--refresh", type=float, default=0.0, metavar="ALPHA",
+    schedule.add_argument("--refresh", type=number(0, below=1), default=0.0, metavar="ALPHA",
                           help="share of the weights in --init FILE that stays in the result (Eq. 8)")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
-    labels.add_argument("--cam-scales", type=float, nargs="+", default=[1.0, 0.5, 1.5, 2.0],
+    labels.add_argument("--cam-scales", type=number(None, 8, above=0), nargs="+", default=[1.0, 0.5, 1.5, 2.0],
                         help="sizes of a photograph whose activations are averaged")  # fmt: skip
     labels.add_argument("--plain-cam", action="store_true", help="activations as they are, not spread over likes [IRN]")
     labels.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of another run (its labels/) instead of making some")  # fmt: skip
-    labels.add_argument("--radius", type=int, default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels")
-    labels.add_argument("--lsu-weight", type=float, default=0.02, help="of L_su beside L_B and L_V")
-    labels.add_argument("--counted-weight", type=float, default=0.1,
+    labels.add_argument("--radius", type=integer(1, 64), default=10,
+                        help="of pixel pairs in L_B and L_V, stride-4 pixels")  # fmt: skip
+    labels.add_argument("--lsu-weight", type=number(0), default=0.02, help="of L_su beside L_B and L_V")
+    labels.add_argument("--counted-weight", type=number(0), default=0.1,
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
-    labels.add_argument("--paste", type=float, default=0.0,
+    labels.add_argument("--paste", type=number(0, 3), default=0.0,
                         help="objects pasted from other photographs into each; branches only")  # fmt: skip
-    labels.add_argument("--odds", type=float, nargs=3, metavar=("S", "OPINION", "PRIOR"), default=SecondOpinion.ODDS,
+    labels.add_argument("--odds", type=number(None), nargs=3, metavar=("S", "OPINION", "PRIOR"),
+                        default=SecondOpinion.ODDS,
                         help="how the stage opinion pools the odds of S and of its own")  # fmt: skip
     add_machine_arguments(parser)
     return parser
@@ -124,11 +137,9 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     args.canny = parse_canny(args.canny)
-    if not 0 <= args.paste <= 3:
-        raise InputError(f"--paste {args.paste} is no usual number of objects; give 0 to 3")
     args.start = starting_network(args.init)
-    if not 0 <= args.refresh < 1 or (args.refresh and not args.start):
-        raise InputError(f"--refresh {args.refresh} is not understood; give 0 or more, below 1, and a FILE to --init")
+    if args.refresh and not args.start:
+        raise InputError(f"--refresh {args.refresh} needs the network a training goes on from; give a FILE to --init")
     if args.stage in ADDED and not args.start:
         raise InputError(f"--stage {args.stage} goes on from a network; name its weights.pt with --init")
     device = prepare_machine(args)
@@ -381,10 +392,13 @@ def bandwidth(progress, size):
     return (12.0 if progress < 0.5 else 6.0) * size / 512
 
 
-def edges_and_instances(image, maps, count, canny):
-    """What else the branches need of a photograph: its edges, and its counted instances on the stride-4 grid."""
+def edges_and_instances(image, maps, count, canny, radius):
+    """What else the branches need of a photograph: its edges, its counted instances on the stride-4 grid, and what
+    their losses divide by."""
     instances = counted_instances(maps["pseudo_classes"], count)
-    return {"edges": canny_edges(image, mode=canny)[None], "instances": instances}
+    labels = (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
+    by = divisors(*(torch.from_numpy(label)[None] for label in labels), radius)
+    return {"edges": canny_edges(image, mode=canny)[None], "instances": instances, "divisors": by[0].numpy()}
 
 
 def train_branches(args, samples, device):
@@ -394,23 +408,24 @@ def train_branches(args, samples, device):
     start = initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
-    derive = partial(edges_and_instances, canny=args.canny)
+    derive = partial(edges_and_instances, canny=args.canny, radius=args.radius)
     dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, derive=derive, seed=args.seed)
 
     def losses(model, batch, progress):
         maps = model(batch["image"], batch["edges"])
         boundary, offsets = (m.float() for m in maps[:2])  # the losses are too fine for bfloat16
-        classes = batch["pseudo_classes"]
+        classes, (pairs, speaking, number) = batch["pseudo_classes"], batch["divisors"].split((3, 1, 1))
         terms = {
-            "boundary": boundary_loss(boundary, classes, args.radius),
-            "centroid": centroid_loss(offsets, classes, args.radius),
+            "boundary": boundary_loss(boundary, classes, args.radius, pairs),
+            "centroid": centroid_loss(offsets, classes, args.radius, pairs),
         }
         if not args.no_lsu:
             salient = batch["pseudo_saliency"] > 0.5
             seed = args.seed + int(progress * 1e9)
-            count = subitizing_loss(offsets, salient, batch["count"], bandwidth(progress, args.size), seed=seed)
+            width = bandwidth(progress, args.size)
+            count = subitizing_loss(offsets, salient, batch["count"], width, seed=seed, speaking=speaking[0])
             terms["subitizing"] = args.lsu_weight * count
-            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, batch["instances"])
+            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, batch["instances"], number[0])
         return terms
 
     settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",

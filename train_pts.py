@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from datasets.images import list_images
 from datasets.labels import Sample
@@ -32,8 +31,9 @@ from models.pts import instance_label, pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
 from train_branches import input_size, saliency_losses
 from utils import checkpoint, digest, distributed, provenance, visualize
-from utils.cli import Help, InputError, make_folder, run
+from utils.cli import InputError, Parser, integer, make_folder, number, run
 from utils.parallel import WorkerPool
+from utils.progress import tqdm
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 # Masks for labels are cut as they were where PTS was measured; what newer ways to cut are worth there is not.
@@ -41,7 +41,7 @@ MEASURED = ("share=peak", "background=0.5", "likeness=0")
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__)
     run_ = parser.add_argument_group("run")
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs; without classes (PATH@count) they need no pseudo masks")  # fmt: skip
@@ -50,19 +50,19 @@ def get_args_parser():
     run_.add_argument("--size", type=input_size, help="input square, pixels; default: that of the run's network")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
-    schedule.add_argument("--iters", type=int, default=6, help="iterations R of Algorithm 1")
-    schedule.add_argument("--epochs", type=int, default=8, help="epochs E of each iteration; 0 labels alone")
-    schedule.add_argument("--batch-size", type=int, default=6, help="photographs a step")
-    schedule.add_argument("--lr", type=float, default=1e-4, help="at the start of each iteration")
+    schedule.add_argument("--iters", type=integer(1), default=6, help="iterations R of Algorithm 1")
+    schedule.add_argument("--epochs", type=integer(0), default=8, help="epochs E of each iteration; 0 labels alone")
+    schedule.add_argument("--batch-size", type=integer(1), default=6, help="photographs a step")
+    schedule.add_argument("--lr", type=number(None, above=0), default=1e-4, help="at the start of each iteration")
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the saliency branch")
-    schedule.add_argument("--backbone-lr", type=float, default=1.0, help="times --lr for the pretrained layers")
+    schedule.add_argument("--backbone-lr", type=number(0), default=1.0, help="times --lr for the pretrained layers")
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
-    labels.add_argument("--keep", type=float, default=1 / 3,
+    labels.add_argument("--keep", type=number(0, below=1), default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
-    labels.add_argument("--odds", type=float, nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
+    labels.add_argument("--odds", type=number(None), nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
                         help="instead: the odds of both, to these powers, multiply, for first masks made with "
                         "--no-crf; 0.6 1.7 -0.5 fit the bundled network without its second opinion")  # fmt: skip
     labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
@@ -77,10 +77,6 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     args.fusion = Fusion.of([*MEASURED, *args.fusion])
-    if not 0 <= args.keep < 1:
-        raise InputError(f"--keep {args.keep} is no share; give 0 or more, below 1")
-    if args.iters < 1:
-        raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
     if args.odds:
         require_unrefined(first_labels(args))
     device = prepare_machine(args)

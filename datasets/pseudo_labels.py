@@ -14,6 +14,7 @@ from datasets.crf import refine_labels, refine_saliency
 from datasets.labels import IGNORE
 from datasets.training import load_square, resize
 from utils import checkpoint
+from utils.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ def is_untold(folder, stem):
 
 
 def write_pseudo_labels(folder, sample, cams, classes, size, thresholds, use_crf):
-    """Make and write both maps of the photograph of a Sample; cams: float [C,h,w] in 0..1 on any grid."""
+    """Make and write both maps of the photograph of a Sample; cams: float [C,h,w] in 0..1 on any grid.
+
+    InputError for activations that are not finite, which would come out as a mask of nothing.
+    """
+    if not np.isfinite(cams).all():
+        raise InputError(f"the activations of {sample.path} are not finite; train the stage cam again, at a lower --lr")
     image = load_square(sample.path, size)
     cams = np.stack([resize(cam.astype(np.float32), size) for cam in cams]) if len(cams) else np.zeros((0, size, size))
     saliency = saliency_mask(image, cams, thresholds, use_crf)

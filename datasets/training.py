@@ -4,19 +4,21 @@ Every random choice comes from (seed, epoch, index), never from a generator that
 was killed and started again sees exactly the images it would have seen.
 """
 
-import signal
+import multiprocessing
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from datasets.copy_paste import FIRST, cut_out, paste
 from datasets.images import read_image
 from datasets.sources import merge, read_source
 from utils import distributed
 from utils.cli import InputError
+from utils.parallel import leave_signals_to_parent
 
 cv2.setNumThreads(0)  # the loader's processes are the parallelism
 
@@ -207,28 +209,82 @@ class ShareOfBatches:
 
 
 class _ByEpoch(Dataset):
-    """Lets the sampler say which epoch an item is drawn for."""
+    """Lets the sampler say which epoch an item is drawn for. An InputError is returned, for ``_collate``."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __getitem__(self, key):
         self.dataset.epoch, index = key
-        return self.dataset[index]
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            return error
 
 
-def _outlive_sigterm(_):
-    """Schedulers send SIGTERM to every process of a job: the first one saves and then ends the others itself."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin(_):
+    leave_signals_to_parent()  # before it ends the loader's processes, the training saves
 
 
+def _collate(items):
+    """A batch; or the InputError of an item, which would not pass between processes as the one sentence it is."""
+    errors = [item for item in items if isinstance(item, InputError)]
+    return errors[0] if errors else default_collate(items)
+
+
+@contextmanager
 def training_loader(dataset, *, batch_size, epochs, workers, start=0, pin=False):
-    """A DataLoader over all epochs of ``dataset`` from iteration ``start`` on, for this process's share of a batch.
+    """Within it, an iterator over all epochs of ``dataset`` from iteration ``start`` on: this process's share of each
+    batch, a dict of tensors.
 
-    pin: whether batches come in memory that a GPU copies from while it computes.
+    pin: whether batches come in memory that a GPU copies from while it computes. Iterating raises the InputError that
+    loading an image raised. What happens to the loader's processes (``workers``) is an InputError wherever in the block
+    it comes to light, and they end with the block, whatever ends that.
     """
     sampler = ResumableSampler(len(dataset), batch_size, epochs, dataset.seed, start)
-    return DataLoader(
+    loader = DataLoader(
         _ByEpoch(dataset), batch_sampler=ShareOfBatches(sampler), num_workers=workers, pin_memory=pin,
-        worker_init_fn=_outlive_sigterm,
+        collate_fn=_collate, worker_init_fn=_begin,
     )  # fmt: skip
+    others, batches = set(multiprocessing.active_children()), None
+    try:
+        batches = iter(loader)
+        yield _raising(batches)
+    except (RuntimeError, OSError) as error:
+        if sentence := _sentence(error):
+            raise InputError(sentence) from error
+        raise
+    finally:
+        try:
+            if batches and workers:
+                # At once: a traceback would keep the iterator alive, and Python waits for the processes when it ends.
+                batches._shutdown_workers()
+        finally:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+
+
+def _raising(batches):
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _sentence(error):
+    """What an error about the loader's processes means, as the sentence of an InputError; None for other errors."""
+    message = str(error)
+    for lack in ("Too many open files", "Cannot allocate memory", "Resource temporarily unavailable"):
+        if lack in message:
+            return f"the machine does not bear the processes that load images ({lack}); give fewer --workers, or 0"
+    if "out of shared memory" in message or "</torch_" in message:
+        return (
+            "the shared memory (/dev/shm) does not hold the batches that the loader's processes prepare; give "
+            "--workers 0 or fewer, or start the container with more, such as --shm-size 8g (Docker) or --ipc host"
+        )
+    if "DataLoader worker" in message and ("killed by signal" in message or "exited unexpectedly" in message):
+        return (
+            "a process that loads images died, mostly because the memory did not suffice; give fewer --workers "
+            "(0 loads in the script's own process), and the same command continues"
+        )
+    return None

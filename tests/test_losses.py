@@ -14,6 +14,7 @@ from models.losses import (
     centroid_count,
     centroid_loss,
     counted_centroid_loss,
+    divisors,
     number_loss,
     subitizing_loss,
 )
@@ -118,6 +119,41 @@ def test_counted_centroid_loss_is_the_distance_to_the_centres():
     assert off.grad[1].abs().max() == 0 and (off.grad[0].abs().sum(0) > 0)[instances[0] == 1].all()
     assert not off.grad[0][:, instances[0] == 0].any()
     assert counted_centroid_loss(off, instances * 0).item() == 0
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts):
+    """Of every loss, also where the parts differ in size and in what they hold, down to nothing."""
+    torch.manual_seed(0)
+    boundary, offsets = torch.rand(5, 1, 16, 20, dtype=torch.double), 3 * torch.randn(5, 2, 16, 20, dtype=torch.double)
+    labels = torch.randint(0, 3, (5, 4, 5)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels[1], labels[2, :8], labels[4] = 0, 255, 255
+    salient, counts = labels == 1, torch.tensor([2.0, 1.0, 0.0, 3.0, 1.0])
+    instances = torch.where(labels < 3, labels, 0)
+    by = divisors(labels, salient, counts, instances, 3)
+    assert by[:, 3].tolist() == [1, 0, 0, 1, 0] and by[:, 4].tolist() == [2, 0, 2, 2, 0] and not by[4].any()
+
+    whole = boundary, offsets, labels, salient, counts, instances
+
+    def gradients(parts, means):
+        for maps in (boundary, offsets):
+            maps.grad = None
+            maps.requires_grad_()
+        total = torch.zeros(4, dtype=torch.double)
+        for b, v, y, s, t, k in zip(*(tensor.tensor_split(parts) for tensor in whole), strict=True):
+            terms = (
+                boundary_loss(b, y, 3, means and by.mean(0)[:3]),
+                centroid_loss(v, y, 3, means and by.mean(0)[:3]),
+                subitizing_loss(v, s, t, 2.0, subset=99, speaking=means and by.mean(0)[3]),
+                counted_centroid_loss(v, k, means and by.mean(0)[4]),
+            )
+            weighted = torch.stack(terms) * len(y) / 5
+            weighted.sum().backward()
+            total += weighted.detach()
+        return total, boundary.grad, offsets.grad
+
+    for one, divided in zip(gradients(1, None), gradients(parts, True), strict=True):
+        assert one.any() and torch.allclose(one, divided, rtol=1e-5, atol=1e-9)
 
 
 def two_discs():

@@ -346,6 +346,21 @@ def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_p
     assert checkpoint.load(tmp_path / "again" / "weights.pt")["config"] == after["config"], "it is kept"
 
 
+def test_accumulate_learns_what_the_whole_batch_does(trained, data, tmp_path):
+    """Up to rounding, in the branches, whose losses divide by counts of what a part shows; 3 + 2 photographs."""
+    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--stage", "branches"]
+    ends = []
+    for parts in ("1", "2"):
+        more = ["--out", tmp_path / parts, "--batch-size", "5", "--lr", "0.1", "--accumulate", parts]
+        assert call(train_branches.main, *options, *more) == 0
+        ends.append(checkpoint.load(tmp_path / parts / "branches" / "checkpoint.pt"))
+    a, b = (end["optimizer"]["state"] for end in ends)  # the momentum: a sum of the gradients
+    for key in a:
+        one, other = a[key]["momentum_buffer"], b[key]["momentum_buffer"]
+        assert (one - other).norm() <= 0.01 * one.norm() + 1e-6
+    assert ends[0]["step"] == 2
+
+
 def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
     message = capsys.readouterr().err
@@ -365,6 +380,14 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
+        *[([name, value], f"argument {name}: '{value}'") for name, values in {
+            "--epochs": "0 -3 two", "--batch-size": "0 -2", "--lr": "0 -1 nan inf", "--backbone-lr": "-1 nan",
+            "--channels": "0 10 -4", "--radius": "0 65", "--lsu-weight": "-1 nan", "--counted-weight": "-1",
+            "--cam-scales": "0 -1 nan", "--refresh": "1 -0.1", "--paste": "4 nan", "--workers": "-1", "--gpu": "-2",
+            "--accumulate": "0", "--seed": "-1", "--save-seconds": "-1 nan"}.items() for value in values.split()],
+        (["--odds", "nan", "1", "1"], "argument --odds: 'nan'"),
+        (["--accumulate", "3"], "--accumulate 3 asks for more parts than images"),
+        (["--size", "many"], "--size many"),
     ],
 )
 def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words):
@@ -377,8 +400,9 @@ def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words)
     "arguments, words",
     [
         ([], "run train_branches.py"),
-        (["--keep", "1"], "--keep 1.0 is no share"),
-        (["--iters", "0"], "--iters 0"),
+        *[([name, value], f"argument {name}: '{value}'") for name, values in {
+            "--iters": "0", "--epochs": "-1", "--batch-size": "0", "--lr": "0 nan", "--backbone-lr": "-1",
+            "--keep": "1 -1 nan", "--workers": "-1", "--gpu": "-2"}.items() for value in values.split()],
         (["--fusion", "sharpness=3"], "--fusion sharpness=3"),
     ],
 )

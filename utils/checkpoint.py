@@ -41,6 +41,14 @@ def load(path, device="cpu"):
         raise InputError(f"{path} is not a readable weights file; train or copy it again") from error
 
 
+def is_finite(state):
+    """Whether all numbers in the tensors of ``state``, dicts and lists of whatever depth, are finite."""
+    if isinstance(state, torch.Tensor):
+        return not state.is_floating_point() or state.isfinite().all().item()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return all(map(is_finite, values))
+
+
 def save_newest(state, path):
     """``save``, keeping what was at ``path`` beside it as <stem>_before.pt."""
     if path.exists():
@@ -49,18 +57,25 @@ def save_newest(state, path):
 
 
 def load_newest(path, device="cpu"):
-    """What ``save_newest`` wrote last, or before that when the newest file is damaged or missing; None without one.
+    """What ``save_newest`` wrote last, or before that when the newest file is missing, damaged or not finite; None
+    without one.
 
     InputError when none can be read.
     """
     there = [candidate for candidate in (path, _before(path)) if candidate.exists()]
     for candidate in there:
         try:
-            return load(candidate, device)
+            state = load(candidate, device)
+            if not is_finite(state):
+                raise InputError(f"{candidate} holds numbers that are not finite; delete its folder to start anew")
         except InputError as error:
             if candidate is there[-1]:
                 raise
             print(f"{error}; going on from the one before it", file=sys.stderr)
+            continue
+        if candidate != path:
+            path.unlink(missing_ok=True)  # the next save would keep it in the place of this one
+        return state
     return None
 
 

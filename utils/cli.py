@@ -69,16 +69,29 @@ class Stopped(Exception):
     """SIGTERM came, and everything is saved."""
 
 
-@contextmanager
 def stop_signal():
     """Within it SIGTERM sets the threading.Event it gives, for the caller to finish what it is at."""
     event = threading.Event()
+    return _on_sigterm(lambda *_: event.set(), event)
+
+
+def stop_at_once():
+    """Within it SIGTERM raises Stopped, as Ctrl-C does KeyboardInterrupt: for work that has nothing to save."""
+
+    def stop(*_):
+        raise Stopped
+
+    return _on_sigterm(stop)
+
+
+@contextmanager
+def _on_sigterm(handler, value=None):
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
-        yield event
+        yield value
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = signal.signal(signal.SIGTERM, handler)
     try:
-        yield event
+        yield value
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -87,16 +100,25 @@ def run(main):
     """Call ``main()`` and exit with its return code (None counts as 0).
 
     An InputError prints its sentence and exits with 2; Ctrl-C exits with 130 and SIGTERM, where something is being
-    trained, with 143; anything else is a bug of ours and keeps its traceback.
+    trained or labelled, with 143; anything else is a bug of ours and keeps its traceback. Of several processes
+    (utils.distributed) only the first that fails speaks: the others fail of the same, or because it has gone.
     """
+    from utils.distributed import first_to_fail  # here, because it needs this module
+
     try:
         sys.exit(main() or 0)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_fail():
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as error:
-        print("stopped; the same command continues where it was", file=sys.stderr)
+        if first_to_fail():
+            print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(143 if isinstance(error, Stopped) else 130)
+    except Exception:
+        if first_to_fail():
+            raise
+        sys.exit(1)
 
 
 def select_device(gpu):

@@ -8,27 +8,79 @@ the learning rate stays that of the batch.
 
 import atexit
 import os
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
 
 from utils.cli import InputError, select_device
 
+MEET = timedelta(minutes=5)  # for all processes to come
+WAIT = timedelta(days=1)  # for one that has more to do than the others; torchrun ends them where one has failed
+
 
 def start(gpu):
     """Join the processes torchrun started, if it did. Returns the torch.device of this one.
 
     gpu: as for ``select_device``; with several processes, process n of a machine takes the n-th GPU from there on.
+    Raises InputError where the environment is not one that torchrun makes, and where the others do not come.
     """
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or not is_launched():
         return select_device(gpu)
     device = select_device(gpu + int(os.environ["LOCAL_RANK"]) if gpu >= 0 else -1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    number, of = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        _store().set(f"here/{number}", "")
+        _store().wait([f"here/{other}" for other in range(of)], MEET)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=_store(), rank=number, world_size=of, timeout=WAIT
+        )
+        _store().set_timeout(WAIT)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        cause = str(error).partition("\n")[0]
+        raise InputError(f"the processes do not find each other at {where} ({cause}); start them anew") from error
     # Its threads may still let go of what they sent; one that does so while Python shuts down aborts the process.
     atexit.register(dist.destroy_process_group)
     return device
+
+
+def is_launched():
+    """Whether torchrun started this process; InputError for an environment that is only half one of torchrun."""
+    numbers = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in numbers):
+        return False
+    missing = [name for name in (*numbers, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    sound = all(os.environ.get(name, "0").isdecimal() for name in (*numbers, "MASTER_PORT"))
+    if missing or not sound or int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        given = ", ".join(f"{name}={os.environ[name]}" for name in numbers if name in os.environ)
+        what = f"without {', '.join(missing)}" if missing else "which do not fit together"
+        raise InputError(f"the environment has {given} {what}; start several processes with torchrun, or unset these")
+    return True
+
+
+@cache
+def _store():
+    """What the processes tell each other by beside their collectives."""
+    store, *_ = next(dist.rendezvous("env://", timeout=MEET))
+    return store
+
+
+def first_to_fail():
+    """Whether this process, which is about to end with an error, is the first of all to.
+
+    Of the rest, some fail of the same, and some because they miss this one in the middle of what they do together.
+    """
+    if not (dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return True
+    try:
+        return _store().add("failures", 1) == 1
+    except (RuntimeError, ValueError, KeyError, OSError):  # the process that kept the count is gone
+        return True
 
 
 def rank():
@@ -82,27 +134,39 @@ def share_of_batch(batch_size):
     return batch_size // size()
 
 
-def mean_over_processes(count):
-    """The mean of a scalar tensor over the processes, without a gradient.
-
-    A loss that divides its sum by this mean, instead of by its own process's count, has the gradient of the whole
-    batch once the gradients of all processes are averaged.
-    """
-    count = count.detach()
+def mean_over_processes(values):
+    """The mean of a float tensor over the processes, without a gradient."""
+    values = values.detach()
     if dist.is_initialized():
-        count = count.float().clone()
-        dist.all_reduce(count)
-        count /= size()
-    return count
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= size()
+    return values
 
 
 def anywhere(flag):
     """Whether the bool ``flag`` is set in any process: all act on it at the same step."""
+    return any(_of_all(flag))
+
+
+@contextmanager
+def together():
+    """An InputError in the block of any process is raised in all of them, where each would wait for the others."""
+    error = None
+    try:
+        yield
+    except InputError as caught:
+        error = caught
+    if errors := list(filter(None, _of_all(error))):
+        raise errors[0]
+
+
+def _of_all(value):
     if not dist.is_initialized():
-        return flag
-    flags = [None] * size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def gather(items):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import resource
 import time
 from dataclasses import dataclass, fields
 from functools import partial
@@ -11,11 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from datasets.training import ResumableSampler, training_loader
 from utils import checkpoint, distributed
-from utils.cli import InputError, Stopped, stop_signal
+from utils.cli import InputError, Stopped, integer, number, stop_signal
+from utils.progress import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 WEIGHT_DECAY, GAMMA = 1e-4, 0.9  # [IRN]
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
@@ -52,26 +56,27 @@ class Schedule:
 def add_machine_arguments(parser, workers="processes that load images and run the CRF"):
     """The options of a training that do not change what is learned, up to rounding."""
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N SCRIPT ...")
-    machine.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
-    machine.add_argument("--workers", type=int, default=2, help=workers)
+    machine.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
+    machine.add_argument("--workers", type=integer(0), default=2, help=workers)
     machine.add_argument("--amp", choices=("off", "bf16"), default="off", help="the network in bfloat16")
-    machine.add_argument("--accumulate", type=int, default=1, metavar="N",
+    machine.add_argument("--accumulate", type=integer(1), default=1, metavar="N",
                          help="compute each batch in N parts, for a GPU that cannot hold it")  # fmt: skip
     machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the network")
-    machine.add_argument("--deterministic", action="store_true", help="on a GPU too, the same weights every time")
-    machine.add_argument("--seed", type=int, default=0, help="of everything random")
-    machine.add_argument("--save-seconds", type=float, default=60, help="time between two checkpoints")
+    machine.add_argument("--deterministic", action="store_true",
+                         help="on a GPU too, the same weights every time, as far as PyTorch can")  # fmt: skip
+    machine.add_argument("--seed", type=integer(0, 10**9), default=0, help="of everything random")
+    machine.add_argument("--save-seconds", type=number(0), default=60, help="time between two checkpoints")
 
 
 def prepare_machine(args):
     """Join the other processes, if there are any, and settle the seed. Returns the torch.device of this one."""
     device = distributed.start(args.gpu)
-    distributed.share_of_batch(args.batch_size)
-    if args.accumulate < 1:
-        raise InputError(f"--accumulate {args.accumulate} leaves nothing to compute; give 1 or more")
+    share = distributed.share_of_batch(args.batch_size)
+    if args.accumulate > share:
+        raise InputError(f"--accumulate {args.accumulate} asks for more parts than images; give 1 to {share}")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # what cannot repeat itself is named, and goes on
     torch.backends.cudnn.benchmark = not args.deterministic  # all batches of a stage have one shape
     torch.manual_seed(args.seed)
     return device
@@ -103,13 +108,16 @@ class _Step(nn.Module):
 def train(model, dataset, losses, schedule, *, folder, device, writer=None, show=None, name="train"):
     """Train ``model`` in place with the poly schedule lr (1 - itr / max_itr)^0.9 (Sec. 4.1).
 
-    losses(model, batch, progress) -> dict of scalar losses whose sum is minimised; ``progress`` runs 0..1.
+    losses(model, batch, progress) -> dict of scalar losses whose sum is minimised; ``progress`` runs 0..1. A batch may
+    be computed in several parts and by several processes, and has then the gradient of the whole if each loss is a mean
+    over images, or a sum over images divided by their number in the part times a mean over the images of the whole
+    batch: of what items have as "divisors" [K], batches have this mean [K].
     writer: a SummaryWriter in the first process, None in others; it also gets the learning rate, the norm of the
     gradient, images per second and memory. show(model, writer, step) is called at each epoch's end for pictures.
     folder / "checkpoint.pt" holds model, optimizer and iteration: the same call after a kill continues from it
-    and ends with the weights of an uninterrupted run. Raises InputError when a loss stops being finite, and when the
-    GPU's memory does not suffice; Stopped on SIGTERM. After each of them the checkpoint is the last good state.
-    The caller binds the folder to what it is made from (utils.provenance).
+    and ends with the weights of an uninterrupted run. Raises InputError when an image cannot be read, when a loss, a
+    gradient or a weight stops being finite, and when memory does not suffice; Stopped on SIGTERM. After each of them
+    the checkpoint is the last good state. The caller binds the folder to what it is made from (utils.provenance).
     """
     folder = Path(folder)
     optimizer = OPTIMIZERS[schedule.optimizer](
@@ -125,10 +133,14 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
     if start >= total:
         print(f"{name}: already trained ({total} iterations)")
         return
+    remedy = f"lower --lr, and give another --out or delete {folder}"
 
     def save(step):
+        """Of a state that is not finite the InputError; then, and when it cannot be written, what was saved stays."""
         if distributed.is_first():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            if not checkpoint.is_finite(state):
+                raise InputError(f"{name}: the weights are not finite after iteration {step - 1}; {remedy}")
             checkpoint.save_newest(state, folder / "checkpoint.pt")
 
     model.train()
@@ -143,72 +155,84 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
         dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start,
         pin=device.type == "cuda",
     )  # fmt: skip
-    bar = tqdm(loader, initial=start, total=total, desc=folder.name, mininterval=2, dynamic_ncols=True,
-               disable=not distributed.is_first())  # fmt: skip
+    steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_first())
     saved_at = logged_at = time.monotonic()
-    with stop_signal() as stopped:
-        for step, batch in enumerate(bar, start):
+    with stop_signal() as stopped, loader as batches:
+        for step in steps:
+            with distributed.together():
+                batch = next(batches)
+                if step > start and time.monotonic() - saved_at > schedule.save_seconds:
+                    save(step)
+                    saved_at = time.monotonic()
+            if distributed.anywhere(stopped.is_set()):
+                with distributed.together():
+                    save(step)
+                raise Stopped
             rate = schedule.lr * (1 - step / total) ** GAMMA
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)
-            terms = _backward(step_of, batch, step / total, schedule.accumulate, device)
+            terms, norm = _backward(step_of, batch, step / total, schedule.accumulate, device)
             value = sum(terms.values())
-            if not math.isfinite(value):
-                if all(parameter.isfinite().all() for parameter in model.parameters()):
+            if not (math.isfinite(value) and math.isfinite(norm)):  # of all processes, so all of them stop here
+                if checkpoint.is_finite(model.state_dict()):
                     save(step)
-                remedy = f"lower --lr, and give another --out or delete {folder}"
-                raise InputError(f"{name}: the loss is {value} at iteration {step}; {remedy}")
+                what = f"gradient's norm is {norm}" if math.isfinite(value) else f"loss is {value}"
+                raise InputError(f"{name}: the {what} at iteration {step}; {remedy}")
             optimizer.step()
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+                steps.set_postfix(loss=f"{value:.4f}", refresh=False)
                 if writer:
                     speed = schedule.batch_size * min(step - start + 1, 10) / (time.monotonic() - logged_at)
                     logged_at = time.monotonic()
-                    scalars = {"lr": rate, "images_per_second": speed, "gradient_norm": _gradient_norm(model),
-                               "memory_gib": _memory(device)}  # fmt: skip
+                    scalars = {"lr": rate, "images_per_second": speed, "gradient_norm": norm} | _memory(device)
                     for key, scalar in (terms | scalars).items():
                         writer.add_scalar(f"{name}/{key}", scalar, step)
-            done = step + 1
-            stop = distributed.anywhere(stopped.is_set())
-            if done == total or stop or time.monotonic() - saved_at > schedule.save_seconds:
-                save(done)
-                saved_at = time.monotonic()
-            if stop and done < total:
-                raise Stopped
-            if show and writer and done % sampler.per_epoch == 0:
+            if show and writer and (step + 1) % sampler.per_epoch == 0 and not stopped.is_set():
                 model.eval()
                 with torch.no_grad():
-                    show(model, writer, done)
+                    show(model, writer, step + 1)
                 model.train()
+        with distributed.together():
+            save(total)
     model.eval()
 
 
 def _backward(step_of, batch, progress, parts, device):
-    """Add the gradient of one batch, computed in ``parts``. Returns {name: the batch's loss as a float}."""
-    batch = {key: value.to(device, non_blocking=True).chunk(parts) for key, value in batch.items()}
-    parts = [dict(zip(batch, part)) for part in zip(*batch.values())]
-    total = {}
+    """Add the gradient of one batch, computed in ``parts``.
+
+    Returns {name: the loss as a float}, of the batch of all processes, and the norm of the gradient.
+    """
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    shared, total = {}, {}
+    if "divisors" in batch:
+        shared["divisors"] = distributed.mean_over_processes(batch.pop("divisors").mean(0))
+    images = len(batch["image"])
+    parts = zip(*(value.tensor_split(parts) for value in batch.values()), strict=True)
     try:
         for part in parts:
-            terms = step_of(part, progress)
-            (sum(terms.values()) / len(parts)).backward()
+            part = dict(zip(batch, part, strict=True))
+            weight = len(part["image"]) / images
+            terms = {key: weight * term for key, term in step_of(part | shared, progress).items()}
+            sum(terms.values()).backward()
             for key, term in terms.items():
-                total[key] = total.get(key, 0.0) + term.item() / len(parts)
-    except torch.cuda.OutOfMemoryError as error:
+                total[key] = total.get(key, 0.0) + term.detach()
+        values = distributed.mean_over_processes(torch.stack([*total.values()]).float())
+        gradients = [parameter.grad for parameter in step_of.parameters() if parameter.grad is not None]
+        norm, *values = torch.cat((torch.nn.utils.get_total_norm(gradients)[None], values)).tolist()
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        where = "GPU" if device.type == "cuda" else "machine"
         raise InputError(
-            "the GPU's memory does not hold a batch; give --accumulate 2 or more, --amp bf16, or a smaller --size or "
-            "--batch-size, and start the stage again"
+            f"the {where}'s memory does not hold a batch; give --accumulate 2 or more, --amp bf16, or a smaller --size "
+            "or --batch-size, and start the stage again"
         ) from error
-    return total
+    return dict(zip(total, values, strict=True)), norm
 
 
 def _memory(device):
-    """The peak so far in GiB: of this process on the GPU, of its main memory on the CPU."""
+    """The peak so far in GiB, where it is known: of this process on the GPU, of its main memory on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _gradient_norm(model):
-    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None).item()
+        return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20} if resource else {}
