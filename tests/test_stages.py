@@ -1,0 +1,202 @@
+"""What each stage of the training is made of: its photographs, its schedule, and the losses that it hands over.
+
+The scripts run whole but for the iterations themselves: in place of ``train`` stands what keeps its arguments.
+"""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import call, make_data
+
+import train_branches
+import train_pts
+from datasets import pseudo_labels
+from models import wsid_net
+from models.losses import boundary_loss
+from utils import checkpoint
+
+NET = dict(backbone="mobilenetv2_100", size=64, channels=16)
+QUICK = "--gpu -1 --backbone mobilenetv2_100 --size 64 --channels 16 --workers 0 --cam-scales 1".split()
+SETTINGS = (
+    "--epochs 3 --batch-size 2 --lr 0.02 --backbone-lr 0.3 --radius 4 --lsu-weight 0.05 --counted-weight 0.2".split()
+)
+
+
+def keep(given):
+    """What stands for ``train``: it notes its arguments under the name of the stage, and the model stays as it is."""
+
+    def train(model, dataset, losses, schedule, **rest):
+        given.setdefault(rest["name"], []).append(
+            SimpleNamespace(model=model, dataset=dataset, losses=losses, schedule=schedule)
+        )
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """{stage: what it gave to ``train``}, and under "labels" the arguments of each ``write_pseudo_labels``."""
+    folder, given, labels = tmp_path_factory.mktemp("stages"), {}, []
+    write = pseudo_labels.write_pseudo_labels
+
+    def note(*args):
+        labels.append(args)
+        write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_branches, "load_pretrained", lambda *args: None)
+        patch.setattr(train_branches, "train", keep(given))
+        patch.setattr(pseudo_labels, "write_pseudo_labels", note)
+        options = ["--data", make_data(folder / "data", count=2), "--out", folder / "run", *QUICK, *SETTINGS]
+        assert call(train_branches.main, *options) == 0
+    return {name: calls[0] for name, calls in given.items()} | {"labels": labels}
+
+
+def terms_of(stage, model, batch, progress=0.0):
+    """The losses of a stage as floats, of a network that is given by its answers."""
+    return {name: float(term) for name, term in stage.losses(model, batch, progress).items()}
+
+
+def test_every_stage_has_the_schedule_that_was_asked_for(stages):
+    for name in ("cam", "branches", "saliency"):
+        schedule = stages[name].schedule
+        assert (schedule.epochs, schedule.batch_size, schedule.lr, schedule.backbone_lr) == (3, 2, 0.02, 0.3)
+        assert schedule.optimizer == "sgd" and schedule.workers == 0
+
+
+def test_photographs_are_whole_where_their_number_is_learned(stages):
+    """A count label holds for the whole photograph; what is learned of each pixel holds for a part of it too."""
+    assert stages["branches"].dataset.crop == 1
+    assert stages["saliency"].dataset.crop < 1 and stages["cam"].dataset.crop < 1
+    for name in ("cam", "branches", "saliency"):
+        assert stages[name].dataset.size == 64 and stages[name].dataset.jitter > 0
+
+
+def test_pseudo_labels_come_of_spread_activations_on_the_grid_of_a_photograph_of_512_pixels(stages):
+    assert len(stages["labels"]) == 2
+    for _, _, cams, classes, size, thresholds, use_crf in stages["labels"]:
+        assert cams.shape == (len(classes), 128, 128) and size == 64
+        assert thresholds == pseudo_labels.SPREAD and use_crf
+
+
+def test_the_classifier_learns_each_class_by_itself(stages):
+    """Multi-label soft margin: the mean over classes of the cross entropy of each class's sigmoid."""
+    logits, classes = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 20)
+    classes[0, 3] = classes[1, 7] = classes[1, 14] = 1
+    sure = 1 / (1 + np.exp(-logits.numpy()))
+    expected = -np.where(classes > 0, np.log(sure), np.log(1 - sure)).mean()
+    terms = terms_of(stages["cam"], lambda image: logits, {"image": None, "classes": classes})
+    assert terms == pytest.approx({"classification": expected}, rel=1e-5)
+
+
+def test_the_saliency_branch_learns_soft_masks(stages):
+    logits, masks = torch.tensor([[[[2.0, -1.0]]]]), torch.tensor([[[0.9, 0.3]]])
+    sure = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
+    entropy = [-(m * math.log(s) + (1 - m) * math.log(1 - s)) for s, m in zip(sure, (0.9, 0.3), strict=True)]
+    terms = terms_of(
+        stages["saliency"], SimpleNamespace(logits=lambda image: logits), {"image": None, "pseudo_saliency": masks}
+    )
+    assert terms == pytest.approx({"saliency": sum(entropy) / 2}, rel=1e-5)
+
+
+LEFT, RIGHT = np.s_[2:6, 2:6], np.s_[2:6, 8:12]  # two objects of 16 pixels, with centres at (3.5, 3.5) and (3.5, 9.5)
+
+
+def two_objects():
+    """A batch of two photographs of two objects, of which the second is said to show four; and what a network sees."""
+    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randn(2, 16, 16, generator=generator)
+    classes, instances = torch.zeros(16, 16).long(), torch.zeros(16, 16).long()
+    saliency = torch.full((16, 16), 0.45)
+    for number, (place, column) in enumerate(((LEFT, 4.0), (RIGHT, 6.0)), 1):
+        saliency[place], classes[place], instances[place] = 0.55, 3, number
+        offsets[0][place], offsets[1][place] = 4 - yy[place], column - xx[place]  # to (4, 4) and (4, 6)
+    classes[10:, 12:] = 255
+    boundary = torch.rand(1, 16, 16, generator=generator)
+    maps = {"pseudo_classes": classes, "pseudo_saliency": saliency, "instances": instances}
+    batch = {name: torch.stack([value, value]) for name, value in maps.items()}
+    batch |= {"image": None, "edges": None, "count": torch.tensor([2.0, 4.0])}
+    return torch.stack([boundary] * 2), torch.stack([offsets] * 2), batch
+
+
+@pytest.fixture
+def branch_terms(stages):
+    boundary, offsets, batch = two_objects()
+    return lambda progress: terms_of(
+        stages["branches"], lambda image, edges: (boundary, offsets, None, None), batch, progress
+    )
+
+
+def test_the_branches_minimise_the_four_losses(branch_terms):
+    assert set(branch_terms(0.0)) == {"boundary", "centroid", "subitizing", "counted"}
+
+
+@pytest.mark.parametrize("progress, bandwidth", [(0.0, 1.5), (0.49, 1.5), (0.51, 0.75), (1.0, 0.75)])
+def test_l_su_has_its_weight_and_a_bandwidth_from_coarse_to_fine(branch_terms, progress, bandwidth):
+    """h is 12, then 6 pixels of the grid of 512 pixels, so 1.5 and .75 here.
+
+    The 16 pixels of an object point to one place, 2 pixels from that of the other 16: with e = exp(-2^2 / 2 h^2) each
+    point has 16 (1 + e) near, and T~ is 2 / (1 + e). Its square error counts up to 1, and beyond that twice the
+    absolute one less a half; pixels that are not salient would be 224 places more.
+    """
+    found = 2 / (1 + math.exp(-4 / (2 * bandwidth**2)))
+    two, four = (found - 2) ** 2, 2 * (4 - found - 0.5)
+    assert branch_terms(progress)["subitizing"] == pytest.approx(0.05 * (two + four) / 2, rel=1e-4)
+
+
+def test_counted_instances_have_their_weight(branch_terms):
+    """The first points .5 and .5 beside its centre (3.5, 3.5), the other .5 and 3.5 beside (3.5, 9.5)."""
+    assert branch_terms(0.0)["counted"] == pytest.approx(0.2 * (1 + 4) / 2, rel=1e-5)
+
+
+def test_l_v_counts_pairs_within_the_radius(branch_terms):
+    """The formula of IRN, pair by pair: |V(p) - V(q) - (q - p)| in objects and |V(p) - V(q)| beside them, over 2 #."""
+    _, offsets, batch = two_objects()
+    field, labels = offsets[0].numpy(), batch["pseudo_classes"][0].numpy()
+    errors = {True: [], False: []}
+    pairs = [(dy, dx) for dy in range(4) for dx in range(-3, 4) if (dy, dx) > (0, 0) and dy * dy + dx * dx < 16]
+    for y, x in np.ndindex(16, 16):
+        for dy, dx in pairs:
+            if not (y + dy < 16 and 0 <= x + dx < 16) or labels[y, x] == 255 or labels[y, x] != labels[y + dy, x + dx]:
+                continue
+            wanted = np.array([dy, dx]) * (labels[y, x] > 0)
+            errors[bool(labels[y, x] > 0)].append(np.abs(field[:, y, x] - field[:, y + dy, x + dx] - wanted).sum() / 2)
+    expected = (np.mean(errors[True]) + np.mean(errors[False])) / 2
+    assert expected > 0.1 and branch_terms(0.0)["centroid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_l_b_has_its_weight_and_radius(branch_terms):
+    boundary, _, batch = two_objects()
+    near, far = (boundary_loss(boundary, batch["pseudo_classes"], radius).item() for radius in (4, 5))
+    assert branch_terms(0.0)["boundary"] == pytest.approx(near, rel=1e-5) and abs(near - far) > 1e-3
+
+
+def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs):
+    """Six iterations of eight epochs at 1e-4 (Sec. 4.1), each from where the one before has come to, and from the third
+    on alpha w_{r-1} + (1 - alpha) w_r with alpha = r / (r + 1) (Eq. 8). Here an iteration adds 1 to all weights.
+    """
+    schedules, seeds = [], []
+
+    def train(model, dataset, losses, schedule, **rest):
+        schedules.append((schedule.epochs, schedule.batch_size, schedule.lr, schedule.backbone_lr, schedule.optimizer))
+        seeds.append(dataset.seed)
+        for parameter in model.parameters():
+            parameter.data += 1
+
+    net = wsid_net.WSIDNet(wsid_net.NetConfig(**NET))
+    wsid_net.save_weights(net, tmp_path / "weights.pt")
+    monkeypatch.setattr(train_pts, "train", train)
+    monkeypatch.setattr(train_pts, "make_labels", lambda net, samples, *rest: samples)
+    options = ["--data", f"{photographs}@count", "--out", tmp_path, "--gpu", "-1", "--workers", "0"]
+    assert call(train_pts.main, *options) == 0
+    assert schedules == [(8, 6, 1e-4, 1.0, "sgd")] * 6 and len(set(seeds)) == 6, "and other crops in each"
+    before = wsid_net.load_weights(tmp_path / "weights.pt").saliency.state_dict()
+    gone = [1, 2, 2 + 1 / 4, 2 + 1 / 4 + 1 / 5, 2 + 1 / 4 + 1 / 5 + 1 / 6, 2 + 1 / 4 + 1 / 5 + 1 / 6 + 1 / 7]
+    for r, way in enumerate(gone, 1):
+        model = checkpoint.load(tmp_path / "pts" / f"r{r}" / "weights.pt")["model"]
+        assert (model["aspp.0.0.weight"] - before["aspp.0.0.weight"]).mean().item() == pytest.approx(way, abs=1e-4)
+    assert (tmp_path / "weights_pts.pt").exists()
