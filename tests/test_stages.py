@@ -14,6 +14,7 @@ from conftest import call, make_data
 import train_branches
 import train_pts
 from datasets import pseudo_labels
+from datasets.training import TrainingImages, read_samples
 from models import wsid_net
 from models.losses import boundary_loss
 from utils import checkpoint
@@ -200,3 +201,13 @@ def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs)
         model = checkpoint.load(tmp_path / "pts" / f"r{r}" / "weights.pt")["model"]
         assert (model["aspp.0.0.weight"] - before["aspp.0.0.weight"]).mean().item() == pytest.approx(way, abs=1e-4)
     assert (tmp_path / "weights_pts.pt").exists()
+
+
+def test_every_other_photograph_is_mirrored(photographs):
+    dataset = TrainingImages(read_samples([photographs])[:1], 64)
+    images = []
+    for dataset.epoch in range(64):
+        images.append(dataset[0]["image"])
+    as_first = [torch.equal(image, images[0]) for image in images]
+    assert all(same or torch.equal(image.flip(-1), images[0]) for same, image in zip(as_first, images, strict=True))
+    assert 16 < sum(as_first) < 48, "four standard deviations beside the half"
