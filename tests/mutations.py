@@ -88,8 +88,9 @@ MUTATIONS = {
     ("models/losses.py", "test_losses.py", "number_loss"): [
         ("label_smoothing=0.1", "label_smoothing=0.0"),
     ],
-    ("models/losses.py", "test_losses.py", "vanishes"): [
+    ("models/losses.py", "test_method_values.py", ""): [
         ("components = 2 * ", "components = "),
+        ("subset=256", "subset=64"),
     ],
     ("models/losses.py", "test_losses.py", "mean_over_photographs"): [
         ("(counts >= 1)", "(counts >= 0)"),
