@@ -1,6 +1,7 @@
 """The numbers that the paper and the README state: options that are left alone, constants, and what a schedule does."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,20 +202,55 @@ def adamw(weight, target, rates):
     return weight
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adamw])
-def test_a_training_takes_the_steps_of_its_schedule(tmp_path, optimizer):
-    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], and that times --backbone-lr for pretrained layers."""
-    model, progresses = Two(), []
+RATES = [0.3 * (1 - k / 9) ** 0.9 for k in range(9)]  # three epochs of three batches, from .3 on
+
+
+def train_two(folder, model, optimizer=sgd, stop_before=math.inf, **more):
+    """Train a Two by that schedule, pretrained layers at a quarter; returns the progress at each of its steps."""
+    seen = []
 
     def losses(model, batch, progress, *_):
-        progresses.append(progress)
+        if len(seen) == stop_before:
+            raise KeyboardInterrupt
+        seen.append(progress)
         old, new = model()
         return {"old": (old - 3) ** 2 / 2, "new": (new + 2) ** 2 / 2}
 
-    schedule = Schedule(3, 2, 0.3, optimizer=optimizer.__name__, backbone_lr=0.25, workers=0)
-    train(model, Numbers(), losses, schedule, folder=tmp_path, config={}, device=torch.device("cpu"))
-    assert progresses == pytest.approx([k / 9 for k in range(9)]), "three epochs of three batches"
-    rates = [0.3 * (1 - k / 9) ** 0.9 for k in range(9)]
+    schedule = Schedule(3, 2, 0.3, optimizer=optimizer.__name__, backbone_lr=0.25, workers=0, save_seconds=0)
+    train(model, Numbers(), losses, schedule, folder=folder, config={}, device=torch.device("cpu"), **more)
+    return seen
+
+
+def assert_trained(model, optimizer=sgd):
     old, new = (weight.item() for weight in model())
-    assert old == pytest.approx(optimizer(5.0, 3.0, [0.25 * rate for rate in rates]), rel=1e-9)
-    assert new == pytest.approx(optimizer(-4.0, -2.0, rates), rel=1e-9)
+    assert old == pytest.approx(optimizer(5.0, 3.0, [0.25 * rate for rate in RATES]), rel=1e-9)
+    assert new == pytest.approx(optimizer(-4.0, -2.0, RATES), rel=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_a_training_takes_the_steps_of_its_schedule(tmp_path, optimizer):
+    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], and that times --backbone-lr for pretrained layers."""
+    model = Two()
+    assert train_two(tmp_path, model, optimizer) == pytest.approx([k / 9 for k in range(9)])
+    assert_trained(model, optimizer)
+    again = Two()
+    assert train_two(tmp_path, again, optimizer) == [], "it is trained"
+    assert_trained(again, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_a_training_that_was_stopped_takes_the_same_steps(tmp_path, optimizer):
+    with pytest.raises(KeyboardInterrupt):
+        train_two(tmp_path, Two(), optimizer, stop_before=4)
+    model = Two()
+    assert train_two(tmp_path, model, optimizer) == pytest.approx([k / 9 for k in range(4, 9)])
+    assert_trained(model, optimizer)
+
+
+def test_a_training_reports_its_rate_and_losses(tmp_path):
+    scalars, pictures = {}, []
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: scalars.setdefault(name, []).append((value, step)))
+    train_two(tmp_path, Two(), writer=writer, show=lambda model, writer, step: pictures.append((model.training, step)))
+    assert scalars["train/lr"] == [(0.3, 0)] and pictures == [(False, 3), (False, 6), (False, 9)]
+    assert scalars["train/old"] == [(2.0, 0)] and scalars["train/new"] == [(2.0, 0)]
+    assert scalars["train/gradient_norm"][0][0] == pytest.approx(math.hypot(2, 2))

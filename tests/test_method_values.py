@@ -49,7 +49,7 @@ def test_l_b_is_the_mean_over_three_kinds_of_pairs():
 
 
 def test_l_v_is_the_mean_over_two_kinds_of_pairs():
-    """Mean |V(p) - V(q) - (q - p)| / 2 in the foreground and mean |V(p) - V(q)| / 2 beside it, and half of both [IRN]."""
+    """Mean |V(p) - V(q) - (q - p)| / 2 in the foreground, mean |V(p) - V(q)| / 2 beside it; half of both [IRN]."""
     labels, _, offsets = small_maps()
     field, background, foreground = offsets.numpy(), [], []
     for n, p, q, _ in pairs(labels.numpy()):
