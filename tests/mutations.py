@@ -70,6 +70,12 @@ MUTATIONS = {
     ("train_branches.py", "test_stages.py", "counted"): [
         ("args.counted_weight * ", ""),
     ],
+    ("train_branches.py", "test_stages.py", "mean_offset"): [
+        ("args.no_lsu or not args.counted_weight", "args.no_lsu"),
+    ],
+    ("train_branches.py", "test_stages.py", "other_pixels"): [
+        ("int(progress * 1e9)", "int(progress)"),
+    ],
     ("train_branches.py", "test_stages.py", "whole"): [
         ("TrainingImages(samples, args.size, jitter", "TrainingImages(samples, args.size, crop=0.7, jitter"),
     ],

@@ -14,7 +14,7 @@ from conftest import call, make_data
 import train_branches
 import train_pts
 from datasets import pseudo_labels
-from datasets.training import TrainingImages, read_samples
+from datasets.training import TrainingImages, load_square, read_samples
 from models import wsid_net
 from models.losses import boundary_loss, centroid_loss
 from utils import checkpoint
@@ -51,9 +51,9 @@ def stages(tmp_path_factory):
         patch.setattr(train_branches, "load_pretrained", lambda *args: None)
         patch.setattr(train_branches, "train", keep(given))
         patch.setattr(pseudo_labels, "write_pseudo_labels", note)
-        options = ["--data", make_data(folder / "data", count=2), "--out", folder / "run", *QUICK, *SETTINGS]
-        assert call(train_branches.main, *options) == 0
-    return {name: calls[0] for name, calls in given.items()} | {"labels": labels}
+        data = make_data(folder / "data", count=2)
+        assert call(train_branches.main, "--data", data, "--out", folder / "run", *QUICK, *SETTINGS) == 0
+    return {name: calls[0] for name, calls in given.items()} | {"labels": labels, "data": data, "run": folder / "run"}
 
 
 def terms_of(stage, model, batch, progress=0.0):
@@ -69,11 +69,10 @@ def test_every_stage_has_the_schedule_that_was_asked_for(stages):
 
 
 def test_photographs_are_whole_where_their_number_is_learned(stages):
-    """A count label holds for the whole photograph; what is learned of each pixel holds for a part of it too."""
-    assert stages["branches"].dataset.crop == 1
-    assert stages["saliency"].dataset.crop < 1 and stages["cam"].dataset.crop < 1
-    for name in ("cam", "branches", "saliency"):
-        assert stages[name].dataset.size == 64 and stages[name].dataset.jitter > 0
+    """A count label holds for the whole photograph; what is learned of each pixel holds for a part of it too [ours]."""
+    for name, crop in (("cam", 0.5), ("branches", 1), ("saliency", 0.7)):
+        dataset = stages[name].dataset
+        assert (dataset.crop, dataset.jitter, dataset.size, dataset.paste) == (crop, 0.2, 64, 0)
 
 
 def test_pseudo_labels_come_of_spread_activations_on_the_grid_of_a_photograph_of_512_pixels(stages):
@@ -160,6 +159,54 @@ def test_l_b_and_l_v_count_pairs_within_the_radius(branch_terms):
     for name, loss, maps in (("boundary", boundary_loss, boundary), ("centroid", centroid_loss, offsets)):
         near, far = (loss(maps, batch["pseudo_classes"], radius).item() for radius in (4, 5))
         assert branch_terms(0.0)[name] == pytest.approx(near, rel=1e-5) and abs(near - far) > 1e-3
+
+
+def test_l_su_looks_at_other_pixels_in_each_step(branch_terms, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(train_branches, "subitizing_loss", lambda *args, seed: seeds.append(seed) or torch.tensor(0.0))
+    for step in (0, 1, 2, 1):
+        branch_terms(step / 100_000)
+    assert len(set(seeds)) == 3 and seeds[1] == seeds[3], "and at the same ones where a training is done again"
+
+
+class Pointing(torch.nn.Module):
+    """Stands for the branches: V of a photograph is its mean colour, red down and green to the right."""
+
+    def __init__(self):
+        super().__init__()
+        self.centroid = SimpleNamespace(mean_offset=torch.full((1, 2, 1, 1), 9.0))
+
+    def forward(self, image, edges):
+        assert not self.training
+        return None, image[:, :2].mean((2, 3), keepdim=True) - self.centroid.mean_offset, None, None
+
+
+def test_the_mean_offset_is_that_of_the_photographs(photographs):
+    samples = read_samples([photographs])
+    args = SimpleNamespace(size=96, canny="auto")
+    colours = np.mean([load_square(sample.path, 96)[..., :2].mean((0, 1)) / 255 for sample in samples], 0)
+    found = train_branches.mean_offset(Pointing().train(), samples, args, torch.device("cpu"))
+    assert found.shape == (1, 2, 1, 1) and np.allclose(found.flatten(), colours, atol=1e-5)
+
+
+@pytest.mark.parametrize("options, subtracted", [((), 0), (("--counted-weight", "0"), 7), (("--no-lsu",), 7)])
+def test_the_mean_offset_is_subtracted_where_nothing_settles_v_s_constant(
+    stages, tmp_path, monkeypatch, options, subtracted
+):
+    """README: with --counted-weight 0; L_V alone leaves it open as well."""
+    monkeypatch.setattr(train_branches, "load_pretrained", lambda *args: None)
+    monkeypatch.setattr(train_branches, "train", keep({}))
+    monkeypatch.setattr(train_branches, "mean_offset", lambda *args: torch.full((1, 2, 1, 1), 7.0))
+    run = ["--data", stages["data"], "--labels", stages["run"] / "labels", "--stage", "branches", "--out", tmp_path]
+    assert call(train_branches.main, *run, *QUICK, *options) == 0
+    weights = checkpoint.load(tmp_path / "branches" / "weights.pt")["model"]
+    assert (weights["centroid.mean_offset"] == subtracted).all()
+
+
+def test_some_500_photographs_fix_a_mean():
+    for count in (1, 300, 1000, 2600):
+        chosen = train_branches.some_of(list(range(count)))
+        assert min(count, 500) <= len(chosen) < 1000 and len(set(np.diff(chosen))) <= 1, "evenly"
 
 
 def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs):
