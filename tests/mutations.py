@@ -49,8 +49,8 @@ MUTATIONS = {
     ("train_branches.py", "test_defaults.py", "left_alone"): [
         ('default=5, help="of each stage', 'default=2, help="of each stage'),
         ('default=6, help="photographs a step"', 'default=8, help="photographs"'),
-        ('default=0.01, help="initial', 'default=0.001, help="initial'),
-        ('default=10, help="of pixel pairs', 'default=5, help="of pixel pairs'),
+        ("default=0.01,", "default=0.001,"),
+        ("default=10,", "default=5,"),
         ('default=0.02, help="of L_su', 'default=0.0, help="of L_su'),
         ("[1.0, 0.5, 1.5, 2.0]", "[1.0, 2.0]"),
     ],
@@ -95,7 +95,7 @@ MUTATIONS = {
         ("label_smoothing=0.1", "label_smoothing=0.0"),
     ],
     ("models/losses.py", "test_method_values.py", ""): [
-        ("components = 2 * ", "components = "),
+        ("errors = ops.displacement_error", "errors = 2 * ops.displacement_error"),
         ("subset=256", "subset=64"),
     ],
     ("models/losses.py", "test_losses.py", "mean_over_photographs"): [
@@ -198,6 +198,13 @@ MUTATIONS = {
     ("models/pts.py", "test_defaults.py", "six_tenths"): [
         ("SURELY_NOT = 0.6, 0.3", "SURELY_NOT = 0.5, 0.3"),
         ("SURELY_NOT = 0.6, 0.3", "SURELY_NOT = 0.6, 0.5"),
+    ],
+    ("models/pts.py", "test_method_values.py", "the_crf_of_pts or contradict"): [
+        ("(masks.any(0) + np.clip(soft, 0, 1)) / 2", "masks.any(0).astype(np.float32)"),
+        ("known = (classes > 0)", "known = (classes >= 0)"),
+    ],
+    ("models/fusion.py", "test_method_values.py", "score"): [
+        ("max(saliency.shape) / 25", "max(saliency.shape) / 20"),
     ],
     ("models/pts.py", "test_fusion.py", "union"): [
         ("(1 - keep) * foreground + keep * first", "foreground"),

@@ -1,4 +1,4 @@
-"""The losses of the branches written out pair by pair and pixel by pixel, on small maps of every kind of pair."""
+"""Formulas of the method written out on small maps: losses pair by pair, pseudo labels and scores pixel by pixel."""
 
 import math
 
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import ops
+from models import pts
+from models.fusion import Fusion, score_of
 from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, subitizing_loss
 
 HEIGHT, WIDTH, RADIUS = 9, 11, 4
@@ -88,3 +90,59 @@ def test_an_instance_of_one_pixel_points_to_itself():
     offsets = torch.zeros(1, 2, 4, 5)
     offsets[0, :, 1, 2] = torch.tensor([3.0, -1.5])
     assert counted_centroid_loss(offsets, instances).item() == pytest.approx(4.5)
+
+
+# ---- pseudo labels of PTS, and scores
+
+
+def one_object():
+    """A photograph of one object, as maps of the stride-4 grid, and its mask at the photograph's size."""
+    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    inside = (yy >= 4) & (yy < 12) & (xx >= 4) & (xx < 12)
+    saliency, boundary = torch.where(inside, 0.7, 0.1), torch.zeros(16, 16)
+    boundary[3:13, 3:13] = 1
+    boundary[inside] = 0
+    offsets = torch.stack([7.5 - yy, 7.5 - xx]) * inside
+    return (saliency, boundary, offsets, None), np.repeat(np.repeat(inside.numpy(), 4, 0), 4, 1)
+
+
+@pytest.mark.parametrize("keep", [0, 1 / 3])
+def test_the_crf_of_pts_starts_from_the_mean_of_union_and_s_and_a_share_of_the_first_mask(monkeypatch, keep):
+    """README, Differences from the paper; away from the contour, where S is one number."""
+    monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
+    maps, inside = one_object()
+    first = np.where(inside, 0.4, 0.6).astype(np.float32)
+    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion(), first, keep)
+    assert found[24:40, 24:40] == pytest.approx((1 - keep) * (1 + 0.7) / 2 + keep * 0.4, abs=1e-5)
+    assert found[:8] == pytest.approx((1 - keep) * 0.1 / 2 + keep * 0.6, abs=1e-5)
+    assert pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion())[:8] == pytest.approx(0.05, abs=1e-5)
+
+
+def test_the_crf_of_pts_starts_from_the_product_of_odds(monkeypatch):
+    """Odds of .85 to .15 to the power .6, times those of .4 to .6 to the power 1.7, times exp(-.5)."""
+    monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
+    maps, inside = one_object()
+    first = np.where(inside, 0.4, 0.6)
+    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion(), first, odds=(0.6, 1.7, -0.5))
+    odds = (0.85 / 0.15) ** 0.6 * (0.4 / 0.6) ** 1.7 * math.exp(-0.5)
+    assert found[24:40, 24:40] == pytest.approx(odds / (1 + odds), abs=1e-5)
+
+
+def test_only_known_classes_contradict_an_instance():
+    """Most of it is of no class that the labels know: that is no reason to doubt the rest."""
+    (_, boundary, offsets, _), inside = one_object()
+    classes = np.zeros((64, 64), np.uint8)
+    classes[16:28, 16:48], classes[28:32, 16:48] = 1, 5
+    found = pts.instance_label(np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets, None), 1,
+                               Fusion(), classes)  # fmt: skip
+    assert (found[18:26, 18:46] == 1).all() and (found[29:31, 18:46] == 255).all() and (found[34:46, 18:46] == 1).all()
+
+
+def test_a_score_sets_s_inside_beside_a_band_of_a_25th_of_the_side():
+    """Of a square of 20 in 100 pixels the band is 4 wide; S in it is 0, but .5 in its outermost row of pixels."""
+    saliency, inside = np.ones((100, 100), np.float32), np.zeros((100, 100), np.float32)
+    for reach, value in ((4, 0.5), (3, 0), (0, 0.9)):
+        saliency[40 - reach : 60 + reach, 40 - reach : 60 + reach] = value
+    inside[40:60, 40:60] = 1
+    beside = 0.5 * (28**2 - 26**2) / (28**2 - 20**2)
+    assert score_of(inside, saliency) == pytest.approx(math.sqrt(0.9 * (0.9 - beside)), rel=1e-5)

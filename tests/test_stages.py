@@ -105,27 +105,33 @@ def test_the_saliency_branch_learns_soft_masks(stages):
 LEFT, RIGHT = np.s_[2:6, 2:6], np.s_[2:6, 8:12]  # two objects of 16 pixels, with centres at (3.5, 3.5) and (3.5, 9.5)
 
 
-def two_objects():
-    """A batch of two photographs of two objects, of which the second is said to show four; and what a network sees."""
-    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+def two_objects(derive):
+    """A batch of two photographs of two objects, the second of which is said to show one; and what a network tells.
+
+    derive: of the dataset, which finds what else belongs to a batch.
+    """
     generator = torch.Generator().manual_seed(0)
-    offsets = torch.randn(2, 16, 16, generator=generator)
-    classes, instances = torch.zeros(16, 16).long(), torch.zeros(16, 16).long()
-    saliency = torch.full((16, 16), 0.45)
-    for number, (place, column) in enumerate(((LEFT, 4.0), (RIGHT, 6.0)), 1):
-        saliency[place], classes[place], instances[place] = 0.55, 3, number
+    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    boundary, offsets = torch.rand(1, 16, 16, generator=generator), torch.randn(2, 16, 16, generator=generator)
+    classes, saliency = np.zeros((16, 16), np.int64), np.full((16, 16), 0.45, np.float32)
+    for place, column in ((LEFT, 4.0), (RIGHT, 6.0)):
+        saliency[place], classes[place] = 0.55, 3
         offsets[0][place], offsets[1][place] = 4 - yy[place], column - xx[place]  # to (4, 4) and (4, 6)
     classes[10:, 12:] = 255
-    boundary = torch.rand(1, 16, 16, generator=generator)
-    maps = {"pseudo_classes": classes, "pseudo_saliency": saliency, "instances": instances}
-    batch = {name: torch.stack([value, value]) for name, value in maps.items()}
-    batch |= {"image": None, "edges": None, "count": torch.tensor([2.0, 4.0])}
+    maps, items = {"pseudo_classes": classes, "pseudo_saliency": saliency}, []
+    for count in (2, 1):
+        arrays = maps | derive(np.zeros((64, 64, 3), np.uint8), maps, count) | {"count": np.float32(count)}
+        items.append({name: torch.as_tensor(value) for name, value in arrays.items()})
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]} | {"image": torch.zeros(2)}
+    if "divisors" in batch:  # what a training makes of them
+        batch["divisors"] = batch["divisors"].mean(0)
     return torch.stack([boundary] * 2), torch.stack([offsets] * 2), batch
 
 
 @pytest.fixture
 def branch_terms(stages):
-    boundary, offsets, batch = two_objects()
+    """A function of the progress of a training: the losses of ``two_objects``."""
+    boundary, offsets, batch = two_objects(stages["branches"].dataset.derive)
     return lambda progress: terms_of(
         stages["branches"], lambda image, edges: (boundary, offsets, None, None), batch, progress
     )
@@ -140,30 +146,36 @@ def test_l_su_has_its_weight_and_a_bandwidth_from_coarse_to_fine(branch_terms, p
     """h is 12, then 6 pixels of the grid of 512 pixels, so 1.5 and .75 here.
 
     The 16 pixels of an object point to one place, 2 pixels from that of the other 16: with e = exp(-2^2 / 2 h^2) each
-    point has 16 (1 + e) near, and T~ is 2 / (1 + e). Its square error counts up to 1, and beyond that twice the
-    absolute one less a half; pixels that are not salient would be 224 places more.
+    point has 16 (1 + e) near, and T~ is 2 / (1 + e). Pixels that are not salient would be places more.
     """
     found = 2 / (1 + math.exp(-4 / (2 * bandwidth**2)))
-    two, four = (found - 2) ** 2, 2 * (4 - found - 0.5)
-    assert branch_terms(progress)["subitizing"] == pytest.approx(0.05 * (two + four) / 2, rel=1e-4)
+    expected = 0.05 * ((found - 2) ** 2 + (found - 1) ** 2) / 2
+    assert branch_terms(progress)["subitizing"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_counted_instances_have_their_weight(branch_terms):
-    """The first points .5 and .5 beside its centre (3.5, 3.5), the other .5 and 3.5 beside (3.5, 9.5)."""
-    assert branch_terms(0.0)["counted"] == pytest.approx(0.2 * (1 + 4) / 2, rel=1e-5)
+    """The first points .5 and .5 beside its centre (3.5, 3.5), the other .5 and 3.5 beside (3.5, 9.5).
+
+    Where one object was counted there is one instance, the first of the largest.
+    """
+    assert branch_terms(0.0)["counted"] == pytest.approx(0.2 * (1 + 4 + 1) / 3, rel=1e-5)
 
 
-def test_l_b_and_l_v_count_pairs_within_the_radius(branch_terms):
+def test_l_b_and_l_v_count_pairs_within_the_radius(stages, branch_terms):
     """Both as they are, which tests/test_method_values.py writes out."""
-    boundary, offsets, batch = two_objects()
+    boundary, offsets, batch = two_objects(stages["branches"].dataset.derive)
     for name, loss, maps in (("boundary", boundary_loss, boundary), ("centroid", centroid_loss, offsets)):
         near, far = (loss(maps, batch["pseudo_classes"], radius).item() for radius in (4, 5))
         assert branch_terms(0.0)[name] == pytest.approx(near, rel=1e-5) and abs(near - far) > 1e-3
 
 
 def test_l_su_looks_at_other_pixels_in_each_step(branch_terms, monkeypatch):
+    def note(*args, seed, **rest):
+        seeds.append(seed)
+        return torch.tensor(0.0)
+
     seeds = []
-    monkeypatch.setattr(train_branches, "subitizing_loss", lambda *args, seed: seeds.append(seed) or torch.tensor(0.0))
+    monkeypatch.setattr(train_branches, "subitizing_loss", note)
     for step in (0, 1, 2, 1):
         branch_terms(step / 100_000)
     assert len(set(seeds)) == 3 and seeds[1] == seeds[3], "and at the same ones where a training is done again"
