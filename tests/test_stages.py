@@ -225,10 +225,11 @@ def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs)
     """Six iterations of eight epochs at 1e-4 (Sec. 4.1), each from where the one before has come to, and from the third
     on alpha w_{r-1} + (1 - alpha) w_r with alpha = r / (r + 1) (Eq. 8). Here an iteration adds 1 to all weights.
     """
-    schedules, seeds = [], []
+    schedules, seeds, crops = [], [], []
 
     def train(model, dataset, losses, schedule, **rest):
         schedules.append((schedule.epochs, schedule.batch_size, schedule.lr, schedule.backbone_lr, schedule.optimizer))
+        crops.append((dataset.crop, dataset.jitter, dataset.size))
         seeds.append(dataset.seed)
         for parameter in model.parameters():
             parameter.data += 1
@@ -239,7 +240,8 @@ def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs)
     monkeypatch.setattr(train_pts, "make_labels", lambda net, samples, *rest: samples)
     options = ["--data", f"{photographs}@count", "--out", tmp_path, "--gpu", "-1", "--workers", "0"]
     assert call(train_pts.main, *options) == 0
-    assert schedules == [(8, 6, 1e-4, 1.0, "sgd")] * 6 and len(set(seeds)) == 6, "and other crops in each"
+    assert schedules == [(8, 6, 1e-4, 1.0, "sgd")] * 6
+    assert crops == [(0.7, 0.2, 64)] * 6 and len(set(seeds)) == 6, "and other crops in each"
     before = wsid_net.load_weights(tmp_path / "weights.pt").saliency.state_dict()
     gone = [1, 2, 2 + 1 / 4, 2 + 1 / 4 + 1 / 5, 2 + 1 / 4 + 1 / 5 + 1 / 6, 2 + 1 / 4 + 1 / 5 + 1 / 6 + 1 / 7]
     for r, way in enumerate(gone, 1):
