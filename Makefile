@@ -1,5 +1,6 @@
 # make demo   sets everything up in .venv and finds the salient instances of the photographs in samples/
 # make test   sets everything up, checks the style and runs the tests
+# make mutants   sets everything up, breaks the sources in one place after another, and tells what no test noticed
 # make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*)
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test mutants clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
@@ -19,6 +20,9 @@ demo: setup
 test: setup $(VENV)/requirements-test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+mutants: setup $(VENV)/requirements-test.stamp
+	$(BIN)/python tests/mutations.py
 
 clean:
 	rm -rf $(VENV) build output
@@ -34,7 +38,8 @@ $(VENV)/requirements-test.stamp: requirements-test.txt $(VENV)/requirements.stam
 	$(BIN)/python -m pip install -r requirements-test.txt
 	@touch $@
 
-# Without a compiler everything still works, on the plain PyTorch operators; the next make tries again.
+# Not built, everything still works, on the plain PyTorch operators; the next make tries again. Where there is a compiler,
+# make test fails then (tests/test_setup.py).
 $(VENV)/operators.stamp: $(VENV)/requirements.stamp $(OPERATOR_SOURCES)
 	@if $(BIN)/python setup.py build_ext --inplace; then touch $@; else \
 		echo; echo "WARNING: the compiled operators could not be built (see above)."; \

@@ -35,6 +35,7 @@ from ops import compiled
 from utils import checkpoint, distributed, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import map_ahead
+from utils.predictions import coco_ids
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_WEIGHTS = (
@@ -204,6 +205,8 @@ def get_args_parser():
     files.add_argument("--out", type=Path, default=Path("output"), help="folder for the results")
     files.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
     files.add_argument("--saliency-dir", type=Path, help="<stem>.png maps that replace the saliency branch (Table 6)")
+    files.add_argument("--coco-ids", type=Path, metavar="FILE",
+                       help="image_id is that of this COCO annotation file, not the photograph's stem")  # fmt: skip
     files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
 
     method = parser.add_argument_group("method")
@@ -236,6 +239,7 @@ def main(argv=None):
         raise InputError(f"--count {args.count} is not understood; give 1 or more, and no --method beside it")
     paths = list_images(args.img)
     unique_stems(paths)
+    ids = coco_ids(args.coco_ids, [path.stem for path in paths]) if args.coco_ids else {}
     predictor = Predictor(
         args.weights, device, method=args.method, settings=Fusion.of(args.fusion), count=args.count, amp=args.amp,
         mirror=args.mirror,
@@ -258,7 +262,9 @@ def main(argv=None):
     if not distributed.is_first():
         return 0
     order = {path.stem: place for place, path in enumerate(paths)}
-    checkpoint.save_json(sorted(records, key=lambda record: order[record["image_id"]]), args.out / "predictions.json")
+    records = sorted(records, key=lambda record: order[record["image_id"]])
+    records = [record | {"image_id": ids.get(record["image_id"], record["image_id"])} for record in records]
+    checkpoint.save_json(records, args.out / "predictions.json")
     for line in [*written, args.out / "predictions.json"]:
         print(line)
     for error in failed:

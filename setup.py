@@ -1,67 +1,126 @@
 """Set-up of the operators, the package `ops`.
 
-`python setup.py build_ext --inplace` builds them beside their sources (`make setup` does it);
+`python setup.py build_ext --inplace` builds them beside their sources (`make setup` does it), from whatever folder;
 `pip install --no-build-isolation .` installs them for use elsewhere. The scripts run from the source tree.
 Sources are ops/csrc/*.cpp, with ops/csrc/*.cu where a CUDA toolkit that fits a CUDA build of torch is found or
 FORCE_CUDA=1; FORCE_CUDA=0 leaves them out. Not built, the operators are plain PyTorch.
 """
 
 import os
+import re
+import runpy
+import shlex
 import shutil
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).resolve().parent
+
+
+def compiler():
+    """The C++ compiler as a command, a list: that of CXX, else the first that is there; None without any."""
+    names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
+    return next((command for command in names if shutil.which(command[0])), None)
+
 
 def cuda_toolkit(version):
-    """The folder of a CUDA toolkit of the same major version as the CUDA that torch was built with, or None."""
-    nvcc = shutil.which("nvcc")
-    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1],
-               "/usr/local/cuda"]
-    for folder in map(Path, filter(None, folders)):
-        if version and (folder / "bin/nvcc").exists() and (folder / "include/cuda_runtime.h").exists():
-            text = subprocess.run([folder / "bin/nvcc", "--version"], capture_output=True, text=True).stdout
-            if f"release {version.split('.')[0]}." in text:
-                return str(folder)
+    """The folder of a whole CUDA toolkit of the same major version as the CUDA that torch was built with, or None.
+
+    It is where nvcc itself says it lies: what stands on the PATH may be a script that calls it.
+    """
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes = [home and Path(home, "bin/nvcc") for home in homes]
+    for nvcc in filter(None, (*homes[:2], shutil.which("nvcc"), homes[2])):
+        if not version or not Path(nvcc).exists():
+            continue
+        asked = [subprocess.run([nvcc, *how], capture_output=True, text=True)
+                 for how in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])]  # fmt: skip
+        top = re.search(r"^#\$ TOP=(.+)$", asked[1].stderr, re.MULTILINE)
+        folder = Path(top[1].strip() if top else Path(nvcc).parents[1]).resolve()
+        whole = (folder / "include/cuda_runtime.h").exists() and any(folder.glob("lib*/libcudart.so"))
+        if whole and f"release {version.split('.')[0]}." in asked[0].stdout:
+            return str(folder)
     return None
 
 
+def takes(command, flag):
+    """Whether a compiler builds a program with this flag."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int main() { return 0; }\n")
+        built = subprocess.run([*command, flag, source, "-o", source.with_suffix("")], capture_output=True)
+        return built.returncode == 0
+
+
 def operators():
-    """Keyword arguments of setup() that compile ops/csrc to ops/_C; none while there are no sources."""
-    sources = sorted(map(str, Path("ops/csrc").glob("*.cpp")))
-    if not sources:
-        return {}
+    """Keyword arguments of setup() that compile ops/csrc to ops/_C."""
     import torch
 
     force = os.environ.get("FORCE_CUDA")
     toolkit = cuda_toolkit(torch.version.cuda) if force != "0" else None
     if toolkit:
         os.environ["CUDA_HOME"] = toolkit  # read when cpp_extension is imported
+    elif force == "1":
+        if not torch.version.cuda:
+            sys.exit("FORCE_CUDA=1 was given, but this PyTorch is built without CUDA; install one with it")
+        sys.exit(f"FORCE_CUDA=1 was given, but there is no toolkit for a PyTorch of CUDA {torch.version.cuda}; set "
+                 "CUDA_HOME to a folder of that major version that holds bin/nvcc, include/ and lib64/libcudart.so")
+    if found := compiler():
+        os.environ.setdefault("CXX", found[0])  # for compiling and for linking
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    class Build(BuildExtension):
+        def build_extensions(self):
+            if not found:
+                looked_for = os.environ.get("CXX") or "c++, g++ or clang++"
+                sys.exit(f"there is no C++ compiler ({looked_for}): install one, as with apt install g++, and build "
+                         "again; without it the operators run in plain PyTorch, slower")
+            (extension,) = self.extensions
+            if not takes(found, "-fopenmp"):
+                print(f"{found[0]} builds nothing with -fopenmp: the operators will run in one thread", file=sys.stderr)
+                extension.extra_compile_args["cxx"].remove("-fopenmp")
+                extension.extra_link_args.remove("-fopenmp")
+            # What is built tells what it was built from, and is built again where that has changed.
+            how = f"// For PyTorch {torch.__version__}: {extension.sources} {extension.extra_compile_args}\n"
+            said = how + f'#define WSID_SOURCES "{sources_digest()}"\n'
+            header = Path(self.build_temp, "built_from.h").resolve()
+            header.parent.mkdir(parents=True, exist_ok=True)
+            if not header.exists() or header.read_text() != said:
+                header.write_text(said)
+            extension.include_dirs.append(str(header.parent))
+            extension.depends.append(str(header))
+            super().build_extensions()
+
+    sources_digest = runpy.run_path(str(ROOT / "ops/sources.py"))["digest"]
+    files = {end: sorted(map(str, Path("ops/csrc").glob(f"*.{end}"))) for end in ("cpp", "cu", "h")}
+    sources, kind = files["cpp"], CppExtension
     # As PyTorch itself is built; without no-trapping, GCC makes no vectors of loops that choose between numbers.
     flags = {"cxx": ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-trapping-math", "-Wno-psabi"]}
-    if toolkit or force == "1":
+    if toolkit:
         # Without a GPU to ask, build for the A100, and in a form that the driver translates for later ones.
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
         # Products and sums are fused only where the code says so: the centroids then agree with the CPU's bit by bit.
         flags["nvcc"] = ["-O3", "-fmad=false"]
-        sources += sorted(map(str, Path("ops/csrc").glob("*.cu")))
-        extension = CUDAExtension("ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])
-    else:
-        extension = CppExtension("ops._C", sources, extra_compile_args=flags["cxx"], extra_link_args=["-fopenmp"])
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+        sources, kind = sources + files["cu"], CUDAExtension
+    extension = kind("ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=files["h"],
+                     define_macros=[("WSID_TORCH", torch.__version__)])  # fmt: skip
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(
-    name="wsid-net",
-    version="0.1.0",
-    description="Weakly supervised salient instance detection from class labels and object counts",
-    license="MIT",
-    python_requires=">=3.10",
-    install_requires=["torch>=2.9", "numpy>=1.26"],
-    packages=["ops"],
-    **operators(),
-)
+if __name__ == "__main__":
+    os.chdir(ROOT)  # what setuptools reads and writes goes by the current folder
+    setup(
+        name="wsid-net",
+        version="0.1.0",
+        description="Weakly supervised salient instance detection from class labels and object counts",
+        license="MIT",
+        python_requires=">=3.10",
+        install_requires=["torch>=2.9", "numpy>=1.26"],
+        packages=["ops"],
+        **operators(),
+    )

@@ -2,34 +2,32 @@
 
 import json
 import math
-from collections import defaultdict
+import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask
 
-from datasets.labels import CLASS_INDEX, Sample, collect, fail
-from datasets.masks import VOID, decode_rle
+from datasets.images import image_size
+from datasets.labels import Notice, Sample, collect, fail, split_names
+from datasets.masks import VOID, decode_polygons, decode_rle
+from datasets.photographs import Photographs
 from utils.cli import InputError
 
 SMALLEST = 0.02  # share of the image below which an object does not count as salient
-VOC_NAMES = {  # where COCO's name of a VOC class differs
-    "airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "potted plant": "pottedplant",
-    "dining table": "diningtable", "tv": "tvmonitor",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CocoMask:
     """The ground-truth instances of one image of a COCO file, drawn when they are asked for.
 
-    file: the annotations; image_id: its id there; shape: (H, W).
+    file: the annotations; image_id: its id there, as ``_id`` writes it; shape: (H, W).
     """
 
     file: Path
-    image_id: int | str
+    image_id: str
     shape: tuple[int, int]
 
     def __str__(self):
@@ -46,13 +44,13 @@ class CocoMask:
         covered leaves a gap in the numbers. InputError for a segmentation that is malformed or of another size,
         and for more than 254 instances.
         """
-        annotations = _annotations(self.file).get(self.image_id, ())
+        annotations = _annotations(self.file)[self.image_id]
         instances = [(_draw(a, self), number) for number, a in enumerate(_instances(annotations), 1)]
         if len(instances) >= VOID:
             raise InputError(f"{self} has more than 254 instances; leave the image out")
         labels = np.zeros(self.shape, np.uint8)
         for annotation in annotations:
-            if annotation.get("iscrowd"):
+            if _is_crowd(annotation):
                 labels[_draw(annotation, self)] = VOID
         for mask, number in sorted(instances, key=lambda pair: -pair[0].sum()):
             labels[mask] = number
@@ -60,62 +58,75 @@ class CocoMask:
 
 
 def find_files(folder):
-    """{split: annotations file} of ``folder``/annotations/instances_<split>.json."""
-    files = sorted((Path(folder) / "annotations").glob("instances_*.json"))
+    """{split: annotations file} of a folder: ``annotations/instances_<split>.json``, else COCO files of other names
+    there, else those in the folder itself."""
+    files = []
+    for inside in (Path(folder) / "annotations", Path(folder)):
+        found = sorted(inside.iterdir()) if inside.is_dir() and not files else []
+        found = [path for path in found if path.suffix.lower() == ".json"]
+        files = files or [path for path in found if path.name.startswith("instances_")] or list(filter(_is_coco, found))
     return {file.stem.removeprefix("instances_"): file for file in files}
 
 
-def read_coco(path, report=fail, split=None):
+def read_coco(path, report=fail, only=None, split=None):
     """The images of a COCO instances file as a list of Sample, in its order.
 
-    path: the JSON file, or the folder with annotations/instances_<split>.json; split may be left out where there is
-    only one. The photographs lie in <split>/, images/<split>/, images/ or beside, seen from the folder that holds
-    annotations/ (or else from the folder of the file).
+    path: the JSON file, or the folder that ``find_files`` finds it in; split may be left out where there is only one.
+    The photographs lie in <split>/, images/<split>/, images/, JPEGImages/, data/ or beside, seen from the folder that
+    holds annotations/ (or else from the folder of the file); ``datasets.photographs.Photographs`` finds them there.
 
     Classes are those of the 20 of VOC that any annotation has, by COCO's names or VOC's own; objects of other classes
     are counted but name none. The count is the number of annotations with iscrowd 0 whose area is at least 2 % of
-    the image. The mask holds all instances, whatever their size, with iscrowd as void; an image with an annotation
-    that has no segmentation has no mask.
+    the image; it is not known where there are only crowds. An area that is missing is that of the segmentation or,
+    without one, of the bbox, a size that is missing that of the photograph. The mask holds all instances, whatever
+    their size, with iscrowd as void; an image with an annotation that has no segmentation has no mask. Of an image
+    without any annotation nothing is known: tools list those that nobody has looked at.
 
-    InputError for a file that is missing or holds no COCO instances, and without a folder of photographs; ``report``
-    gets one for an incomplete record, an unknown category, and a missing photograph.
+    only: ``classes`` or ``count`` where the other does not matter. InputError for a file that is missing or holds no
+    COCO instances, for annotations that all belong to no image, and without a folder of photographs; ``report`` gets
+    one for an incomplete record, an unknown category, and a missing photograph, and a Notice for some annotations that
+    belong to no image.
     """
     file = _choose(Path(path), split)
-    data = _load(file)
-    categories = {category["id"]: category["name"] for category in data["categories"]}
+    data = _load(file, only)
     annotations = _by_image(data)
-    folder = _photographs(file, data["images"])
-    entries = ((f"{file} image {image.get('id')}", image) for image in data["images"])
-    return collect(entries, partial(_read, file, folder, categories, annotations), report)
+    _report_strays(file, data, report)
+    categories = {}
+    if only != "count":
+        categories = {_id(category["id"]): str(category["name"]) for category in data["categories"]}
+    folder = _photographs(file, [str(image["file_name"]) for image in data["images"]])
+    entries = ((f"{file} image {_id(image['id'])}", image) for image in data["images"])
+    return collect(entries, partial(_read, file, folder, categories, annotations, only), report)
 
 
-def _read(file, folder, categories, annotations, where, image):
-    height, width = (image.get(side) for side in ("height", "width"))
-    if not all(type(side) is int and side > 0 for side in (height, width)):
-        raise InputError(f"{where} has no height and width in pixels; add them to its record")
-    path = folder / str(image["file_name"])
-    if not path.is_file():
-        raise InputError(f"{where} is {path}, which is missing; add the photograph or remove its record")
-    found = annotations.get(image["id"], ())
+def _read(file, photographs, categories, annotations, only, where, image):
+    path = photographs.find(str(image["file_name"]), where)
+    number = _id(image["id"])
+    found = annotations[number]
+    if not found:
+        return Sample(path)
+    mask = CocoMask(file, number, _shape(image, path))
     names = []
     for annotation in found:
-        if annotation.get("category_id") not in categories:
+        category = _id(annotation.get("category_id"))
+        if category in categories:
+            names.append(categories[category])
+        elif only != "count":
             raise InputError(f"{where} has the unknown category {annotation.get('category_id')}; add it to categories")
-        if not _is_number(annotation.get("area")):
-            raise InputError(f"{where} has an annotation without an area; write its pixels there")
-        name = categories[annotation["category_id"]]
-        names.append(VOC_NAMES.get(name, name))
-    return Sample(
-        path,
-        classes=tuple(sorted({CLASS_INDEX[name] for name in names if name in CLASS_INDEX})),
-        count=sum(annotation["area"] >= SMALLEST * height * width for annotation in _instances(found)),
-        mask=CocoMask(file, image["id"], (height, width)) if all(a.get("segmentation") for a in found) else None,
-    )
+    classes, others = split_names(names)
+    count = None
+    if only != "classes":
+        least = SMALLEST * math.prod(mask.shape)
+        count = len([annotation for annotation in _instances(found) if _area(annotation, mask) >= least])
+    if not count and len(_instances(found)) < len(found):
+        count = None
+    whole = all(_outlines(annotation) for annotation in found)
+    return Sample(path, classes, count, mask if whole else None, others)
 
 
 def _choose(path, split):
     """The annotations file that a path and a split name."""
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         if split:
             raise InputError(f"{path} is one split already; leave @{split} out")
         return path
@@ -127,29 +138,55 @@ def _choose(path, split):
     return files[split]
 
 
-def _load(file):
+def _load(file, only=None):
     try:
         data = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {file} ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); copy it again") from error
-    needed = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id", "name")}
+    needed = {"images": ("id", "file_name"), "annotations": ("image_id",)}
+    if only != "count":
+        needed["categories"] = ("id", "name")
     for part, keys in needed.items():
         records = data.get(part) if isinstance(data, dict) else None
         if not isinstance(records, list) or (not records and part == "images"):
             raise InputError(f"{file} holds no list of {part}; name a COCO instances file")
         for number, record in enumerate(records):
-            if not isinstance(record, dict) or not all(isinstance(record.get(key), int | str) for key in keys):
+            if not isinstance(record, dict) or not all(_id(record.get(key)) for key in keys):
                 raise InputError(f"{file} {part}[{number}] needs {' and '.join(keys)}; mend the record")
+    for part in [part for part in needed if part != "annotations"]:
+        doubled = [number for number, times in Counter(_id(record["id"]) for record in data[part]).items() if times > 1]
+        if doubled:
+            raise InputError(f"{file} has several {part} of the id {doubled[0]}; give each its own")
     return data
 
 
+def _id(value):
+    """An id as text, as tools write 1 as "1" or 1.0 too; None for what is none."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, int | str) and not isinstance(value, bool) else None
+
+
 def _by_image(data):
-    grouped = defaultdict(list)
+    """{image id: its annotations}, for every image of the file."""
+    grouped = {_id(image["id"]): [] for image in data["images"]}
     for annotation in data["annotations"]:
-        grouped[annotation["image_id"]].append(annotation)
-    return dict(grouped)
+        grouped.get(_id(annotation["image_id"]), []).append(annotation)
+    return grouped
+
+
+def _report_strays(file, data, report):
+    images = {_id(image["id"]) for image in data["images"]}
+    strays = [_id(annotation["image_id"]) for annotation in data["annotations"]]
+    strays = [number for number in strays if number not in images]
+    if strays:
+        text = (f"{len(strays)} of {len(data['annotations'])} annotations in {file} belong to no image (image_id "
+                f"{strays[0]}); write the id of an image there or remove them")  # fmt: skip
+        if len(strays) == len(data["annotations"]):
+            raise InputError(text)
+        report(Notice(text))
 
 
 @lru_cache(maxsize=2)
@@ -158,37 +195,78 @@ def _annotations(file):
     return _by_image(_load(file))
 
 
-def _photographs(file, images):
+def _photographs(file, names):
+    """The Photographs of an annotations file, in the first folder that holds any of them."""
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
     split = file.stem.removeprefix("instances_")
-    folders = (root / split, root / "images" / split, root / "images", root)
-    names = [str(image["file_name"]) for image in images[:100]]  # not only the first: it may be what is missing
-    folder = next((folder for folder in folders if any((folder / name).is_file() for name in names)), None)
-    if folder is None:
+    inside = (split, f"images/{split}", "images", "JPEGImages", "data", ".")
+    folders = [Photographs(root / folder, names) for folder in inside]
+    some = names[:100]  # not only the first: it may be what is missing
+    found = next((folder for folder in folders if any(os.path.isfile(folder.folder / name) for name in some)), None)
+    found = found or next((folder for folder in folders if any(map(folder.has, some))), None)
+    if found is None:
         raise InputError(f"the photographs of {file}, such as {names[0]}, are in none of "
-                         f"{', '.join(map(str, folders))}; put them into the first")  # fmt: skip
-    return folder
+                         f"{', '.join(str(folder.folder) for folder in folders)}; put them into one")  # fmt: skip
+    return found
+
+
+def _is_coco(path):
+    """Whether a file has the parts of COCO's; reading them takes much longer."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return b'"images"' in data and b'"annotations"' in data
+
+
+def _shape(image, path):
+    """(H, W) as the record says; where it does not, as the photograph."""
+    try:
+        height, width = (int(image.get(side)) for side in ("height", "width"))
+    except (TypeError, ValueError, OverflowError):
+        height = width = 0
+    return (height, width) if height > 0 and width > 0 else image_size(path)
+
+
+def _area(annotation, mask):
+    """Pixels of an annotation: as it says, else of its segmentation, else of its bbox."""
+    area, box = annotation.get("area"), annotation.get("bbox")
+    if _is_number(area) and area >= 1:
+        return area
+    if _outlines(annotation):
+        return _draw(annotation, mask).sum()
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise InputError(f"{mask} has an annotation without an area, a segmentation or a bbox; write its pixels there")
+    if 0 < max(box) <= 1:
+        raise InputError(f"{mask} has the bbox {box} in shares of the image; write it in pixels")
+    return box[2] * box[3]
 
 
 def _instances(annotations):
-    return [annotation for annotation in annotations if not annotation.get("iscrowd")]
+    return [annotation for annotation in annotations if not _is_crowd(annotation)]
+
+
+def _is_crowd(annotation):
+    return annotation.get("iscrowd") in (1, "1")
+
+
+def _outlines(annotation):
+    """The segmentation, which is empty where there is none: an RLE, or polygons; a single one may come bare."""
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list) and segmentation and all(map(_is_number, segmentation)):
+        return [segmentation]
+    return None if segmentation == [[]] else segmentation
 
 
 def _draw(annotation, mask):
     """One annotation of ``mask`` as bool [H,W]."""
-    segmentation, (height, width) = annotation["segmentation"], mask.shape
+    segmentation, (height, width) = _outlines(annotation), mask.shape
     try:
         if isinstance(segmentation, dict):
             if segmentation["size"] != [height, width]:
                 raise ValueError(f"its size is {segmentation['size']} in an image of {[height, width]}")
             return decode_rle(segmentation)
-        # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
-        outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in segmentation]
-        if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
-            raise ValueError("a polygon needs three points or more")
-        runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
-        union = pycocotools.mask.merge(runs)
-        return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
+        return decode_polygons(segmentation, mask.shape)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{mask} has a segmentation that is no polygon or RLE ({error}); mend it") from error
 

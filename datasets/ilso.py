@@ -1,5 +1,6 @@
 """Photographs with a folder of instance masks beside them, as ILSO is published: counts come from the masks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,27 +41,28 @@ def read_pairs(folder, report=fail):
     return collect(((path, path) for path in photographs), read, report)
 
 
-def read_ilso(folder, report=fail):
+def read_ilso(folder, report=fail, only=None):
     """``read_pairs`` with counts: the number of instances in each mask. Classes are not known.
 
-    All masks are read for that. ``report`` gets, besides, an InputError for a mask that cannot be read or that is
-    void where it is not background.
+    All masks are read for that, unless ``only`` the classes are asked for. ``report`` gets, besides, an InputError for
+    a mask that cannot be read or that is void where it is not background.
     """
+    if only == "classes":
+        return read_pairs(folder, report)
     pairs = ((sample.path, sample) for sample in read_pairs(folder, report))
-    return collect(pairs, _count, report)
+    return collect(pairs, count_instances, report)
+
+
+def count_instances(where, sample):
+    """``sample`` with the count of its mask, if it has one; InputError when that is void where it is not background."""
+    if sample.mask is None:
+        return sample
+    labels = np.unique(sample.mask.read())
+    count = int(np.count_nonzero((labels > 0) & (labels < VOID)))
+    return replace(sample, count=count)
 
 
 def _first(folder, names):
     """The first of the named folders in ``folder`` that exists; the first of all when none does."""
     paths = [Path(folder) / name for name in names]
     return next(filter(Path.is_dir, paths), paths[0])
-
-
-def _count(where, sample):
-    if sample.mask is None:
-        return sample
-    labels = np.unique(sample.mask.read())
-    count = int(np.count_nonzero((labels > 0) & (labels < VOID)))
-    if not count and VOID in labels:
-        raise InputError(f"{sample.mask} shows nothing but void (white, 255); paint its instances in other colours")
-    return Sample(sample.path, count=count, mask=sample.mask)

@@ -82,11 +82,12 @@ def is_untold(folder, stem):
     return (Path(folder) / "classes" / f"{stem}.none").exists()
 
 
-def write_pseudo_labels(folder, path, cams, classes, size, thresholds, use_crf):
-    """Make and write both maps of the photograph at ``path``; cams: float [C,h,w] in 0..1 on any grid."""
-    image = load_square(path, size)
+def write_pseudo_labels(folder, sample, cams, classes, size, thresholds, use_crf):
+    """Make and write both maps of the photograph of a Sample; cams: float [C,h,w] in 0..1 on any grid."""
+    image = load_square(sample.path, size)
     cams = np.stack([resize(cam.astype(np.float32), size) for cam in cams]) if len(cams) else np.zeros((0, size, size))
     saliency = saliency_mask(image, cams, thresholds, use_crf)
     # The class labels come first: is_done looks for both, so a kill in between only repeats this photograph.
-    checkpoint.save_png(class_labels(image, cams, classes, thresholds), Path(folder) / "classes" / f"{path.stem}.png")
-    checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{path.stem}.png")
+    labels = class_labels(image, cams, classes, thresholds)
+    checkpoint.save_png(labels, Path(folder) / "classes" / f"{sample.stem}.png")
+    checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{sample.stem}.png")

@@ -1,8 +1,9 @@
 """What --data takes: a folder (or COCO file) in one of the published layouts, found out from what lies in it.
 
     my_data                     labels.csv and images/
-    VOCdevkit@val               PASCAL VOC: a split, train unless another is named
+    VOCdevkit@val               PASCAL VOC: a split, train unless another is named; also XML files beside photographs
     coco@val2017                annotations/instances_val2017.json and its photographs; also the file itself
+    roboflow@train              the folder train/ in another, in a layout of its own
     ILSO                        images/ and instance_masks/ (or gt/): counts, no classes
     photos                      any photographs, without labels
     VOCdevkit@trainval,classes  only the classes of a source, or only the @count, to go with those of another
@@ -11,24 +12,35 @@ The first that fits in this order is taken.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets import coco, ilso, voc
 from datasets.images import image_size, list_images
-from datasets.labels import VOC_CLASSES, Sample, collect, fail, read_labels
+from datasets.labels import VOC_CLASSES, Notice, Sample, collect, fail, find_table, read_labels
 from datasets.masks import MaskFile, list_masks
+from datasets.unread import TABLES, folders_in, unread_labels
 from utils.cli import InputError
 
 
-def read_photographs(folder, report=fail):
-    """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern."""
+def read_photographs(folder, report=fail, only=None):
+    """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern.
+
+    ``report`` gets a Notice for photographs in other folders there.
+    """
+    folder = Path(folder)
+    inside = folder / "images" if (folder / "images").is_dir() else folder
+    others = [other for other in {folder, *folders_in(folder), *folders_in(inside)} - {inside} if _holds_images(other)]
+    if others:
+        report(Notice(f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
+                      "name the folders one by one"))  # fmt: skip
     return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
 
 
 class Layout(NamedTuple):
-    """A published layout: its name, whether a path has it, and its reader (path, report[, split])."""
+    """A published layout: its name, whether a path has it, and its reader (path, report, only[, split])."""
 
     name: str
     fits: Callable
@@ -37,12 +49,15 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = (
-    Layout("labels.csv", lambda path: (path / "labels.csv").exists(), read_labels),
-    Layout("PASCAL VOC", voc.find_root, voc.read_voc, splits=True),
-    Layout("COCO", lambda path: path.suffix == ".json" or coco.find_files(path), coco.read_coco, splits=True),
+    Layout("labels.csv", find_table, read_labels),
+    Layout("PASCAL VOC", voc.find_folders, voc.read_voc, splits=True),
+    Layout("COCO", lambda path: path.suffix.lower() == ".json" or coco.find_files(path), coco.read_coco, splits=True),
     Layout("ILSO", ilso.is_ilso, ilso.read_ilso),
     Layout("photographs", lambda path: _has_images(path), read_photographs),
 )
+
+
+FORGET = {"classes": {"count": None, "mask": None}, "count": {"classes": None, "others": (), "mask": None}}
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,16 @@ class Source:
     only: str | None = None
 
 
+@contextmanager
+def _readable():
+    """A folder that cannot be listed is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename} ({error.strerror}); check the path and its rights") from error
+
+
+@_readable()
 def find_source(text):
     """The Source that PATH or PATH@OPTION[,OPTION] names; an option is a split, ``classes`` or ``count``.
 
@@ -65,15 +90,40 @@ def find_source(text):
     split = [word for word in words if word not in only]
     if len(split) > 1 or len(only) > 1:
         raise InputError(f"{text} asks for two things at once; give the source once for each")
-    layout = next((layout for layout in LAYOUTS if layout.fits(path)), None)
+    if path.is_file() and path.name.lower() == "labels.csv":
+        path = path.parent
+    layout = _layout(path)
+    if split and not (layout and layout.splits) and _layout(path / split[0]):
+        path, layout, split = path / split[0], _layout(path / split[0]), []
     if layout is None:
-        raise InputError(f"there is no {path / 'labels.csv'} nor another known layout in {path}; name a folder with "
-                         "labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs")  # fmt: skip
+        raise InputError(_no_layout(path))
     if split and not layout.splits:
         raise InputError(f"{text} names the split {split[0]}, but {path} ({layout.name}) has none; leave it out")
     return Source(path, layout, *split or [None], *only or [None])
 
 
+def _layout(path):
+    """The Layout of a path, None when none fits."""
+    if path.is_file() and path.suffix.lower() in TABLES and path.suffix.lower() != ".json":
+        return None
+    return next((layout for layout in LAYOUTS if layout.fits(path)), None)
+
+
+def _no_layout(path):
+    """What to say of a path that has no layout."""
+    if path.is_file():
+        return f"{path} is no photograph and no COCO file; name the folder that holds the photographs and labels.csv"
+    text = f"there is no {path / 'labels.csv'} nor another known layout in {path}"
+    folders = folders_in(path)
+    inside = [folder for folder in folders if _layout(folder)]
+    inside = inside or [folder for outer in folders for folder in folders_in(outer) if _layout(folder)]
+    if inside:
+        return f"{text}; name one of the folders in it: {', '.join(map(str, inside))}"
+    text = "; ".join([text, *unread_labels(path, _stems(path))])
+    return f"{text}; name a folder with labels.csv, JPEGImages/, annotations/, instance_masks/ or photographs"
+
+
+@_readable()
 def read_source(source, report=fail):
     """The Samples of a Source, or of the text that names one; no two have the same stem.
 
@@ -82,9 +132,12 @@ def read_source(source, report=fail):
     """
     source = source if isinstance(source, Source) else find_source(source)
     options = {"split": source.split} if source.split else {}
-    samples = source.layout.read(source.path, report=report, **options)
+    if source.layout.name in ("photographs", "ILSO"):
+        for text in unread_labels(source.path, _stems(source.path)):
+            report(Notice(text))
+    samples = source.layout.read(source.path, report=report, only=source.only, **options)
     if source.only:
-        samples = [Sample(sample.path, **{source.only: getattr(sample, source.only)}) for sample in samples]
+        samples = [replace(sample, **FORGET[source.only]) for sample in samples]
     return samples
 
 
@@ -93,7 +146,8 @@ def merge(sources, report=fail):
 
     Two files are one photograph when they share the stem and the size and each source knows what the other does not,
     as classes from one and the count from another. The same file may come as often as it likes. Anything else under
-    one stem goes to ``report`` as an InputError that names both, and the later one is left out.
+    one stem goes to ``report`` as an InputError that names both, a Notice where the later one has no labels, and the
+    later one is left out.
     """
     merged, origin = {}, {}
     for name, samples in sources.items():
@@ -107,20 +161,28 @@ def merge(sources, report=fail):
     return list(merged.values())
 
 
-def read_ground_truth(source):
-    """The Samples of a source that have a ground-truth mask; InputError when none has.
+def read_ground_truth(source, report=fail):
+    """The Samples of a source that have a ground-truth mask; InputError when none has, else ``report`` gets problems.
 
     A folder with instance_masks/ (or gt/, see datasets.ilso) is taken by its masks, whether it has labels.csv or not.
     """
-    found = find_source(source)
-    samples = read_source(found) if found.layout.splits else ilso.read_pairs(found.path)
+    found, problems = find_source(source), []
+
+    def note(error):
+        (report if isinstance(error, Notice) else problems.append)(error)
+
+    samples = read_source(found, note) if found.layout.splits else []
+    if not any(sample.mask for sample in samples) and (not found.layout.splits or ilso.is_ilso(found.path)):
+        samples = ilso.read_pairs(found.path, note)
     samples = [sample for sample in samples if sample.mask is not None]
     if not samples:
-        raise InputError(f"{source} has no instance masks; name a source that has")
+        raise problems[0] if problems else InputError(f"{source} has no instance masks; name a source that has")
+    for problem in problems:
+        report(problem)
     return samples
 
 
-def list_ground_truth(source):
+def list_ground_truth(source, report=fail):
     """{stem: mask} of a source as in ``read_ground_truth``, or of a folder that holds the mask pictures themselves.
 
     A mask has read(), size() and a name, str(mask), as datasets.labels.Sample says.
@@ -128,13 +190,13 @@ def list_ground_truth(source):
     path, options = _parse(source)
     if not options and not any(layout.fits(path) for layout in LAYOUTS if layout.name != "photographs"):
         return {stem: MaskFile(file) for stem, file in list_masks(path).items()}
-    return {sample.stem: sample.mask for sample in read_ground_truth(source)}
+    return {sample.stem: sample.mask for sample in read_ground_truth(source, report)}
 
 
 def _parse(text):
     """PATH@OPTION,OPTION -> (Path, [options]); an @ in the name of what exists is no option."""
     name, _, options = str(text).rpartition("@")
-    if not name or Path(text).exists():
+    if not name or Path(text).expanduser().exists():
         name, options = text, ""
     return Path(name).expanduser(), [word for word in options.split(",") if word]
 
@@ -147,12 +209,15 @@ def _join(first, second, origin, name):
             if a != b:
                 raise InputError(f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
                                  f"{_known(key, b)}); take only @classes or @count from one of them")  # fmt: skip
-    elif not known[0] or not known[1] or known[0] & known[1]:
+    elif not known[1]:
+        raise Notice(f"{second.path} is left out, as {first.path} shares its name; rename one of them")
+    elif not known[0] or known[0] & known[1]:
         raise InputError(f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
                          "from one source and @count from the other if they are one photograph")  # fmt: skip
     elif image_size(first.path) != image_size(second.path):
         raise InputError(f"{first.path} and {second.path} share a name but not a size; rename one of them")
-    return replace(first, **{key: getattr(second, key) for key in known[1]})
+    joined = replace(first, **{key: getattr(second, key) for key in known[1]})
+    return replace(joined, others=second.others) if "classes" in known[1] else joined
 
 
 def _known(key, value):
@@ -164,8 +229,20 @@ def _images_of(folder):
     return list_images(inside if inside.is_dir() else folder)
 
 
+def _stems(path):
+    return {image.stem for image in _images_of(path)} if _has_images(path) else set()
+
+
 def _has_images(path):
     try:
         return bool(_images_of(path))
+    except InputError:
+        return False
+
+
+def _holds_images(folder):
+    """Whether photographs lie in the folder itself."""
+    try:
+        return bool(list_images(folder))
     except InputError:
         return False

@@ -24,6 +24,13 @@ def to_grid(feature, grid):
     return F.interpolate(feature, grid, mode="bilinear", align_corners=False)
 
 
+def pooled(feature, grid):
+    """[N,C,h,w] -> [N,C,*grid], averages. Where halves do, they are taken: on CUDA their gradient is deterministic."""
+    if feature.shape[-2:] == (2 * grid[0], 2 * grid[1]):
+        return F.avg_pool2d(feature, 2)
+    return F.adaptive_avg_pool2d(feature, grid)
+
+
 class Reduction(nn.Module):
     """f1..f5 to one width with 1x1 convolutions, each at its own resolution: f1'..f5' (Fig. 7, left).
 
@@ -36,7 +43,7 @@ class Reduction(nn.Module):
 
     def forward(self, features, grid):
         """list of [N,C_l,h_l,w_l] -> list of [N,channels,h,w], none finer than ``grid``."""
-        features = [F.adaptive_avg_pool2d(f, grid) if f.shape[-1] > grid[1] else f for f in features]
+        features = [pooled(f, grid) if f.shape[-1] > grid[1] else f for f in features]
         return [reduce(feature) for reduce, feature in zip(self.reduce, features, strict=True)]
 
 

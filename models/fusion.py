@@ -1,5 +1,6 @@
 """Fusion: saliency, boundary and offsets to one soft map per salient instance (Sec. 3.1.1, 4.2; Fig. 2)."""
 
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, fields
 
 import cv2
@@ -10,9 +11,36 @@ from scipy import ndimage
 
 import ops
 from models.counting import components, divide
-from utils.cli import InputError
+from utils.cli import InputError, integer, number
 
-CHOICES = {"region": ("salient", "image"), "share": ("rival", "peak")}
+
+def _one_of(*choices):
+    """As ``utils.cli.number``, for one of several words."""
+
+    def parse(text):
+        if text not in choices:
+            raise ArgumentTypeError(f"{text!r} does not fit; give {' or '.join(choices)}")
+        return text
+
+    return parse
+
+
+# What each setting may be. Ends that are left out would find nothing in any photograph, or overflow.
+ALLOWED = {
+    "theta": number(0, below=1),
+    "sink": number(None, 1000, above=0),
+    "region": _one_of("salient", "image"),
+    "radius": integer(1, 64),
+    "power": number(0.1, 1000),
+    "likeness": number(0, 100),
+    "steps": integer(0, 10**5),
+    "salient": number(0, below=1),
+    "share": _one_of("rival", "peak"),
+    "background": number(0, below=1),
+    "smallest": number(0, below=1),
+    "unsure": number(0, 1),
+    "doubt": number(0, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +54,7 @@ class Fusion:
     share: what the masks are cut by: an instance's share beside its strongest "rival", another or the background
     [ours], or of its own "peak" [IRN]. background: share below which a pixel is background. smallest: share of the
     image under which an instance is dropped; unsure: score under which it is. doubt: how much doubt about the number of
-    objects lowers a score, a power of ``expected_iou``; 0 not at all.
+    objects lowers a score, a power of ``expected_iou``; 0 not at all. InputError for a value that ``ALLOWED`` has not.
     """
 
     theta: float = 0.5
@@ -43,21 +71,22 @@ class Fusion:
     unsure: float = 0.1
     doubt: float = 1.0
 
+    def __post_init__(self):
+        for field in fields(self):
+            value = str(getattr(self, field.name))  # a text from the command line, or a number
+            try:
+                object.__setattr__(self, field.name, ALLOWED[field.name](value))
+            except ArgumentTypeError as error:
+                raise InputError(f"--fusion {field.name}={value}: {error}") from error
+
     @classmethod
     def of(cls, arguments):
         """The settings with those of --fusion NAME=VALUE ... changed; InputError for what is none."""
-        kinds = {field.name: field.type for field in fields(cls)}
         given = {}
         for argument in arguments:
-            name, _, value = argument.partition("=")
-            if name not in kinds:
-                raise InputError(f"--fusion {argument}: there is no such setting; there are {', '.join(kinds)}")
-            if value not in CHOICES.get(name, (value,)):
-                raise InputError(f"--fusion {argument}: {name} is {' or '.join(CHOICES[name])}")
-            try:
-                given[name] = kinds[name](value)
-            except ValueError as error:
-                raise InputError(f"--fusion {argument}: {name} is of type {kinds[name].__name__}") from error
+            name, _, given[name] = argument.partition("=")
+            if name not in ALLOWED:
+                raise InputError(f"--fusion {argument}: there is no such setting; there are {', '.join(ALLOWED)}")
         return cls(**given)
 
 

@@ -110,12 +110,15 @@ def save_weights(net, path, note=""):
 def load_weights(path, device="cpu"):
     """Read what ``save_weights`` wrote as a WSIDNet in evaluation mode, float32.
 
-    Raises InputError when the file is missing, damaged or of another kind.
+    Raises InputError when the file is missing, damaged or of another kind, or holds weights that are not finite.
     """
     saved = checkpoint.load(path, device)
+    saved = saved if isinstance(saved, dict) else {}  # a tensor takes any index, with a warning
     try:
         net = WSIDNet(NetConfig(**saved["config"]))
         net.load_state_dict(saved["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (AttributeError, InputError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
+    if not all(value.isfinite().all() for value in net.state_dict().values()):
+        raise InputError(f"{path} holds weights that are not finite numbers; use those before, or train them again")
     return net.to(device).eval().to(memory_format=torch.channels_last)

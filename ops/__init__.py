@@ -7,6 +7,8 @@ All maps live on the same grid, stride 4 of the network input; offsets are (dy, 
 """
 
 import functools
+import math
+import numbers
 import warnings
 
 import torch
@@ -26,16 +28,37 @@ def _check(name, tensor, dims, channels=None):
         raise ValueError(f"{name} must be float32 or float64, not {tensor.dtype}")
     if channels is not None and tensor.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, not {_shape(tensor)}")
+    _check_storage(name, tensor)
+
+
+def _check_storage(name, tensor):
+    """Pixels are counted in 32 bits on CUDA, and a point's coordinates have to be exact in float32."""
+    height, width = tensor.shape[-2:]
+    if max(height, width) > 2**24 or height * width > 2**30:
+        raise ValueError(f"{name} may have 2^24 rows, 2^24 columns and 2^30 pixels a map at most, not {_shape(tensor)}")
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        raise ValueError(f"{name} must be a dense tensor that holds values, not {tensor.layout} on {tensor.device}")
 
 
 def _shape(value):
     return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
+def _whole(name, value, least, most):
+    """A whole number in a range, as an int."""
+    if not isinstance(value, numbers.Real) or not least <= value <= most or value != int(value):
+        raise ValueError(f"{name} must be an integer in {least}..{most}, not {value}")
+    return int(value)
+
+
+def _positive(name, value):
+    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number above 0, not {value}")
+    return float(value)
+
+
 def _check_radius(radius):
-    if not 1 <= radius <= 64 or radius != int(radius):
-        raise ValueError(f"radius must be an integer in 1..64, not {radius}")
-    return int(radius)
+    return _whole("radius", radius, 1, 64)
 
 
 def _full_precision(*tensors):
@@ -73,16 +96,16 @@ def converge_centroids(offsets, max_iters=300, tol=1e-3):
 
     offsets: float32 or float64 [N, 2, H, W], (dy, dx) in grid pixels, any N, H, W including 0; half precision is
         computed in float32.
-    max_iters: moves at most, >= 0. tol: length in grid pixels, >= 0.
+    max_iters: moves at most, integer >= 0. tol: length in grid pixels, >= 0.
     Returns the points (y, x) as [N, 2, H, W], 0..H-1 and 0..W-1; no gradient. A move that is NaN or infinite is not
     made and ends that pixel's way.
-    Raises ValueError for another shape or type.
+    Raises ValueError for another shape, type or number.
     """
     (offsets,) = _full_precision(offsets)
     _check("offsets", offsets, 4, channels=2)
-    if max_iters < 0 or not tol >= 0:
-        raise ValueError(f"max_iters and tol must not be negative, but are {max_iters} and {tol}")
-    return _implementation(offsets).converge_centroids(offsets.detach(), int(max_iters), float(tol))
+    max_iters = _whole("max_iters", max_iters, 0, 2**31 - 1)
+    tol = float(tol) if isinstance(tol, numbers.Real) and tol == 0 else _positive("tol", tol)
+    return _implementation(offsets).converge_centroids(offsets.detach(), max_iters, tol)
 
 
 def boundary_affinity(boundary, radius):
@@ -103,8 +126,10 @@ def boundary_affinity(boundary, radius):
 
 def _pair_labels(labels, ignore_index, dtype, of=None):
     """The labels as the operators take them: numbers of that type, NaN where undecided. of: the map they belong to."""
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 3 or labels.is_floating_point():
+    whole = isinstance(labels, torch.Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not whole or labels.dim() != 3:
         raise ValueError(f"labels must be a tensor of integers [N, H, W], not {_shape(labels)}")
+    _check_storage("labels", labels)
     if of is not None and (labels.shape != of.shape[:1] + of.shape[-2:] or labels.device != of.device):
         raise ValueError(f"labels {_shape(labels)} and the map {_shape(of)} must agree in images, size and device")
     return torch.where(labels == ignore_index, torch.nan, labels.to(dtype))
@@ -161,7 +186,10 @@ def likeness(features, radius):
     """
     (features,) = _full_precision(features)
     _check("features", features, 4)
-    unit = F.normalize(features.detach(), dim=1)
+    unit = features.detach()
+    if unit.shape[1]:  # their squares might be too large or too small for a number
+        unit = unit / torch.linalg.vector_norm(unit, math.inf, dim=1, keepdim=True)
+    unit = F.normalize(unit, dim=1)
     return _implementation(unit).likeness(unit, _check_radius(radius))
 
 
@@ -173,13 +201,13 @@ def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
 
     x: float32 or float64 [N, C, H, W], one map per instance, any values; any N, C, H, W including 0.
     affinity: [N, K, H, W] of the same radius and precision, 0..1. radius: as given to `boundary_affinity`.
-    power: > 0. steps: integer >= 0.
+    power: > 0. steps: integer in 0..10^5.
     method: "power" applies M step by step; "chebyshev" evaluates the same power as a Chebyshev series in the
         symmetric matrix similar to M, whose degree is about sqrt(steps); "auto" takes the cheaper one.
     tol: error of the series: at most tol x the norm of x in the root mean square weighted with D, and in practice at
         any pixel, relative to max |x|; float rounding comes on top.
     Returns [N, C, H, W]; no gradient. NaN and infinity spread to the pixels that the walk reaches from them.
-    Raises ValueError for other shapes or types, a negative number of steps or an unknown method.
+    Raises ValueError for other shapes or types, numbers out of range or an unknown method.
     """
     x, affinity = _full_precision(x, affinity)
     _check("x", x, 4)
@@ -191,6 +219,5 @@ def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):
         raise ValueError("x and affinity must have the same precision and live on the same device")
     if method not in ("auto", "power", "chebyshev"):
         raise ValueError(f"method must be auto, power or chebyshev, not {method}")
-    if steps != int(steps) or steps < 0 or not power > 0 or not tol > 0:
-        raise ValueError(f"steps must be an integer >= 0, power and tol > 0, but are {steps}, {power} and {tol}")
-    return _implementation(x).random_walk(x.detach(), affinity.detach(), radius, power, int(steps), method, tol)
+    steps, power, tol = _whole("steps", steps, 0, 10**5), _positive("power", power), _positive("tol", tol)
+    return _implementation(x).random_walk(x.detach(), affinity.detach(), radius, power, steps, method, tol)

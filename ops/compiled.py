@@ -1,19 +1,34 @@
 """The compiled operators: loads `ops._C` where it is built, and gives them fake implementations and autograd.
 
-Build it with `python setup.py build_ext --inplace`; it then registers `torch.ops.wsid.*`. Without it `available` is
-False and `reason` says why; the public functions then use `ops.reference`.
+Build it with `python setup.py build_ext --inplace`; it then registers `torch.ops.wsid.*`. Without it, or where it was
+built from other sources or for another PyTorch, `available` is False and `reason` says why; the public functions then
+use `ops.reference`.
 """
+
+import importlib
 
 import torch
 
-from . import reference
+from . import reference, sources
 
-try:
-    from . import _C  # noqa: F401  (registers torch.ops.wsid)
 
-    available, reason = True, ""
-except ImportError as error:
-    available, reason = False, str(error)
+def _reason():
+    """Why the compiled operators cannot be used, or ""."""
+    try:
+        built = importlib.import_module("._C", __package__)  # registers torch.ops.wsid
+    except ModuleNotFoundError:
+        return "they are not built"
+    except ImportError as error:
+        return f"they were built for another PyTorch or Python than {torch.__version__}: {error}"
+    if getattr(built, "TORCH", torch.__version__) != torch.__version__:
+        return f"they were built for PyTorch {built.TORCH}, and this is {torch.__version__}"
+    if sources.digest() not in (None, getattr(built, "SOURCES", "")):
+        return "they were built from other sources than those in ops/csrc"
+    return ""
+
+
+reason = _reason()
+available = not reason
 
 _KERNELS = frozenset(
     device_type for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
@@ -55,7 +70,7 @@ def likeness(features, radius):
 
 def random_walk(x, affinity, radius, power, steps, method, tol):
     coefficients = reference.walk_coefficients(steps, method, tol) or ()  # none: step by step
-    return torch.ops.wsid.random_walk(x, affinity, radius, float(power), steps, coefficients)
+    return torch.ops.wsid.random_walk(x, affinity, radius, power, steps, coefficients)
 
 
 def _setup_context(ctx, inputs, output):
@@ -85,6 +100,10 @@ def _entropy_backward(ctx, grad):
 
 def _error_backward(ctx, grad):
     return torch.ops.wsid.displacement_error_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+
+
+def _no_second(ctx, *grads):
+    raise RuntimeError("the operators are differentiable once: their gradient has no gradient of its own")
 
 
 if available:
@@ -139,3 +158,5 @@ if available:
     torch.library.register_autograd("wsid::boundary_affinity", _backward, setup_context=_setup_context)
     torch.library.register_autograd("wsid::affinity_entropy", _entropy_backward, setup_context=_keep_inputs)
     torch.library.register_autograd("wsid::displacement_error", _error_backward, setup_context=_keep_inputs)
+    for name in ("boundary_affinity", "affinity_entropy", "displacement_error"):
+        torch.library.register_autograd(f"wsid::{name}_backward", _no_second)

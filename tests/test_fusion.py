@@ -1,5 +1,6 @@
 """Clusters, the salience filter and instance masks on fields whose answer is known."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -95,6 +96,44 @@ def test_settings_by_name():
     for wrong in ("strength=3", "steps=many", "power", "share=half", "region="):
         with pytest.raises(InputError, match=wrong):
             Fusion.of([wrong])
+
+
+# The outermost values of each setting, then some that are none.
+ENDS = {
+    "theta": ((0, 0.999), (-0.1, 1)),
+    "sink": ((1e-6, 1000), (0, -1, 1e200)),
+    "radius": ((1, 64), (0, 65, 2.5)),
+    "power": ((0.1, 1000), (0, -3, 1e-3)),
+    "likeness": ((0, 100), (-1, 101)),
+    "steps": ((0, 10**5), (-1, 1.5, 10**9)),
+    "salient": ((0, 0.999), (-0.1, 1)),
+    "background": ((0, 0.999), (-0.1, 1)),
+    "smallest": ((0, 0.999), (-0.1, 1)),
+    "unsure": ((0, 1), (-0.1, 1.1)),
+    "doubt": ((0, 100), (-1, 101)),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_settings_out_of_their_range_are_refused_and_the_ends_of_it_work(name):
+    right, wrong = ENDS[name]
+    words = rf"--fusion {name}=.* does not fit; give a"
+    for value in (*wrong, math.nan, math.inf, -math.inf, None, "", "much"):
+        with pytest.raises(InputError, match=words):
+            Fusion.of([f"{name}={value}"])
+        with pytest.raises(InputError, match=words):
+            replace(Fusion(), **{name: value})
+    saliency, boundary, offsets = (part[..., 8:26, 10:40] for part in scene()[:3])
+    features = torch.randn(5, 9, 15, generator=torch.Generator().manual_seed(0))
+    for value in right:
+        settings = Fusion.of([f"{name}={value}"])
+        assert settings == Fusion(**{name: value}) and type(getattr(settings, name)) is type(getattr(Fusion(), name))
+        for count in (0, 2):
+            maps, centroids = fuse(saliency, boundary, offsets, settings, count, features)
+            assert len(maps) == len(centroids) and maps.isfinite().all()
+            options = guesses(saliency.numpy(), offsets.numpy(), [0.5, 0.5], settings)
+            masks, scores, _ = instance_masks(maps, saliency, (72, 120), settings, options)
+            assert len(masks) == len(scores) and np.isfinite(scores).all()
 
 
 def test_scores_know_an_object_from_a_part_and_from_a_blur():

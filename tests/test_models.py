@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention
+from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention, pooled
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
@@ -121,6 +121,14 @@ def test_backbones_give_five_levels_and_keep_their_statistics(name):
     assert [64 // f.shape[2] for f in levels] == backbone.strides == [2, 4, 8, 16, 16]
     assert backbone.forward_head(torch.rand(1, 3, 64, 64)).shape == (1, backbone.head_channels, 4, 4)
     assert before and all(torch.equal(v, backbone.state_dict()[k]) for k, v in before.items())
+
+
+def test_averages_down_to_the_grid_have_a_deterministic_gradient():
+    """That of adaptive pooling has none on CUDA, and a backbone that learns from f1 on (--freeze 0) needs it."""
+    feature = torch.randn(2, 8, 32, 32, requires_grad=True)
+    for grid, name in (((16, 16), "AvgPool2DBackward0"), ((15, 16), "AdaptiveAvgPool2DBackward0")):
+        found = pooled(feature, grid)
+        assert type(found.grad_fn).__name__ == name and torch.equal(found, F.adaptive_avg_pool2d(feature, grid))
 
 
 @pytest.mark.parametrize("name, first_free", [("resnet50", "layer3"), ("mobilenetv2_100", "blocks.3")])

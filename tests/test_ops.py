@@ -243,15 +243,19 @@ def test_pairs_against_loop(radius, height, width):
     assert torch.allclose(ops.displacement_error(field.float(), labels, radius).double(), error, rtol=1e-5, atol=1e-4)
 
 
-def test_pairs_survive_products_of_many_small_factors():
-    """As sure and as wrong as can be: every factor of a pixel's product is the least there is."""
-    labels, walls = torch.ones(1, 24, 24, dtype=torch.int64), torch.ones(1, 24, 24)
-    together, apart = ops.affinity_entropy(walls, labels, 12).unbind(1)
-    expected = ops.pair_counts(labels, 12)[:, 0] * -math.log(1e-5)
-    assert torch.allclose(together, expected, rtol=1e-5) and not apart.any()
-    labels[0, ::2] = 2
-    apart = ops.affinity_entropy(0 * walls, labels, 12)[:, 1]
-    assert torch.allclose(apart, ops.pair_counts(labels, 12)[:, 1] * -math.log(1e-5), rtol=1e-2), "1 + 1e-5 in float32"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius, height, width",
+                         [(12, 24, 24), (14, 14, 6), (14, 6, 14), (26, 16, 16), (40, 3, 20), (64, 1, 70), (64, 70, 1)])
+def test_pairs_survive_products_of_many_small_factors(radius, height, width, dtype):
+    """As sure and as wrong as can be, on maps narrower than the radius, too: every factor is the least there is."""
+    labels, walls = torch.ones(1, height, width, dtype=torch.int64), torch.ones(1, height, width, dtype=dtype)
+    together, apart = ops.affinity_entropy(walls, labels, radius).unbind(1)
+    expected = ops.pair_counts(labels, radius)[:, 0] * -math.log(1e-5)
+    assert torch.allclose(together, expected.to(dtype), rtol=1e-5) and not apart.any()
+    labels[0, ::2, ::3] = 2
+    apart = ops.affinity_entropy(0 * walls, labels, radius)[:, 1]
+    expected = ops.pair_counts(labels, radius)[:, 1] * -math.log(1e-5)
+    assert torch.allclose(apart, expected.to(dtype), rtol=1e-2) and apart.any(), "1 + 1e-5 in float32"
 
 
 @pytest.mark.parametrize("radius, height, width, fast", [(5, 6, 7, True), (10, 5, 11, True), (3, 3, 4, False)])
@@ -280,6 +284,66 @@ def test_pairs_show_broken_values():
     boundary[0, 4, 4] = field[0, 1, 4, 4] = math.nan
     for found in (ops.affinity_entropy(boundary, labels, 3)[0, 0], ops.displacement_error(field, labels, 3)[0]):
         assert found[4, 4].isnan() and found[3, 4].isnan() and found[7].isfinite().all()
+
+
+def test_pairs_of_values_beyond_their_range_are_no_less_exact():
+    labels = torch.ones(1, 12, 12, dtype=torch.int64)
+    for value, logarithm in ((-1e30, math.log(1e30)), (-1e-30, math.log(1 + 1e-5)), (-math.inf, math.inf)):
+        together = ops.affinity_entropy(torch.full((1, 12, 12), value), labels, 10)[:, 0]
+        counts = ops.pair_counts(labels, 10)[:, 0]
+        assert torch.allclose(together[counts > 0], -counts[counts > 0] * logarithm, rtol=1e-2)
+    boundary = torch.full((1, 12, 12), 1.00001, dtype=torch.float64).nextafter(torch.zeros(()).double())
+    assert ops.affinity_entropy(boundary, labels, 10).isfinite().all(), "factors of 1e-16"
+
+
+def test_pixels_without_pairs_have_a_gradient_of_zero():
+    for radius, side in ((1, 4), (5, 1)):
+        boundary, field = rand(1, side, side).requires_grad_(), rand(1, 2, side, side).requires_grad_()
+        labels = torch.ones(1, side, side, dtype=torch.int64)
+        total = ops.displacement_error(field, labels, radius).sum()
+        total = total + ops.affinity_entropy(boundary, labels, radius).sum()
+        total.backward()
+        assert total == 0 and not boundary.grad.any() and not field.grad.any()
+
+
+def test_a_gradient_has_no_gradient_of_its_own():
+    labels = some_labels(1, 7, 8)
+    for of, maps in ((lambda b: ops.boundary_affinity(b, 4), rand(1, 7, 8)),
+                     (lambda b: ops.affinity_entropy(b, labels, 4), rand(1, 7, 8)),
+                     (lambda v: ops.displacement_error(v, labels, 4), rand(1, 2, 7, 8))):
+        for reduce in (torch.sum, lambda result: result.square().sum()):
+            leaf = maps.clone().requires_grad_()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                (grad,) = torch.autograd.grad(reduce(of(leaf)), leaf, create_graph=True)
+                assert grad.any()
+                with pytest.raises(RuntimeError, match="once|twice|does not require grad"):
+                    grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"))])
+def test_deterministic_gradients_are_the_same_every_time(device):
+    labels, found = some_labels(4, 60, 70), []
+    boundary = rand(4, 60, 70, dtype=torch.float32).round(decimals=1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            leaf = boundary.to(device).requires_grad_()
+            affinity = ops.boundary_affinity(leaf, 10)
+            weight = torch.randn(affinity.shape, generator=generator()).to(device)
+            entropy = ops.affinity_entropy(leaf, labels.to(device), 10)
+            found.append([torch.autograd.grad(of, leaf, by)[0].cpu() for of, by in
+                          ((affinity, weight), (entropy, weight[:, :2]))])  # fmt: skip
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, again) for other in found[1:] for one, again in zip(found[0], other))
+    leaf = boundary.requires_grad_()
+    undecided = torch.where(labels == 255, torch.nan, labels.float())
+    plain = reference.boundary_affinity(leaf, 10), reference.affinity_entropy(leaf, undecided, 10)
+    for grad, of, by in zip(found[0], plain, (weight, weight[:, :2])):
+        expected = torch.autograd.grad(of, leaf, by.cpu())[0]
+        assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
 def test_pairs_keep_nothing_per_pair(implementation):
@@ -316,6 +380,8 @@ def test_likeness_knows_no_length_and_nothing_of_what_says_nothing():
     likeness = ops.likeness(features, 3)
     assert torch.allclose(ops.likeness(7 * features, 3), likeness, atol=1e-6)
     assert torch.allclose(ops.likeness(torch.ones(1, 6, 2, 2), 2)[0, 0, :, 0], torch.ones(2))
+    for size in (1e-44, 1e-30, 1e30, 3e37):
+        assert torch.allclose(ops.likeness(features * size, 3), likeness, atol=1e-5 if size > 1e-40 else 0.3)
     for value in (0.0, math.nan, math.inf):
         broken = features.clone()
         broken[0, :, 4, 4] = value
@@ -410,6 +476,20 @@ def test_walk_passes_broken_values_on_without_crashing():
     assert result[0, 0, 2, 3].isnan() and (result[..., 8:] == 0).all()
 
 
+@pytest.mark.parametrize("method", ["power", "chebyshev"])
+def test_broken_values_do_not_pass_from_one_edge_to_the_other(method):
+    """Nor round the lower edge: only pixels that the walk reaches are hit. Rows and columns are odd in number."""
+    for height, width in ((7, 9), (7, 17), (1, 33)):
+        affinity = ops.boundary_affinity(torch.zeros(1, height, width), 3)
+        for value in (math.nan, math.inf):
+            x = torch.zeros(1, 1, height, width)
+            x[0, 0, -1, -1] = value
+            result = ops.random_walk(x, affinity, 3, 10, 3, method)[0, 0]
+            reached = torch.zeros(height, width, dtype=torch.bool)
+            reached[max(0, height - 7) :, width - 7 :] = True  # 3 steps of 2 pixels
+            assert not result[-1, -1].isfinite() and result[~reached].eq(0).all()
+
+
 # ---- all three ---------------------------------------------------------------------------------------------------
 
 
@@ -429,9 +509,8 @@ def test_empty_inputs(dtype):
         field = torch.zeros(shape[0], 2, *shape[1:], dtype=dtype, requires_grad=True)
         entropy, error = ops.affinity_entropy(boundary, labels, 5), ops.displacement_error(field, labels, 5)
         assert ops.pair_counts(labels, 5).shape == entropy.shape == field.shape and error.shape == shape
-        if error.requires_grad:  # in plain PyTorch what has no pairs has no gradient
-            (entropy.sum() + error.sum()).backward()
-            assert field.grad.shape == field.shape and not field.grad.any()
+        (entropy.sum() + error.sum()).backward()
+        assert field.grad.shape == field.shape and not field.grad.any()
     x = torch.zeros(1, 0, 4, 5, dtype=dtype)
     assert ops.random_walk(x, torch.zeros(1, 34, 4, 5, dtype=dtype), 5, 10, 256).shape == x.shape
 
@@ -462,6 +541,9 @@ def test_half_precision_is_computed_in_float32():
     assert ops.converge_centroids(torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+WALK = {"radius": 5, "power": 10, "steps": 5}
+
+
 @pytest.mark.parametrize("call", [
     lambda: ops.converge_centroids(torch.zeros(1, 3, 4, 4)),
     lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, dtype=torch.int64)),
@@ -481,10 +563,49 @@ def test_half_precision_is_computed_in_float32():
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, -1),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, 5, method="magic"),
+    *(lambda given=given: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), **WALK | given)
+      for given in ({"power": 0}, {"power": math.nan}, {"power": math.inf}, {"power": "10"}, {"steps": 1.5},
+                    {"steps": math.nan}, {"steps": 10**9}, {"steps": None}, {"tol": 0}, {"tol": math.nan},
+                    {"radius": 5.5}, {"radius": "5"}, {"radius": math.inf}, {"radius": None})),
+    *(lambda given=given: ops.converge_centroids(torch.zeros(1, 2, 4, 4), **given)
+      for given in ({"max_iters": 2.5}, {"max_iters": math.nan}, {"max_iters": math.inf}, {"tol": -1},
+                    {"tol": math.nan}, {"tol": None})),
+    lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.complex64), 5),
+    lambda: ops.boundary_affinity(torch.zeros(1, 4, 4).to_sparse(), 5),
+    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, device="meta")),
+    lambda: ops.affinity_entropy(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64, device="meta"), 5),
+    lambda: ops.boundary_affinity([[0.5]], 5),
 ])
 def test_wrong_arguments_are_named(call):
     with pytest.raises(ValueError):
         call()
+
+
+@pytest.mark.parametrize("height, width", [(2**15 + 1, 2**15), (1, 2**24 + 1), (2**24 + 1, 1)])
+def test_maps_too_large_for_their_indices_are_refused(implementation, height, width):
+    def large(*channels, dtype=torch.float32):  # one value, seen everywhere
+        return torch.zeros((), dtype=dtype).expand(1, *channels, height, width)
+
+    labels = large(dtype=torch.int64)
+    for call in (lambda: ops.converge_centroids(large(2)), lambda: ops.boundary_affinity(large(), 3),
+                 lambda: ops.pair_counts(labels, 3), lambda: ops.affinity_entropy(large(), labels, 3),
+                 lambda: ops.displacement_error(large(2), labels, 3), lambda: ops.likeness(large(4), 3),
+                 lambda: ops.random_walk(large(1), large(12), 3, 5, 2)):  # fmt: skip
+        with pytest.raises(ValueError, match="pixels"):
+            call()
+    if implementation == "reference":
+        return
+    inner, winner = torch.ops.wsid, large(12, dtype=torch.uint8)
+    for call in (lambda: inner.converge_centroids(large(2), 3, 1e-3), lambda: inner.boundary_affinity(large(), 3, True),
+                 lambda: inner.boundary_affinity_backward(large(12), winner, 3), lambda: inner.pair_counts(large(), 3),
+                 lambda: inner.affinity_entropy(large(), large(), 3),
+                 lambda: inner.affinity_entropy_backward(large(2), large(), large(), 3),
+                 lambda: inner.displacement_error(large(2), large(), 3),
+                 lambda: inner.displacement_error_backward(large(), large(2), large(), 3),
+                 lambda: inner.likeness(large(4), 3),
+                 lambda: inner.random_walk(large(1), large(12), 3, 5.0, 2, [])):  # fmt: skip
+        with pytest.raises(RuntimeError, match="pixels"):
+            call()
 
 
 # ---- the compiled operators --------------------------------------------------------------------------------------
@@ -535,6 +656,56 @@ def test_compiled_equals_reference(device, dtype):
                 result = ops.random_walk(x, affinity, radius, power, 40, method).cpu()
                 expected = reference.random_walk(x.cpu(), affinity.detach().cpu(), radius, power, 40, method)
                 assert (result - expected).abs().max() < (3e-5 if dtype == torch.float32 else 1e-11)
+
+
+def everything(boundary, labels, field, x, features, radius):
+    """What all operators make of these, gradients too, by name."""
+    leaf, leaf_field = boundary.clone().requires_grad_(), field.clone().requires_grad_()
+    affinity, entropy = ops.boundary_affinity(leaf, radius), ops.affinity_entropy(leaf, labels, radius)
+    error = ops.displacement_error(leaf_field, labels, radius)
+    found = {"affinity": affinity, "entropy": entropy, "error": error, "counts": ops.pair_counts(labels, radius),
+             "likeness": ops.likeness(features, radius), "centroids": ops.converge_centroids(field, 20)}  # fmt: skip
+    for method in ("power", "chebyshev"):
+        found[f"walk by {method}"] = ops.random_walk(x, affinity, radius, 5, 20, method)
+    for name, of, to in (("affinity", affinity, leaf), ("entropy", entropy, leaf), ("error", error, leaf_field)):
+        weight = torch.rand(of.shape, generator=generator(7), dtype=of.dtype)
+        (found[f"gradient of the {name}"],) = torch.autograd.grad(of, to, weight)
+    return {name: value.detach().double() for name, value in found.items()}
+
+
+@only_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radius, height, width", [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9),
+                                                   (3, 9, 1), (33, 1, 20), (33, 20, 1)])
+def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
+    """On maps narrower than the radius; of values at the ends of their range, beyond it, and of none at all."""
+    labels = some_labels(2, height, width)
+    draws = {"ends": rand(2, height, width).round(), "beyond": 100 * rand(2, height, width) - 50}
+    for name in (*draws, "nan", "inf"):
+        boundary = draws.get(name, rand(2, height, width)).to(dtype)
+        field = (3 * torch.randn(2, 2, height, width, generator=generator())).to(dtype)
+        x = rand(2, 2, height, width, seed=1, dtype=dtype)
+        features = torch.randn(2, 3, height, width, generator=generator()).to(dtype)
+        if name in ("nan", "inf"):
+            boundary, field, x = boundary.clone(), field.clone(), x.clone()
+            for maps in (boundary, field, x, features):
+                maps[..., -1, -1] = math.nan if name == "nan" else math.inf
+                maps[0, ..., 0, 0] = -math.inf if name == "inf" else maps[0, ..., 0, 0]
+        found = everything(boundary, labels, field, x, features, radius)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "has_kernels", lambda device_type: False)
+            patch.setattr(ops, "_warn_not_built", lambda: None)
+            expected = everything(boundary, labels, field, x, features, radius)
+        for what, value in found.items():
+            plain, case = expected[what], f"{what}, {name}"
+            if what in ("affinity", "counts", "centroids"):
+                assert torch.equal(value.nan_to_num(9e9), plain.nan_to_num(9e9)), case
+            else:
+                if "walk" in what:  # where infinities meet, which of them comes last is a matter of rounding
+                    value, plain = (torch.where(v.isfinite(), v, torch.nan) for v in (value, plain))
+                size = plain[plain.isfinite()].abs().amax().clamp(min=1) if plain.isfinite().any() else 1
+                tol = 3e-4 if dtype == torch.float32 else 1e-9
+                assert torch.allclose(value, plain, rtol=tol, atol=tol * float(size), equal_nan=True), case
 
 
 @only_compiled

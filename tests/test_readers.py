@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ from datasets import check
 from datasets.images import image_size, read_image
 from datasets.labels import CLASS_INDEX, VOC_CLASSES, Sample
 from datasets.masks import encode_rle
+from datasets.pseudo_labels import SPREAD, write_pseudo_labels
 from datasets.sources import find_source, list_ground_truth, merge, read_ground_truth, read_source
-from datasets.training import TrainingImages, read_samples, with_classes
+from datasets.training import TrainingImages, read_classes, read_map, read_samples, with_classes
 from models.counting import counted_instances
 from models.losses import counted_centroid_loss, subitizing_loss
 from utils.cli import InputError
@@ -66,7 +68,8 @@ VOC_LABELS = regions((1, 2, 2, 10, 10), (255, 10, 2, 11, 10), (2, 11, 2, 20, 30)
 
 def voc_object(name, width, height, difficult=0):
     """An object whose box covers width x height pixels, with a part that is none of its own."""
-    box = f"<bndbox><xmax>{width + 2}</xmax><xmin>3</xmin><ymin>5.0</ymin><ymax>{height + 4}</ymax></bndbox>"
+    right = width if isinstance(width, str) else width + 2
+    box = f"<bndbox><xmax>{right}</xmax><xmin>3</xmin><ymin>5.0</ymin><ymax>{height + 4}</ymax></bndbox>"
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>48</xmax><ymax>32</ymax></bndbox></part>"
     return f"<object><name>{name}</name>{part}{box}<difficult>{difficult}</difficult></object>"
 
@@ -75,7 +78,8 @@ def voc_annotation(root, name, objects, size="<size><width>50</width><height>40<
     (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
 
 
-NO_SIZE = "<annotation><size><width>0</width><height>40</height></size></annotation>"
+VOC_SHARES = """<object><name>cat</name>
+    <bndbox><xmin>0.1</xmin><xmax>0.9</xmax><ymin>0</ymin><ymax>1</ymax></bndbox></object>"""
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def voc(tmp_path):
     # 8 x 5 pixels are 2 % of 50 x 40 and count, 7 x 5 do not; what is difficult says nothing.
     voc_annotation(root, "2007_1", [voc_object("person", 8, 5), voc_object("person", 20, 20), voc_object("cat", 7, 5)])
     voc_annotation(root, "2007_2", [voc_object("dog", 20, 20), voc_object("cat", 30, 30, difficult=1)])
-    voc_annotation(root, "2007_3", [])
+    voc_annotation(root, "2007_3", [])  # nobody has looked at it
     voc_annotation(root, "2007_4", [voc_object("tvmonitor", 9, 9)])
     save(VOC_LABELS, root / "SegmentationObject" / "2007_1.png", "P")
     return tmp_path / "VOCdevkit"
@@ -112,7 +116,8 @@ def test_voc_splits_and_roots(voc):
     assert list(known(read_source(f"{voc}@Main/train"))) == ["2007_1", "2007_2", "2007_3"]
     assert known(read_source(f"{voc}@val")) == {"2007_4": ((19,), 1)}, "from Main, as Segmentation has no val"
     assert read_source(voc) == read_source(voc / "VOC2012") == read_source(voc.parent)
-    assert "no image list ImageSets/Segmentation/test.txt or" in refused(read_source, f"{voc}@test")
+    message = refused(read_source, f"{voc}@test")
+    assert "no image list ImageSets/Segmentation/test.txt or" in message and "it has train, val; name" in message
     assert "dog_train.txt is not a list of image names" in refused(read_source, f"{voc}@dog_train")
 
 
@@ -120,11 +125,13 @@ def test_voc_splits_and_roots(voc):
     "xml, complaint",
     [
         ("<annotation>", "2007_3.xml is not XML"),
-        ("<annotation/>", "2007_3.xml has an annotation whose size/width is no number"),
         ("<?xml version='1.0' encoding='klingon'?><annotation/>", "2007_3.xml is not XML"),
-        (NO_SIZE, "2007_3.xml has the size 0 x 40"),
-        ([voc_object("unicorn", 9, 9)], "2007_3.xml has the unknown class 'unicorn'"),
+        ([voc_object("", 9, 9)], "2007_3.xml has an object without a name"),
+        ([voc_object("cat", -9, -9)], "2007_3.xml has a box that ends before it begins"),
+        ([VOC_SHARES], "2007_3.xml has a box in shares of the image"),
+        ([voc_object("cat", "nan", 9)], "2007_3.xml has an object whose bndbox/xmax is no number"),
         (["<object><name>cat</name></object>"], "2007_3.xml has an object whose bndbox/xmin is no number"),
+        ([voc_object("cat", 9, 9)] * 256, "2007_3.xml has the count 256"),
     ],
 )
 def test_voc_bad_annotation(voc, xml, complaint):
@@ -139,9 +146,81 @@ def test_voc_bad_annotation(voc, xml, complaint):
 
 def test_voc_missing_files(voc):
     (voc / "VOC2012/JPEGImages/2007_1.jpg").unlink()
-    assert "2007_1.jpg, which is missing" in refused(read_source, voc)
+    assert "JPEGImages/2007_1, which is missing" in refused(read_source, voc)
     (voc / "VOC2012/Annotations/2007_2.xml").unlink()
     assert "2007_2.xml (No such file" in refused(read_source, voc)
+
+
+def test_voc_other_classes_count(voc):
+    voc_annotation(voc / "VOC2012", "2007_3", [voc_object(name, 9, 9) for name in ("unicorn", "Dining table", "TV")])
+    voc_annotation(voc / "VOC2012", "2007_4", [voc_object("unicorn", 9, 9)])
+    samples = read_source(f"{voc}@Main/train")
+    assert known(samples)["2007_3"] == ((10, 19), 3) and samples[2].others == ("unicorn",)
+    assert known(read_source(f"{voc}@val")) == {"2007_4": ((), 1)}
+
+
+def test_voc_what_nobody_can_tell(voc):
+    """Neither an annotation without objects nor one with difficult ones alone says that there is nothing."""
+    voc_annotation(voc / "VOC2012", "2007_4", [voc_object("cat", 30, 30, difficult=1)])
+    assert known(read_source(f"{voc}@val")) == {"2007_4": ((), None)}
+    assert known(read_source(f"{voc}@Main/train"))["2007_3"] == (None, None)
+
+
+@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>", "<size><width/></size>"])
+def test_voc_without_a_size_takes_the_photographs(voc, size):
+    # 2 % of 48 x 32 are 30.72 pixels, of 50 x 40 they are 40.
+    voc_annotation(voc / "VOC2012", "2007_4", [voc_object("cat", 31, 1), voc_object("cat", 30, 1)], size)
+    assert known(read_source(f"{voc}@val")) == {"2007_4": ((CAT,), 1)}
+
+
+def test_voc_names_as_tools_write_them(tmp_path):
+    """A list of another name with a mark of its encoding, blanks and quotes; pictures of any kind, dots in names."""
+    root = tmp_path / "cvat"
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "Annotations" / "sub").mkdir(parents=True)
+    stems = {"my photo 1": ".PNG", "a.v2": ".jpeg", "sub/b": ".webp", "c": ".bmp"}
+    for stem, suffix in stems.items():
+        photograph(root / "JPEGImages" / f"{stem}{suffix}")
+        voc_annotation(root, stem, [voc_object("cat", 20, 20)])
+    lists = root / "ImageSets" / "Main"
+    (lists / "default.txt").write_bytes('"my photo 1"\r\na.v2\r\nsub/b\r\nc.jpg\r\n'.encode("utf-8-sig"))
+    (lists / "cat_default.txt").write_text("a.v2  1\nc -1\n")
+    samples = read_source(root)
+    assert known(samples) == dict.fromkeys(["my photo 1", "a.v2", "b", "c"], ((CAT,), 1))
+    save(VOC_LABELS, root / "SegmentationObject" / "sub" / "b.png")
+    assert [sample.mask is None for sample in read_source(root)] == [True, True, False, True]
+    (lists / "mine.txt").write_text("my photo 1\n")
+    assert list(known(read_source(f"{root}@mine"))) == ["my photo 1"]
+    assert "it has default, mine; name one" in refused(read_source, root)
+    photograph(root / "JPEGImages" / "c.jpg")
+    assert read_source(f"{root}@default")[3].path.name == "c.jpg", "the whole name tells"
+    (lists / "default.txt").write_text("c\n")
+    assert "may be c.bmp or c.jpg" in refused(read_source, f"{root}@default")
+
+
+def test_voc_masks_without_annotations(voc):
+    shutil.rmtree(voc / "VOC2012" / "Annotations")
+    assert known(read_source(voc)) == {"2007_2": (None, None), "2007_1": (None, 2)}
+    shutil.rmtree(voc / "VOC2012" / "ImageSets")
+    assert len(read_source(voc)) == 4 and "leave the split out" in refused(read_source, f"{voc}@train")
+
+
+@pytest.mark.parametrize("places", ["images annotations", "images images", ". .", "JPEGImages labels"])
+def test_voc_annotations_beside_photographs(tmp_path, capsys, places):
+    """As labelImg, Roboflow and Kaggle have them."""
+    photographs, annotations = (tmp_path / "set" / place for place in places.split())
+    (tmp_path / "Annotations").mkdir()
+    for name in ("a.png", "b.JPG", "unlabelled.jpg"):
+        photograph(photographs / name)
+    for name in ("a", "b", "gone"):
+        voc_annotation(tmp_path, name, [voc_object("dog", 20, 20)])
+        annotations.mkdir(exist_ok=True)
+        suffix = "XML" if name == "b" else "xml"
+        (tmp_path / "Annotations" / f"{name}.xml").rename(annotations / f"{name}.{suffix}")
+    assert known(read_samples([tmp_path / "set"])) == {"a": ((DOG,), 1), "b": ((DOG,), 1), "unlabelled": (None, None)}
+    assert "gone.xml, belong to no photograph" in capsys.readouterr().err
+    assert check.main([str(tmp_path / "set")]) == 1
+    assert "gone.xml, belong to no photograph" in capsys.readouterr().out
 
 
 # ILSO
@@ -212,6 +291,9 @@ def coco_data():
     }
 
 
+NO_AREA = {"area": None, "segmentation": []}
+
+
 def write_coco(folder, data, split="val2017"):
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
@@ -229,11 +311,11 @@ def coco(tmp_path):
 def test_coco_classes_counts_and_masks(coco):
     samples = read_source(coco)
     assert known(samples) == {
-        "000000000001": ((CAT, PERSON), 3), "000000000002": ((), 1), "000000000003": ((), 0),
+        "000000000001": ((CAT, PERSON), 3), "000000000002": ((), 1), "000000000003": (None, None),
     }  # fmt: skip
     expected = regions((255, 0, 0, 32, 1), (1, 2, 2, 22, 22), (2, 4, 4, 10, 10), (3, 10, 30, 20, 40), (4, 25, 0, 30, 6))
     np.testing.assert_array_equal(samples[0].mask.read(), expected)
-    assert samples[0].mask.size() == (H, W) and not samples[2].mask.read().any()
+    assert samples[0].mask.size() == (H, W) and samples[2].mask is None, "of the last nothing is known"
 
 
 def test_coco_names_of_voc_classes(coco):
@@ -268,7 +350,7 @@ def test_coco_without_segmentation_has_no_mask(coco):
     data = coco_data()
     data["annotations"][0]["segmentation"] = []
     write_coco(coco, data)
-    assert [sample.mask is None for sample in read_source(coco)] == [True, False, False]
+    assert [sample.mask is None for sample in read_source(coco)] == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +359,7 @@ def test_coco_without_segmentation_has_no_mask(coco):
         ([[1, 2, 3, 4]], "three points or more"),
         ([[1, 2, 3, 4, 5]], "no polygon or RLE"),
         ([[1, 2, 3, 4, 5, float("nan")]], "three points or more"),
-        ([1, 2, 3, 4, 5, 6], "no polygon or RLE"),
+        ([1, 2, 3, 4, 5], "no polygon or RLE"),
         ([["a", "b"]], "no polygon or RLE"),
         ({"size": [W, H], "counts": [H * W]}, "its size is"),
         ({"size": [H, W], "counts": [5]}, "fill 5 pixels"),
@@ -304,8 +386,12 @@ def test_coco_polygon_far_outside_is_clipped(coco):
     "change, complaint",
     [
         (lambda data: data["annotations"][5].update(category_id=99), "image 2 has the unknown category 99"),
-        (lambda data: data["annotations"][5].pop("area"), "image 2 has an annotation without an area"),
-        (lambda data: data["images"][1].pop("height"), "image 2 has no height and width"),
+        (lambda data: data["annotations"][5].update(NO_AREA), "image 2 has an annotation without an area"),
+        (lambda data: data["annotations"][5].update(NO_AREA, bbox=[0, 0, 0.5, 1]), "the bbox [0, 0, 0.5, 1] in shares"),
+        (lambda data: data["annotations"][5].update(NO_AREA, segmentation=rectangle(0, 0, 0.5, 1)), "are shares"),
+        (lambda data: data["images"][1].update(file_name="x" * 300), "which is missing"),
+        (lambda data: data["images"][1].update(file_name="/"), "which is missing"),
+        (lambda data: data["annotations"].extend([data["annotations"][5]] * 255), "image 2 has the count 256"),
         (lambda data: data["images"][1].update(file_name="gone.jpg"), "gone.jpg, which is missing"),
     ],
 )
@@ -325,6 +411,9 @@ def test_coco_bad_image_is_one_problem(coco, change, complaint):
         (lambda data: data.update(images=[]), "holds no list of images"),
         (lambda data: data["categories"].append({"id": 3}), "categories[9] needs id and name"),
         (lambda data: [image.update(file_name="x") for image in data["images"]], "are in none of"),
+        (lambda data: [a.update(image_id=7) for a in data["annotations"]], "6 of 6 annotations in"),
+        (lambda data: data["images"].append(data["images"][0]), "has several images of the id 1"),
+        (lambda data: data["categories"].append(data["categories"][0]), "has several categories of the id 1"),
     ],
 )
 def test_coco_bad_file(coco, change, complaint):
@@ -334,10 +423,101 @@ def test_coco_bad_file(coco, change, complaint):
     assert complaint in refused(read_source, coco)
 
 
+def test_coco_counts_need_no_categories(coco):
+    data = coco_data()
+    expected = known(read_source(f"{coco}@count"))
+    del data["categories"]
+    write_coco(coco, data)
+    assert known(read_source(f"{coco}@count")) == expected == known(read_source(f"{coco}@val2017,count"))
+
+
 def test_coco_is_not_json(coco):
     (coco / "annotations" / "instances_val2017.json").write_text("{")
     assert "is not JSON" in refused(read_source, coco)
     assert "cannot read" in refused(read_source, coco / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: [a.update(image_id=str(a["image_id"])) for a in data["annotations"]],
+        lambda data: [image.update(id=float(image["id"])) for image in data["images"]],
+        lambda data: [a.update(category_id=str(a["category_id"])) for a in data["annotations"]],
+        lambda data: [a.pop("area") for a in data["annotations"]],
+        lambda data: [a.update(area=None) for a in data["annotations"]],
+        lambda data: [a.update(area=0) for a in data["annotations"]],
+        lambda data: [a.update(iscrowd=str(a["iscrowd"])) for a in data["annotations"]],
+        lambda data: [image.update(height="32", width="48") for image in data["images"]],
+        lambda data: [image.update(height=0) for image in data["images"]],
+        lambda data: [image.pop("width") for image in data["images"]],
+        lambda data: [image.update(file_name=f"..\\val2017\\{image['file_name']}") for image in data["images"]],
+        lambda data: [image.update(file_name=f"/home/me/set/{image['file_name']}") for image in data["images"]],
+        lambda data: [image.update(file_name=image["file_name"].replace("jpg", "JPG")) for image in data["images"]],
+        lambda data: data["annotations"][0].update(segmentation=rectangle(2, 2, 22, 22)[0]),
+    ],
+)
+def test_coco_dialects(coco, change):
+    """What other tools make of one file; read as the original, masks and all."""
+    expected = read_source(coco)
+    data = coco_data()
+    change(data)
+    write_coco(coco, data)
+    found = read_source(coco)
+    assert known(found) == known(expected)
+    for sample in (0, 1):
+        np.testing.assert_array_equal(found[sample].mask.read(), expected[sample].mask.read())
+
+
+def test_coco_area_of_the_bbox(coco):
+    data = coco_data()
+    for annotation in data["annotations"]:
+        annotation.update(area=None, segmentation=[[]], bbox=[1, 1, 10, 10])
+    write_coco(coco, data)
+    assert [(s.count, s.mask) for s in read_source(coco)] == [(4, None), (1, None), (None, None)]
+
+
+def test_coco_a_crowd_is_not_nothing(coco):
+    data = coco_data()
+    data["annotations"] = [data["annotations"][4] | {"category_id": 7}]
+    write_coco(coco, data)
+    assert known(read_source(coco))["000000000001"] == ((), None)
+
+
+def test_coco_some_annotations_of_no_image(coco, capsys):
+    data = coco_data()
+    data["annotations"][5]["image_id"] = 9
+    write_coco(coco, data)
+    assert known(read_samples([coco]))["000000000002"] == (None, None)
+    assert "1 of 6 annotations in" in capsys.readouterr().err
+    assert check.main([str(coco)]) == 1
+
+
+@pytest.mark.parametrize(
+    "file, photographs, name",
+    [
+        ("train/_annotations.coco.json", "train", ""),
+        ("annotations/train.JSON", "images", ""),
+        ("annotations/train.json", "train", ""),
+        ("annotations.json", "JPEGImages", "JPEGImages/"),
+        ("result.json", "images", "images\\"),
+        ("labels.json", "data", ""),
+    ],
+)
+def test_coco_in_other_layouts(tmp_path, file, photographs, name):
+    """Roboflow, hand-made, labelme2coco, Label Studio, FiftyOne."""
+    data = coco_data()
+    for image in data["images"]:
+        photograph(tmp_path / "set" / photographs / image["file_name"])
+        image["file_name"] = name + image["file_name"]
+    path = tmp_path / "set" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(data).encode())
+    roboflow = path.parent.name == "train"
+    for source in (path, path.parent if roboflow else tmp_path / "set", f"{tmp_path / 'set'}@train"):
+        if roboflow or not str(source).endswith("@train") or "train" in file:
+            assert known(read_source(source))["000000000001"] == ((CAT, PERSON), 3)
+    if roboflow:
+        assert f"name one of the folders in it: {path.parent}" in refused(read_source, tmp_path / "set")
 
 
 # Sources and what several of them say
@@ -366,6 +546,14 @@ def test_what_is_no_source(ilso, tmp_path):
     assert "names the split val, but" in refused(read_source, f"{ilso}@val")
     assert "two things at once" in refused(read_source, f"{ilso}@classes,count")
     assert "two things at once" in refused(read_source, f"{ilso}@train,val")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
+    assert f"cannot read {tmp_path} (Permission denied)" in refused(find_source, tmp_path)
 
 
 def test_an_at_sign_in_a_folder_name(ilso):
@@ -399,12 +587,15 @@ def test_the_same_file_may_come_twice(voc):
     assert len(read_samples([voc, f"{voc}@Main/train", voc / "VOC2012" / "JPEGImages"])) == 4
 
 
-def test_photographs_of_one_name_are_not_mixed_up(tmp_path):
+def test_photographs_of_one_name_are_not_mixed_up(tmp_path, capsys):
     a = labels_csv(tmp_path / "a", "image,classes\nx.jpg,cat\n")
     b = labels_csv(tmp_path / "b", "image,count\nx.jpg,1\n", size=(W, H + 1))
     assert "share a name but not a size" in refused(read_samples, [a, b])
     photograph(tmp_path / "c" / "x.jpg")
-    assert "share a name" in refused(read_samples, [a, tmp_path / "c"]), "an unlabelled photograph adds nothing"
+    photograph(tmp_path / "c" / "y.jpg")
+    assert known(read_samples([a, tmp_path / "c"])) == {"x": ((CAT,), None), "y": (None, None)}
+    assert f"{tmp_path}/c/x.jpg is left out, as {a}/images/x.jpg shares its name" in capsys.readouterr().err
+    assert "share a name" in refused(read_samples, [tmp_path / "c", a]), "labels are not left out"
     photograph(tmp_path / "c" / "x.png")
     assert "names x again" in refused(read_samples, [tmp_path / "c"])
 
@@ -418,7 +609,7 @@ def test_merge_reports_and_keeps_the_first(tmp_path):
 def test_ground_truth_of_every_layout(voc, ilso, coco, tmp_path):
     assert [sample.stem for sample in read_ground_truth(voc)] == ["2007_1"]
     assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"]
-    assert len(read_ground_truth(f"{coco}@val2017")) == 3
+    assert len(read_ground_truth(f"{coco}@val2017")) == 2
     (ilso / "labels.csv").write_text("image,count\na.jpg,1\n")
     assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"], "labels.csv does not choose"
     assert "instance_masks is not a folder" in refused(read_ground_truth, ilso / "images")
@@ -440,9 +631,20 @@ def test_list_ground_truth(voc, ilso):
 def test_with_classes(tmp_path):
     path = tmp_path / "x.jpg"
     cat, nothing, unknown_count = Sample(path, (CAT,), 1), Sample(path, (), 0), Sample(path, (CAT,))
-    left_out = [Sample(path), Sample(path, None, 2), Sample(path, (), 2)]
+    left_out = [Sample(path), Sample(path, None, 2), Sample(path, (), 2), Sample(path, (), None)]
     assert with_classes([cat, *left_out, nothing, unknown_count]) == [cat, nothing, unknown_count]
     assert "no photograph has classes" in refused(with_classes, [nothing, *left_out])
+
+
+def test_photographs_of_one_stem_have_labels_of_their_own(tmp_path):
+    folder = labels_csv(tmp_path, "image,classes\ncats/1.png,cat\ndogs/1.png,dog\n")
+    for kind in ("saliency", "classes"):
+        (tmp_path / "labels" / kind).mkdir(parents=True)
+    for sample in read_samples([folder]):
+        cams = np.ones((1, 16, 16), np.float32)
+        write_pseudo_labels(tmp_path / "labels", sample, cams, sample.classes, 16, SPREAD, use_crf=False)
+    found = [read_classes(tmp_path / "labels" / "classes" / f"{name}_1.png", 16).max() for name in ("cats", "dogs")]
+    assert found == [CAT + 1, DOG + 1]
 
 
 def test_unknown_labels_leave_the_count_losses_out(tmp_path):
@@ -460,10 +662,11 @@ def test_unknown_labels_leave_the_count_losses_out(tmp_path):
 
 
 def test_check_of_sound_data(voc, ilso, coco, capsys):
-    assert check.main([f"{voc}@Main/train", str(coco), str(ilso), "--deep"]) == 0
+    assert check.main([f"{voc}@Main/train", str(coco), str(ilso)]) == 0
     text = capsys.readouterr().out
     for line in (f"{voc}@Main/train: PASCAL VOC", "images   3", "classes  cat: 1, person: 1, dog: 1",
-                 "counts   0: 1, 1: 1, 2: 1", "masks    1", "problems 0", "classes  not known: 3",
+                 "counts   1: 1, 2: 1, not known: 1", "others   giraffe: 2", "masks    1", "problems 0",
+                 "classes  not known: 3",
                  "counts   1: 1, 3: 1, not known: 1", "all together:", "images   9"):  # fmt: skip
         assert line in text, line
 
@@ -479,12 +682,91 @@ def test_check_names_every_problem(tmp_path, capsys):
         assert problem in text, problem
 
 
-def test_check_reads_pixels_only_when_deep(tmp_path, capsys):
+def test_check_refuses_masks_without_instances(tmp_path, capsys):
+    folder = labels_csv(tmp_path / "mine", "image,count\na.jpg,1\nb.jpg,1\n")
+    save(regions((255, 3, 3, 9, 9)), folder / "instance_masks" / "a.png")
+    save(regions((1, 3, 3, 9, 9)), folder / "instance_masks" / "b.png")
+    assert check.main([str(folder)]) == 1
+    assert "a.png shows nothing but void" in capsys.readouterr().out
+
+
+def test_check_reads_pixels_unless_quick(tmp_path, capsys):
     path = photograph(tmp_path / "cut.jpg")
     path.write_bytes(path.read_bytes()[:-500])
-    assert check.main([str(tmp_path)]) == 0
-    assert check.main([str(tmp_path), "--deep"]) == 2, "the only image is broken"
+    assert check.main([str(tmp_path), "--quick"]) == 0
+    assert check.main([str(tmp_path)]) == 2, "the only image is broken"
     assert "cut.jpg is truncated or damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "file", ["a.txt", "labels.txt", "a.json", "labels.xlsx", "Labels.ods", "annotations.csv", "a.xml"]
+)
+def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
+    """YOLO, labelme, spreadsheets: not read, and told so by trainings and by the check."""
+    photograph(tmp_path / "images" / "a.jpg")
+    (tmp_path / "labels").mkdir()
+    for name in ("images/README.txt", "predictions.json"):
+        (tmp_path / name).touch()
+    assert check.main([str(tmp_path)]) == 0 and read_samples([tmp_path]) and not capsys.readouterr().err
+    for folder in (tmp_path, tmp_path / "images", tmp_path / "labels"):
+        (folder / file).write_text("{}")
+        for source in (tmp_path, tmp_path / "images"):
+            assert known(read_samples([source])) == {"a": (None, None)}
+            assert f"{folder / file} may hold labels, which are not read" in capsys.readouterr().err
+        assert check.main([str(tmp_path)]) == 1
+        (folder / file).unlink()
+
+
+def test_a_coco_file_that_is_not_looked_at_is_named(coco, capsys):
+    file = coco / "annotations" / "instances_val2017.json"
+    for place in (file, coco / "val2017.json"):
+        file = file.rename(place)
+        read_samples([coco / "val2017"])
+        assert f"{place} may hold labels, which are not read" in capsys.readouterr().err
+
+
+def test_photographs_in_other_folders_are_named(tmp_path, capsys):
+    for name in ("images/a.jpg", "images/more/b.jpg", "c.jpg", "dogs/d.jpg"):
+        photograph(tmp_path / "set" / name)
+    assert list(known(read_samples([tmp_path / "set"]))) == ["a"]
+    folders = ", ".join(str(tmp_path / "set" / name) for name in ("", "dogs", "images/more"))
+    assert f"the photographs in {folders} are not read" in capsys.readouterr().err
+    assert check.main([str(tmp_path / "set")]) == 1
+    for name in ("a.jpg", "b.jpg"):
+        photograph(tmp_path / "yolo" / "images" / name[0] / name)
+    message = refused(read_source, tmp_path / "yolo")
+    assert f"name one of the folders in it: {tmp_path}/yolo/images/a, {tmp_path}/yolo/images/b" in message
+
+
+def test_labels_without_photographs_are_named(tmp_path):
+    (tmp_path / "labels.xlsx").touch()
+    assert "labels.xlsx may hold labels, which are not read" in refused(read_source, tmp_path)
+    assert "labels.xlsx is no photograph" in refused(read_source, tmp_path / "labels.xlsx")
+
+
+def test_brackets_in_folder_names(tmp_path):
+    folder = labels_csv(tmp_path / "[2024] Holiday", "image,count\na.jpg,1\n")
+    write_coco(folder / "coco", coco_data())
+    photograph(folder / "coco" / "val2017" / "000000000001.jpg")
+    assert known(read_source(folder)) == {"a": (None, 1)} == known(read_source(folder / "labels.csv"))
+    assert known(read_source(folder / "images")) == {"a": (None, None)}
+    assert len(read_source(folder / "coco", [].append)) == 1
+
+
+def test_a_home_with_an_at_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    labels_csv(tmp_path / "mine@home", "image,count\na.jpg,1\n")
+    assert len(read_source("~/mine@home")) == len(read_source("~/mine@home@count")) == 1
+
+
+def test_label_maps_of_names_that_are_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4\xff.png")
+    save(VOC_LABELS, tmp_path / "map.png").rename(path)
+    np.testing.assert_array_equal(read_map(path), VOC_LABELS)
+    for content in (b"", b"no picture"):
+        (tmp_path / "map.png").write_bytes(content)
+        assert "map.png is missing or broken" in refused(read_map, tmp_path / "map.png")
+    assert "gone.png is missing or broken" in refused(read_map, tmp_path / "gone.png")
 
 
 def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
@@ -493,6 +775,10 @@ def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "share a name" in text and "absent: cannot be read" in text
     assert check.main([str(tmp_path / "absent")]) == 2
+
+
+def test_check_with_an_unknown_option():
+    assert "unrecognized arguments: --fast" in refused(check.main, ["x", "--fast"])
 
 
 def test_check_as_a_command(tmp_path):

@@ -77,31 +77,3 @@ def save_png(array, path):
     """Write uint8 [H,W] or RGB [H,W,3] as a PNG to ``path`` atomically."""
     bgr = array if array.ndim == 2 else array[..., ::-1]
     _replace(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
-
-
-def claimed(folder):
-    """The configuration that ``folder`` is bound to, None without one; InputError when it is damaged."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not readable; delete the folder {folder} to start it anew") from error
-
-
-def claim(folder, config):
-    """Bind ``folder`` to ``config``: results of two settings never mix in it.
-
-    Raises InputError, naming what differs, when the folder was made with another configuration.
-    """
-    before = claimed(folder)
-    if before is None:
-        save_json(config, Path(folder) / "config.json")
-        return
-    now = json.loads(json.dumps(config))
-    differs = [f"{key} {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
-    if differs:
-        raise InputError(
-            f"{folder} was made with other settings ({'; '.join(differs)}); give those, another --out, or delete it"
-        )

@@ -16,14 +16,22 @@ constexpr double kEps = 1e-5;  // beside the affinity, in its logarithms
 
 inline void check_radius(int64_t radius) { TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64"); }
 
+// Pixels are counted in 32 bits on CUDA, and a point's coordinates have to be exact in float32.
+inline void check_size(const at::Tensor& map) {
+  constexpr int64_t side = int64_t(1) << 24, pixels = int64_t(1) << 30;
+  TORCH_CHECK(map.size(-2) <= side && map.size(-1) <= side && map.size(-2) * map.size(-1) <= pixels,
+              "a map has at most 2^24 rows, 2^24 columns and 2^30 pixels");
+}
+
 inline void check_offsets(const at::Tensor& offsets) {
   TORCH_CHECK(offsets.dim() == 4 && offsets.size(1) == 2, "offsets must be [N, 2, H, W]");
-  TORCH_CHECK(offsets.size(2) * offsets.size(3) < (int64_t(1) << 30), "maps are limited to 2^30 pixels");
+  check_size(offsets);
 }
 
 // B ready to be compared: NaN would be lost in comparisons; as infinity it wins them.
 inline at::Tensor checked_boundary(const at::Tensor& boundary, int64_t radius) {
   TORCH_CHECK(boundary.dim() == 3, "boundary must be [N, H, W]");
+  check_size(boundary);
   check_radius(radius);
   return at::where(boundary.isnan(), std::numeric_limits<double>::infinity(), boundary)
       .to(boundary.scalar_type())
@@ -42,6 +50,7 @@ inline std::tuple<at::Tensor, at::Tensor> affinity_outputs(const at::Tensor& b, 
 // What likeness fills for features [N, C, H, W].
 inline at::Tensor likeness_output(const at::Tensor& features, int64_t radius) {
   TORCH_CHECK(features.dim() == 4, "features must be [N, C, H, W]");
+  check_size(features);
   check_radius(radius);
   return at::empty({features.size(0), int64_t(half_plane(radius).size()), features.size(2), features.size(3)},
                    features.options());
@@ -50,13 +59,16 @@ inline at::Tensor likeness_output(const at::Tensor& features, int64_t radius) {
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
   check_radius(radius);
   TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) &&
-                  grad.sizes() == winner.sizes() && winner.scalar_type() == at::kByte,
-              "grad and winner must both be [N, K, H, W] for this radius, winner uint8");
+                  grad.sizes() == winner.sizes() && winner.scalar_type() == at::kByte &&
+                  grad.device() == winner.device(),
+              "grad and winner must both be [N, K, H, W] for this radius, on one device, winner uint8");
+  check_size(grad);
 }
 
 inline void check_labels(const at::Tensor& labels, int64_t radius) {
   check_radius(radius);
   TORCH_CHECK(labels.dim() == 3, "labels must be [N, H, W]");
+  check_size(labels);
 }
 
 // A map [N, H, W] or [N, 2, H, W], by its dimensions, and the labels of its pixels.
@@ -81,6 +93,7 @@ inline void check_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t 
                   affinity.size(2) == x.size(2) && affinity.size(3) == x.size(3) &&
                   affinity.size(1) == int64_t(half_plane(radius).size()),
               "x must be [N, C, H, W] and affinity [N, K, H, W], of one precision and device and for this radius");
+  check_size(x);
 }
 
 }  // namespace wsid

@@ -1,6 +1,7 @@
 // What the CUDA operators share: which pixel a thread works on, and the tables of pairs and paths on the device.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -50,6 +51,32 @@ struct Pair {
     return y + dy < height && x + dx >= 0 && x + dx < width;
   }
 };
+
+// result -= the gradients of the entries whose path has its maximum at this pixel, for `count` offsets from `first` on;
+// grad and winner: [N, count, H, W]. Every pixel looks for them in one order, so that sums are the same to the last bit
+// every time, as with torch.use_deterministic_algorithms they must be; atomicAdd, which takes them as they come, is
+// faster.
+template <typename T>
+__global__ void gather_gradients(const T* __restrict__ grad, const uint8_t* __restrict__ winner, int n, int height,
+                                 int width, int first, int count, const Pair* __restrict__ pairs,
+                                 const Step* __restrict__ steps, T* __restrict__ result) {
+  const Pixel at(n, height, width);
+  if (!at.exists) return;
+  T sum = result[at.thread];
+  for (int k = 0; k < count; ++k) {
+    const Pair d = pairs[first + k];
+    const int64_t plane = (at.map * count + k) * at.size;
+    for (int i = d.path; i < pairs[first + k + 1].path; ++i) {
+      const int y = at.y - steps[i].dy, x = at.x - steps[i].dx;  // the pair that has this pixel i steps from its begin
+      if (y < 0 || x < 0 || x >= width || !d.inside(y, x, height, width)) continue;
+      const int64_t entry = plane + int64_t(y) * width + x;
+      if (winner[entry] == i - d.path) sum -= grad[entry];
+    }
+  }
+  result[at.thread] = sum;
+}
+
+inline bool deterministic() { return at::globalContext().deterministicAlgorithms(); }
 
 struct Tables {
   int count;  // of offsets

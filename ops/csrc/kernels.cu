@@ -137,11 +137,16 @@ at::Tensor boundary_affinity_backward(const at::Tensor& grad, const at::Tensor& 
   const at::Tensor g = grad.contiguous(), w = winner.contiguous();
   if (!g.numel()) return result;
   const wsid::Tables& table = wsid::tables(radius, g.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "boundary_affinity_backward", [&] {
-    path_max_backward<scalar_t>
-        <<<dim3(blocks(result.numel()), k_count), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-            g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, k_count,
-            table.pairs, table.steps, result.mutable_data_ptr<scalar_t>());
+    if (wsid::deterministic())
+      wsid::gather_gradients<scalar_t><<<blocks(result.numel()), kThreads, 0, stream>>>(
+          g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, 0, k_count, table.pairs,
+          table.steps, result.mutable_data_ptr<scalar_t>());
+    else
+      path_max_backward<scalar_t><<<dim3(blocks(result.numel()), k_count), kThreads, 0, stream>>>(
+          g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, k_count, table.pairs,
+          table.steps, result.mutable_data_ptr<scalar_t>());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return result;

@@ -2,6 +2,8 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "built_from.h"  // setup.py writes it: WSID_SOURCES, of ops/sources.py
+
 TORCH_LIBRARY(wsid, m) {
   m.def("converge_centroids(Tensor offsets, int max_iters, float tol) -> Tensor");
   m.def("boundary_affinity(Tensor boundary, int radius, bool with_winner) -> (Tensor, Tensor)");
@@ -15,8 +17,16 @@ TORCH_LIBRARY(wsid, m) {
   m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
 }
 
-// Importing ops._C is what loads the library; the module itself is empty.
+#define TEXT_OF(name) #name
+#define TEXT(name) TEXT_OF(name)
+
+// Importing ops._C is what loads the library; the module itself only says what it was built from and for.
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* const module = PyModule_Create(&definition);
+  if (module) {
+    PyModule_AddStringConstant(module, "SOURCES", WSID_SOURCES);
+    PyModule_AddStringConstant(module, "TORCH", TEXT(WSID_TORCH));
+  }
+  return module;
 }

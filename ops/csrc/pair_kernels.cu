@@ -1,4 +1,6 @@
 // Pairs of labelled pixels on CUDA; see pairs.h for what is computed. A thread goes through the offsets of one pixel.
+#include <array>
+
 #include "device.h"
 #include "pairs.h"
 
@@ -18,14 +20,20 @@ struct Maps {
     return pairs[k].inside(at.y, at.x, height, width) ? pairs[k].dy * width + pairs[k].dx : 0;
   }
 
-  // The highest B on the path of offset k, and the way to the pixel that has it first.
+  // The way from a pixel to a place on its path of offset k.
+  __device__ int way(int k, int place) const {
+    const Step step = steps[pairs[k].path + place];
+    return step.dy * width + step.dx;
+  }
+
+  // The highest B on the path of offset k, and the first place on it that has it.
   template <typename T>
-  __device__ T highest(const T* boundary, int k, int& way) const {
+  __device__ T highest(const T* boundary, int k, int& place) const {
     T best = boundary[0];
-    way = 0;
-    for (int i = pairs[k].path + 1; i < pairs[k + 1].path; ++i) {
-      const int next = steps[i].dy * width + steps[i].dx;
-      if (boundary[next] > best) best = boundary[next], way = next;
+    place = 0;
+    for (int i = 1; i < pairs[k + 1].path - pairs[k].path; ++i) {
+      const T next = boundary[way(k, i)];
+      if (next > best) best = next, place = i;
     }
     return best;
   }
@@ -68,8 +76,8 @@ __global__ void entropy(Maps maps, const T* __restrict__ boundary, const T* __re
     const int to = maps.to(at, k);
     const bool same = to && label[0] == label[to];
     if (!same && !(to && differ(label[0], label[to]))) continue;
-    int way;
-    const T affinity = T(1) - maps.highest(boundary + at.thread, k, way);
+    int place;
+    const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
     if (same)
       together -= log(affinity + T(wsid::kEps));
     else
@@ -80,6 +88,12 @@ __global__ void entropy(Maps maps, const T* __restrict__ boundary, const T* __re
   out[at.size] = apart;
 }
 
+// The gradient for the highest B on the path of the pair that is `to` away, from those of its pixel's two sums.
+template <typename T>
+__device__ T slope(const T* label, int to, T affinity, const T* together, const T* apart) {
+  return label[0] == label[to] ? *together / (affinity + T(wsid::kEps)) : -*apart / (T(1 + wsid::kEps) - affinity);
+}
+
 template <typename T>
 __global__ void entropy_backward(Maps maps, const T* __restrict__ grad, const T* __restrict__ boundary,
                                  const T* __restrict__ labels, T* __restrict__ result) {
@@ -87,15 +101,36 @@ __global__ void entropy_backward(Maps maps, const T* __restrict__ grad, const T*
   if (!at.exists) return;
   const T* const label = labels + at.thread;
   const T* const given = grad + 2 * at.map * at.size + at.p;
-  const T together = given[0], apart = given[at.size];
   for (int k = 0; k < maps.k_count; ++k) {
     const int to = maps.to(at, k);
-    const bool same = to && label[0] == label[to];
-    if (!same && !(to && differ(label[0], label[to]))) continue;
-    int way;
-    const T affinity = T(1) - maps.highest(boundary + at.thread, k, way);
-    atomicAdd(result + at.thread + way,
-              same ? together / (affinity + T(wsid::kEps)) : -apart / (T(1 + wsid::kEps) - affinity));
+    if (!to || !(label[0] == label[to] || differ(label[0], label[to]))) continue;
+    int place;
+    const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
+    atomicAdd(result + at.thread + maps.way(k, place), slope(label, to, affinity, given, given + at.size));
+  }
+}
+
+// Minus the same gradients, kept for gather_gradients with the places on the paths that they are for: of `count` offsets
+// from `first` on.
+template <typename T>
+__global__ void entropy_slopes(Maps maps, int first, int count, const T* __restrict__ grad,
+                               const T* __restrict__ boundary, const T* __restrict__ labels, T* __restrict__ slopes,
+                               uint8_t* __restrict__ winner) {
+  const Pixel at(maps.n, maps.height, maps.width);
+  if (!at.exists) return;
+  const T* const label = labels + at.thread;
+  const T* const given = grad + 2 * at.map * at.size + at.p;
+  for (int k = 0; k < count; ++k) {
+    const int to = maps.to(at, first + k);
+    int place = 0;
+    T value = T(0);
+    if (to && (label[0] == label[to] || differ(label[0], label[to]))) {
+      const T affinity = T(1) - maps.highest(boundary + at.thread, first + k, place);
+      value = -slope(label, to, affinity, given, given + at.size);
+    }
+    const int64_t entry = (at.map * count + k) * at.size + at.p;
+    slopes[entry] = value;
+    winner[entry] = uint8_t(place);
   }
 }
 
@@ -170,7 +205,23 @@ struct Cuda {
   }
 
   static void entropy_backward(const T* grad, const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(&::entropy_backward<T>, grid, grad, boundary, labels, result);
+    if (!wsid::deterministic()) return launch(&::entropy_backward<T>, grid, grad, boundary, labels, result);
+    constexpr int together = 64;  // offsets: some that are kept, never those of all pairs
+    const auto options = at::TensorOptions().device(grid.device);
+    const std::array<int64_t, 4> shape = {grid.n, together, grid.height, grid.width};
+    const at::Tensor slopes = at::empty(shape, options.dtype(c10::CppTypeToScalarType<T>::value));
+    const at::Tensor winner = at::empty(shape, options.dtype(at::kByte));
+    const wsid::Tables& table = wsid::tables(grid.radius, grid.device);
+    for (int first = 0; first < table.count; first += together) {
+      const int count = std::min(together, table.count - first);
+      launch(&entropy_slopes<T>, grid, first, count, grad, boundary, labels, slopes.template mutable_data_ptr<T>(),
+             winner.mutable_data_ptr<uint8_t>());
+      wsid::gather_gradients<T>
+          <<<wsid::blocks(grid.n * grid.size()), wsid::kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+              slopes.template const_data_ptr<T>(), winner.const_data_ptr<uint8_t>(), int(grid.n), int(grid.height),
+              int(grid.width), first, count, table.pairs, table.steps, result);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
   }
 
   static void error(const T* field, const T* labels, const wsid::Grid& grid, T* result) {

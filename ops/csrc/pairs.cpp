@@ -38,7 +38,12 @@ void for_each_offset(const std::vector<wsid::Offset>& offsets, const Grid& grid,
   }
 }
 
-constexpr size_t kFactors = 48;  // of kEps or more each: the product of these is a number yet
+// How many factors may be multiplied before a logarithm is taken. For B in 0..1 each is at least kEps and about 1 at
+// most, and the product of 48 is a number yet; for other values there is no saying.
+template <typename T>
+int factors_together(const T* boundary, int64_t count) {
+  return std::all_of(boundary, boundary + count, [](T b) { return b >= T(0) && b <= T(1); }) ? 48 : 1;
+}
 
 template <typename T>
 struct Cpu {
@@ -61,23 +66,26 @@ struct Cpu {
     const auto steps = wsid::path_steps(offsets, grid.width);
     const auto path = SELECT(path_max<T, false>);
     const auto multiply = SELECT(multiply_row<T>);
+    const int most = factors_together(boundary, grid.n * grid.size());
     at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
       std::vector<T> affinity(grid.width);
       std::vector<double> together(grid.width, 1.0), apart(grid.width, 1.0);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row / grid.height * grid.size(), y = row % grid.height;
         T* const sums = result + 2 * first + y * grid.width;
+        int factors = 0;  // counted here: on a narrow map many offsets have no pairs, and never come by
         const auto take_logarithms = [&] {
           for (int64_t x = 0; x < grid.width; ++x) {
             sums[x] -= T(std::log(together[x]));
             sums[grid.size() + x] -= T(std::log(apart[x]));
             together[x] = apart[x] = 1;
           }
+          factors = 0;
         };
         for_each_offset(offsets, grid, y, [&](const Row& r) {
           path(boundary + first + r.p, steps[r.k].data(), steps[r.k].size(), r.count, affinity.data(), nullptr);
           multiply(labels + first + r.p, r.to, affinity.data(), r.count, &together[r.x], &apart[r.x]);
-          if (r.k % kFactors == kFactors - 1) take_logarithms();
+          if (++factors == most) take_logarithms();
         });
         take_logarithms();
       }

@@ -3,8 +3,8 @@
 // weights[k] = affinity[k]^power for the pairs inside the image; whole powers by repeated squaring.
 template <typename T>
 void raise(const T* affinity, double power, int64_t count, T* weights) {
-  const int64_t whole = int64_t(power);
-  if (double(whole) != power || whole > 1024) {
+  const int64_t whole = power <= 1024 ? int64_t(power) : 0;
+  if (double(whole) != power) {
     for (int64_t i = 0; i < count; ++i) weights[i] = T(std::pow(double(affinity[i]), power));
     return;
   }
@@ -132,6 +132,15 @@ void walk_rows(const wsid::Stencil& s, const T* packed, const T* now, T* before,
                T coefficient, int64_t row) {
   const int64_t x = walk_columns<T, C, 4 / C, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, 0);
   if (C < 3) walk_columns<T, C, 1, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, x);
+  // What lies beside and below the image was stored with it. It stays 0, whatever came: the next row has it for a
+  // neighbour, and no weight holds NaN back.
+  constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
+  const int64_t end = (s.width + lanes - 1) / lanes * lanes;
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t y = row; y < row + 2; ++y) {
+      T* const line = before + c * s.plane + s.guard + y * s.stride;
+      for (int64_t x = y < s.height ? s.width : 0; x < end; ++x) line[x] = T(0);
+    }
 }
 
 constexpr int64_t vector_bytes() { return VECTOR_BYTES; }
