@@ -217,7 +217,7 @@ def train_two(folder, model, optimizer=sgd, stop_before=math.inf, **more):
         return {"old": (old - 3) ** 2 / 2, "new": (new + 2) ** 2 / 2}
 
     schedule = Schedule(3, 2, 0.3, optimizer=optimizer.__name__, backbone_lr=0.25, workers=0, save_seconds=0)
-    train(model, Anything(), losses, schedule, folder=folder, config={}, device=torch.device("cpu"), **more)
+    train(model, Anything(), losses, schedule, folder=folder, device=torch.device("cpu"), **more)
     return seen
 
 
