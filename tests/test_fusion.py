@@ -395,3 +395,18 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
     assert instance_label(speck, maps, 1, Fusion()) is not None
     assert instance_label(speck, maps, 2, Fusion(smallest=0.3)) is None, "not two of that size"
+
+
+def test_the_affinity_is_that_of_b_times_a_power_of_the_cosine_of_the_features():
+    """README: H^power = (1 - max B)^power cos^likeness, for features without their mean, pair by pair."""
+    generator = torch.Generator().manual_seed(0)
+    features, boundary = torch.randn(4, 6, 7, generator=generator), torch.rand(6, 7, generator=generator)
+    settings = Fusion(radius=3, power=4.0, likeness=2.0)
+    walked = affinity_of(boundary, settings, features)[0] ** settings.power
+    centred = (features - features.mean((1, 2), keepdim=True)).numpy()
+    offsets, paths = ops.path_offsets(3)
+    for k, ((dy, dx), path) in enumerate(zip(offsets.tolist(), paths, strict=True)):
+        p, q = centred[:, 2, 3], centred[:, 2 + dy, 3 + dx]
+        cosine = p @ q / np.linalg.norm(p) / np.linalg.norm(q)
+        highest = max(boundary[2 + y, 3 + x].item() for y, x in path.tolist())
+        assert walked[k, 2, 3].item() == pytest.approx((1 - highest) ** 4 * max(cosine, 0) ** 2, abs=1e-5)

@@ -83,11 +83,12 @@ def test_canny_modes():
     image[:, :20] = 100
     image[:20] += 60
     assert canny_edges(image, "none").sum() == 0
-    # A step of 40 x 4 (Sobel) = 160 lies between the thresholds of the two fixed settings of Table 5.
+    # A step of 40 grey levels has the Sobel gradient 4 x 40 = 160; one of 51 has 204, one of 66 has 264 (Table 5).
     step = np.full((40, 40, 3), 100, np.uint8)
+    for height, found in ((40, ["30,100"]), (51, ["30,100", "30,200"]), (66, ["30,100", "30,200", "230,260"])):
+        step[:, 20:] = 100 + height
+        assert [mode for mode in ("30,100", "30,200", "230,260") if canny_edges(step, mode).any()] == found
     step[:, 20:] = 140
-    assert canny_edges(step, "30,200").sum() == 0 or canny_edges(step, "30,100").sum() > 0
-    assert canny_edges(step, "30,100").sum() > canny_edges(step, "230,260").sum() == 0
     # auto: thresholds .67 and 1.33 of the median 100, so the gradient 160 is an edge; at median 200 it is not.
     assert canny_edges(step, "auto").sum() > 0
     bright = np.full((40, 40, 3), 200, np.uint8)
@@ -288,6 +289,21 @@ def test_count_head_learns_rare_numbers_as_well_as_the_common_one(counts):
     assert torch.equal(told(again(features)), tells)
 
 
+def test_count_head_is_the_regression_that_its_description_names(counts):
+    """Every number weighs the same, a decay of .2 on the squared parameters, the shares of the numbers put back."""
+    head = CountHead(8)
+    pooled = CountHead.pool(counted_features(counts, signal=2))
+    head.fit(pooled, counts.float())
+    x, number = (pooled - pooled.mean(0)) / (pooled.std(0, correction=0) + 1e-3), counts.clamp(max=4) - 1
+    share = torch.bincount(number, minlength=4) / len(number)
+    weight, bias = head.linear.weight.clone(), head.linear.bias - share.log()
+    weight.requires_grad_(), bias.requires_grad_()
+    entropy = -(x @ weight.t() + bias).log_softmax(1).gather(1, number[:, None])[:, 0]
+    objective = sum(entropy[number == k].mean() for k in range(4)) / 4
+    (objective + 0.2 / 2 * (weight.square().sum() + bias.square().sum())).backward()
+    assert weight.abs().max() > 0.1 and weight.grad.abs().max() < 1e-3 > bias.grad.abs().max(), "where it is least"
+
+
 def test_count_head_in_doubt_tells_the_expected_number(counts):
     """Which with most photographs of one object is not always one, and never far from any."""
     head = CountHead(8)
@@ -329,6 +345,11 @@ def test_a_second_opinion_learns_the_rule_and_not_the_exception():
     wrong = saliency.bool() != truth
     assert (told == truth).float().mean() > 0.94 and (told == truth)[wrong].float().mean() > 0.8
     assert not any(parameter.requires_grad for parameter in opinion.parameters())
+    x = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-3)
+    weight, bias = opinion.linear.weight[0, :, 0, 0].clone().requires_grad_(), opinion.linear.bias.clone()
+    entropy = F.binary_cross_entropy_with_logits(x @ weight + bias, saliency)
+    (entropy + 0.1 / 2 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-3 < weight.abs().max(), "the least with a decay of .1"
 
 
 def test_a_network_pools_its_saliency_with_the_second_opinion():
