@@ -57,7 +57,7 @@ def image_size(path):
         return (width, height) if exif and _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def list_images(source):
+def list_images(source, report=None):
     """Return the image files that ``source`` names, as a sorted list of Paths.
 
     source: a file (taken whatever its suffix), a folder (its own images, not those of its subfolders;

@@ -116,6 +116,10 @@ def load_weights(path, device="cpu"):
     try:
         net = WSIDNet(NetConfig(**saved["config"]))
         net.load_state_dict(saved["state"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        # Sums, because they are the quickest way to see every number.
+        finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
+    except Exception as error:  # odd content of the file shows as almost anything
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
-    return net.to(device).eval().to(memory_format=torch.channels_last)
+    if not finite:
+        raise InputError(f"{path} holds numbers that are not finite; train it again")
+    return net.eval().to(device, memory_format=torch.channels_last)

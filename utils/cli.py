@@ -1,6 +1,7 @@
 """What every script needs at its edge: options that are checked, clear errors, the device, the output folder."""
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -8,8 +9,6 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -61,6 +60,19 @@ def _number(kind, name, least, most=None, above=None, below=None):
     return parse
 
 
+def path_of(text):
+    """The ``type=`` of an option that is a path: a Path whose ~ is the home folder, wherever the shell left it.
+
+    What exists as it is named is no home folder.
+    """
+    if text.startswith("~") and os.path.lexists(text):
+        return Path(os.path.abspath(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} names a home folder that is not known; write the path out")
+    return Path(path)
+
+
 class InputError(Exception):
     """Input the user can mend. The message is one sentence naming the file and the remedy."""
 
@@ -69,16 +81,29 @@ class Stopped(Exception):
     """SIGTERM came, and everything is saved."""
 
 
-@contextmanager
 def stop_signal():
     """Within it SIGTERM sets the threading.Event it gives, for the caller to finish what it is at."""
     event = threading.Event()
+    return _on_sigterm(lambda *_: event.set(), event)
+
+
+def stop_at_once():
+    """Within it SIGTERM raises Stopped, as Ctrl-C does KeyboardInterrupt: for work that has nothing to save."""
+
+    def stop(*_):
+        raise Stopped
+
+    return _on_sigterm(stop)
+
+
+@contextmanager
+def _on_sigterm(handler, value=None):
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
-        yield event
+        yield value
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    before = signal.signal(signal.SIGTERM, handler)
     try:
-        yield event
+        yield value
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -87,8 +112,10 @@ def run(main):
     """Call ``main()`` and exit with its return code (None counts as 0).
 
     An InputError prints its sentence and exits with 2; Ctrl-C exits with 130 and SIGTERM, where something is being
-    trained, with 143; anything else is a bug of ours and keeps its traceback.
+    trained, with 143; anything else is a bug of ours and keeps its traceback. Output that nobody can take makes no
+    failure of what is done.
     """
+    settle_output()
     try:
         sys.exit(main() or 0)
     except InputError as error:
@@ -99,11 +126,46 @@ def run(main):
         sys.exit(143 if isinstance(error, Stopped) else 130)
 
 
+def settle_output():
+    """Make stdout and stderr take any text, and go on when they are closed or the program that reads them has ended.
+
+    What their encoding does not know is written as a backslash and its number. Other errors, as of a full disk, are
+    told once on stderr.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            buffer = io.BufferedWriter(_Output(stream.fileno()))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+class _Output(io.FileIO):
+    """A standard stream that does not raise when it is written to."""
+
+    def __init__(self, number):
+        super().__init__(number, "wb", closefd=False)
+        self.told = False
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and self.fileno() == 1 and not self.told:
+                self.told = True
+                print(f"cannot write to the standard output ({error.strerror}); it is lost", file=sys.stderr)
+            return len(data)
+
+
 def select_device(gpu):
     """Return the torch.device for ``--gpu``: -1 is the CPU, n the n-th CUDA device.
 
     Raises InputError when that GPU is not there.
     """
+    import torch  # here, because wrong arguments are told without it
+
     if gpu < 0:
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -122,6 +122,6 @@ def show_saliency(model, writer, step, samples, args, device, labels):
     for sample in samples:
         image = load_square(sample.path, args.size)
         saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
-        mask = cv2.imread(str(labels / "saliency" / f"{sample.stem}.png"))
-        rows.append([_shrink(image), _shrink(mask), grey(_shrink(saliency))])
+        mask = read_map(labels / "saliency" / f"{sample.stem}.png") / 255
+        rows.append([_shrink(image), grey(_shrink(mask)), grey(_shrink(saliency))])
     _add_rows(writer, "saliency", rows, step)
