@@ -1,6 +1,6 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and the file they travel in (Fig. 2)."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -114,7 +114,10 @@ def load_weights(path, device="cpu"):
     """
     saved = checkpoint.load(path, device)
     try:
-        net = WSIDNet(NetConfig(**saved["config"]))
+        config = NetConfig(**dict(saved)["config"])
+        if not all(isinstance(getattr(config, field.name), field.type) for field in fields(config)):
+            raise TypeError("settings of other types")
+        net = WSIDNet(config)
         net.load_state_dict(saved["state"])
         # Sums, because they are the quickest way to see every number.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
