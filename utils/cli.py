@@ -77,7 +77,7 @@ class InputError(Exception):
     """Input the user can mend. The message is one sentence naming the file and the remedy."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """SIGTERM came, and everything is saved."""
 
 
