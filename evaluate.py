@@ -11,16 +11,19 @@ or the weights of this repository:
 
 --pred takes, whichever is given:
 
-    a file                 COCO result records whose image_id is the stem of the mask file, as infer.py writes
+    a file                 COCO result records whose image_id is the stem of the mask file, as infer.py writes, or an
+                           id of the ground truth's COCO file; also a whole COCO dictionary
     a folder               one label map an image, <stem>.png: 0 background, 1..254 instances. Label n scores 1 / n,
                            or what scores.csv in the folder says in the columns file,label,score
     a folder, scores.csv   one mask an instance, <stem>_<k>.png: 0 background, one other value; columns file,score
+
+An image that cannot be measured, such as one whose mask has another size, is named and left out of all rows: exit
+code 1.
 """
 
-import argparse
 import json
-import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,15 +34,18 @@ from datasets.images import list_images
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
 from utils import hparams
-from utils.cli import Help, InputError, run, select_device
+from utils.cli import InputError, Parser, integer, number, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
-from utils.predictions import check_size, group_records, open_predictions
+from utils.predictions import check_size, coco_ids, group_records, open_predictions
 from utils.report import format_page, format_table
+
+NAMED = 20  # images that could not be measured; of more the number is told
 
 
 @dataclass
 class Method:
-    """A row of the table. found: {stem: load} of utils.predictions; results: {stem: ImageResult} of every mask file."""
+    """A row of the table. found: {stem: load} of utils.predictions; results: {stem: ImageResult} of every mask file
+    that could be measured."""
 
     name: str
     found: dict = field(default_factory=dict)
@@ -53,7 +59,7 @@ class Method:
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(description=__doc__)
     files = parser.add_argument_group("evaluate predictions")
     files.add_argument("--pred", nargs="+", action="extend", metavar="[NAME=]PATH", help="files or folders, see above")
     files.add_argument("--gt", metavar="PATH[@SPLIT]", help="instance masks: 0, 1..N, 255 void; all count")
@@ -64,17 +70,19 @@ def get_args_parser():
     model = parser.add_argument_group("evaluate weights")
     model.add_argument("--data", metavar="PATH[@SPLIT]", help="photographs with instance masks, see README")
     model.add_argument("--weights", type=Path, metavar="FILE", help="without it those infer.py takes")
-    model.add_argument("--gpu", type=int, default=-1, metavar="N", help="CUDA device, -1 for the CPU")
-    model.add_argument("--method", choices=("wsid", "sinks", "components"), default="wsid",
-                       help="as for infer.py; components of the saliency map are the baseline")  # fmt: skip
+    model.add_argument("--gpu", type=integer(-1), default=-1, metavar="N", help="CUDA device, -1 for the CPU")
+    model.add_argument("--method", choices=("wsid", "sinks", "components"),
+                       help="as for infer.py, wsid unless another is named; components are the baseline")  # fmt: skip
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
     model.add_argument("--mirror", action="store_true", default=None, help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument("--log", type=Path, metavar="RUN",
                        help="put the figures into TensorBoard's HParams tab, with this run's settings")  # fmt: skip
     model.add_argument("--save-pred", type=Path, metavar="FILE", help="write the predictions as COCO results")
+    model.add_argument("--coco-ids", type=Path, metavar="FILE",
+                       help="with --save-pred: image ids of this COCO annotation file in place of stems")  # fmt: skip
 
-    parser.add_argument("--count-threshold", type=float, default=0.0, metavar="T",
+    parser.add_argument("--count-threshold", type=number(None), default=0.0, metavar="T",
                         help="count, and draw, predictions scoring at least T")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="write all numbers, as fractions; of several methods under their names")  # fmt: skip
@@ -86,8 +94,14 @@ def get_args_parser():
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     _check_options(args)
-    gt_masks, photographs = _ground_truth(args)
-    methods = measure_files(args, gt_masks) if args.pred else [measure_weights(args, gt_masks, photographs)]
+    problems = []
+    gt_masks, photographs = _ground_truth(args, problems.append)
+    if args.pred:
+        methods = measure_files(args, gt_masks, problems.append)
+    else:
+        methods = [measure_weights(args, gt_masks, photographs, problems.append)]
+    if not methods[0].results:
+        raise InputError(f"none of {len(problems)} images can be measured; the first: {problems[0]}")
 
     summaries = {method.name: method.summary(args.count_threshold) for method in methods}
     print(format_table(summaries))
@@ -97,64 +111,98 @@ def main(argv=None):
         numbers = summaries if len(methods) > 1 else summaries[methods[0].name]
         _write(args.json, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     if args.html:
-        _write(args.html, format_page(methods, summaries, gt_masks, photographs, args.count_threshold))
+        page = format_page(methods, summaries, gt_masks, photographs, args.count_threshold, problems.append)
+        _write(args.html, page)
+    for problem in problems[:NAMED]:
+        print(f"error: {problem}", file=sys.stderr)
+    if len(problems) > NAMED:
+        print(f"error: {len(problems) - NAMED} more such", file=sys.stderr)
+    return 1 if problems else 0
 
 
-def measure_files(args, gt_masks):
-    """Measure what --pred names; returns a list of Method."""
-    maps = _maps_for(gt_masks, args.saliency_pred)
+def measure_files(args, gt_masks, report):
+    """Measure what --pred names; returns a list of Method. ``report`` gets an InputError for each image left out."""
+    maps = maps_for(gt_masks, args.saliency_pred) if args.saliency_pred else None
     methods = [Method(name, open_predictions(path, gt_masks)) for name, path in _named(args.pred).items()]
     for stem, mask in tqdm(gt_masks.items(), "evaluate", unit="img", disable=None):
-        gt = mask.read()
-        for method in methods:
-            masks, scores = method.found[stem](gt.shape) if stem in method.found else ((), ())
-            method.results[stem] = match_instances(masks, scores, gt)
+        try:
+            gt = mask.read()
+            saliency = read_saliency_mask(maps[stem]) if maps else None
+            if maps:
+                check_size(maps[stem], saliency.shape, gt.shape)
+            loads = [method.found.get(stem, lambda shape: ((), ())) for method in methods]
+            results = [match_instances(*load(gt.shape), gt) for load in loads]
+        except InputError as error:  # what one method does not answer is asked of none: rows stay comparable
+            report(error)
+            continue
+        for method, result in zip(methods, results, strict=True):
+            method.results[stem] = result
         if maps:
-            saliency = read_saliency_mask(maps[stem])
-            check_size(maps[stem], saliency.shape, gt.shape)
             methods[0].saliency.add(saliency, gt)
     return methods
 
 
-def measure_weights(args, gt_masks, photographs):
-    """Run the network on every photograph that has a mask and measure what it finds; returns a Method."""
+def measure_weights(args, gt_masks, photographs, report):
+    """Run the network on every photograph that has a mask and measure what it finds; returns a Method.
+
+    ``report`` gets an InputError for each image that is left out.
+    """
     import infer  # here, because evaluating files needs no network
     from models.fusion import Fusion
 
-    _maps_for(gt_masks, args.saliency_dir)  # a missing one is told before the work, not amid it
+    if args.saliency_dir:
+        maps_for(gt_masks, args.saliency_dir, png=True)  # a missing one is told before the work, not amid it
+    ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
-    settings = Fusion.of(args.fusion or [])
-    predictor = infer.Predictor(args.weights, device, method=args.method, settings=settings, mirror=bool(args.mirror))
+    settings, how = Fusion.of(args.fusion or []), args.method or "wsid"
+    predictor = infer.Predictor(args.weights, device, method=how, settings=settings, mirror=bool(args.mirror))
 
     def finish(path, image, prediction):
-        gt = gt_masks[path.stem].read()
-        check_size(path, image.shape, gt.shape)
+        try:
+            gt = gt_masks[path.stem].read()
+            check_size(path, image.shape, gt.shape)
+        except InputError as error:
+            return error
         records = prediction_records(path.stem, prediction.masks, prediction.scores)
         return path.stem, gt, match_instances(prediction.masks, prediction.scores, gt), prediction.saliency, records
 
-    method, records = Method(f"{predictor.weights.stem} ({args.method})"), []
+    method, records = Method(f"{predictor.weights.stem} ({how})"), []
     workers = min(4, torch.get_num_threads())
     paths = [photographs[stem] for stem in gt_masks]
     measured = infer.process(paths, predictor, finish, infer.default_batch_size(device), workers, args.saliency_dir)
     for result in tqdm(measured, "evaluate", len(paths), unit="img", disable=None):
         if isinstance(result, InputError):
-            raise result
+            report(result)
+            continue
         stem, gt, method.results[stem], saliency, found = result
         method.saliency.add(saliency, gt)
         records += found
-    if args.save_pred:
-        _write(args.save_pred, json.dumps(records) + "\n")
-    method.found = group_records(records, args.save_pred, gt_masks)
+    if args.save_pred and method.results:
+        named = [record | {"image_id": ids[record["image_id"]]} for record in records]
+        _write(args.save_pred, json.dumps(named) + "\n")
+    method.found = group_records(records, args.save_pred, {}, gt_masks)
     return method
+
+
+def maps_for(stems, folder, png=False):
+    """{stem: saliency map} of a folder that must have one for each of ``stems``; png: of the name <stem>.png alone."""
+    maps = list_masks(folder)
+    for stem in stems:
+        if stem not in maps or (png and maps[stem].suffix != ".png"):
+            raise InputError(f"{folder} has no saliency map of {stem}; each photograph needs {stem}.png")
+    return maps
 
 
 def _check_options(args):
     """Say what does not fit before the work, not after it."""
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, Path(os.path.expanduser(value)))
     if (args.pred is None) == (args.data is None):
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    of_weights = ("weights", "saliency_dir", "save_pred", "fusion", "mirror", "log")
+    of_weights = ("weights", "saliency_dir", "save_pred", "coco_ids", "method", "fusion", "mirror", "log")
     for name in of_weights if args.pred else ("gt", "saliency_pred", "images"):
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"
@@ -163,11 +211,15 @@ def _check_options(args):
         raise InputError("--images has no meaning without --html; add the page to write or leave it out")
     if args.saliency_pred and len(args.pred) > 1:
         raise InputError("--saliency-pred is of one method; give one --pred with it")
-    if not math.isfinite(args.count_threshold):
-        raise InputError("--count-threshold must be a finite number")
+    if args.coco_ids and not args.save_pred:
+        raise InputError("--coco-ids has no meaning without --save-pred; name the file to write or leave it out")
     if args.log:
         hparams.settings_of(args.log)
+    used = {Path(path).resolve() for path in (*_named(args.pred or []).values(), args.coco_ids, args.weights) if path}
     for path in filter(None, (args.json, args.save_pred, args.html)):
+        if path.resolve() in used:
+            raise InputError(f"{path} is to be written but is named twice, or is read too; choose another name")
+        used.add(path.resolve())
         _check_writable(path)
 
 
@@ -180,17 +232,17 @@ def _named(arguments):
             name, path = Path(argument).resolve().name.removesuffix(".json"), argument
         if name in paths:
             raise InputError(f"{path} and {paths[name]} are both called {name}; name them, as in --pred one={path}")
-        paths[name] = Path(path).expanduser()
+        paths[name] = Path(os.path.expanduser(path))
     return paths
 
 
-def _ground_truth(args):
+def _ground_truth(args, report):
     """({stem: mask}, {stem: photograph}): one photograph for every mask with --data or --images, else what is there."""
     if args.data:
-        samples = read_ground_truth(args.data)
+        samples = read_ground_truth(args.data, report)
         return {sample.stem: sample.mask for sample in samples}, {sample.stem: sample.path for sample in samples}
-    masks = list_ground_truth(args.gt)
-    folder = args.images or Path(args.gt).parent / "images"
+    masks = list_ground_truth(args.gt, report)
+    folder = args.images or Path(os.path.expanduser(args.gt)).parent / "images"
     if not (args.images or (args.html and folder.is_dir())):
         return masks, {}
     photographs = {path.stem: path for path in list_images(folder)}
@@ -198,17 +250,6 @@ def _ground_truth(args):
         if args.images and stem not in photographs:
             raise InputError(f"{mask} has no photograph in {folder}; add it or remove the mask")
     return masks, photographs
-
-
-def _maps_for(gt_masks, folder):
-    """{stem: saliency map} of a folder with one for every ground-truth mask, or None without a folder."""
-    if folder is None:
-        return None
-    maps = list_masks(folder)
-    for stem in gt_masks:
-        if stem not in maps:
-            raise InputError(f"{folder} has no saliency map of {stem}; every mask needs one")
-    return maps
 
 
 def _check_writable(path):

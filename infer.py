@@ -54,6 +54,8 @@ def get_args_parser():
     files.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     files.add_argument("--saliency-dir", type=path_of,
                        help="<stem>.png maps that replace the saliency branch (Table 6)")  # fmt: skip
+    files.add_argument("--coco-ids", type=path_of, metavar="FILE",
+                       help="image_id is that of this COCO annotation file, not the photograph's stem")  # fmt: skip
     files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
 
     method = parser.add_argument_group("method")
@@ -93,7 +95,8 @@ def infer(args, paths, failed):
 
     from models.fusion import Fusion
     from models.inference import Predictor, default_batch_size, default_workers, process
-    from utils import distributed
+    from utils import digest, distributed
+    from utils.predictions import coco_ids
     from utils.results import Results
 
     asked = len(paths) + len(failed)
@@ -102,9 +105,13 @@ def infer(args, paths, failed):
     predictor = Predictor(
         args.weights, device, method=args.method, settings=settings, count=args.count, amp=args.amp, mirror=args.mirror
     )
-    results = Results(make_folder(args.out), predictor.identity(), args.visualize, args.saliency_dir)
+    ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
+    identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
+    results = Results(make_folder(args.out), identity, args.visualize, args.saliency_dir, ids)
     paths, clashes = results.without_clashes(paths)
     failed += clashes
+    if ids:
+        ids([path.stem for path in paths])  # what is wrong is told before the work
     own = distributed.mine(paths)
     todo = results.unfinished(own)
     if distributed.is_first():

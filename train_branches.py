@@ -13,7 +13,7 @@ beside the branches' own head, and opinion, a second one on what is salient.
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +23,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets import pseudo_labels
-from datasets.training import TrainingImages, load_square, read_samples, to_tensor, with_classes
+from datasets.training import (
+    TrainingImages,
+    load_square,
+    pseudo_maps_can_be_made,
+    read_samples,
+    to_tensor,
+    with_classes,
+)
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
+from models.branches import SaliencyNet
 from models.classifier import CAM_SIZE, Classifier, activations
 from models.counting import CountHead, counted_instances
 from models.enhancement import canny_edges, network_input, parse_canny
@@ -39,7 +47,7 @@ from models.losses import (
 from models.opinion import SecondOpinion
 from models.pts import blend
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
-from utils import checkpoint, distributed, visualize
+from utils import checkpoint, digest, distributed, provenance, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
@@ -150,14 +158,21 @@ def starting_network(init):
 
 def usable_samples(args):
     """The Samples of --data that pseudo labels can be made of or, in --labels, have been made of."""
-    found = samples = read_samples(args.data)
-    if args.labels:
-        samples = [sample for sample in found if not pseudo_labels.is_untold(args.labels, sample.stem)]
-    if not all(args.labels and pseudo_labels.is_done(args.labels, sample.stem) for sample in samples):
-        samples = with_classes(samples)
-    if len(samples) < len(found):
-        left = len(found) - len(samples)
-        print(f"{left} of {len(found)} photographs are left out: no class of the 20 and no labels from train_pts.py")
+    found = read_samples(args.data)
+    if not args.labels:
+        samples = with_classes(found)
+    else:  # one with classes but without labels is not left out: require_labels names it
+        samples = [
+            sample
+            for sample in found
+            if pseudo_labels.is_done(args.labels, sample.stem)
+            or (pseudo_maps_can_be_made(sample) and not pseudo_labels.is_untold(args.labels, sample.stem))
+        ]
+        if not samples:
+            raise InputError(f"{args.labels} has pseudo labels of no photograph in --data; check both")
+    if len(samples) < len(found) and distributed.is_first():
+        why = f"no pseudo labels in {args.labels}" if args.labels else "no class of the 20 is known to be in them"
+        print(f"{len(found) - len(samples)} of {len(found)} photographs are left out: {why}")
     return samples
 
 
@@ -186,55 +201,70 @@ def net_config(args):
     )  # fmt: skip
 
 
-def stage_config(args, *names):
-    """What a stage depends on, as plain values: its folder belongs to these (utils.checkpoint.claim)."""
-    common = ("backbone", "output_stride", "size", "seed")
-    values = {name: getattr(args, name) for name in (*common, *names)}
-    return values | {"labels": str(args.labels or "")}
+def settings_of(args, *names):
+    """The options that a stage depends on, as plain values."""
+    return {name: getattr(args, name) for name in ("backbone", "output_stride", "size", *names)}
 
 
 LABELS = ("no_crf", "plain_cam", "cam_scales")
-SCHEDULE = ("batch_size", "epochs", "lr", "optimizer", "backbone_lr", "freeze", "init")
+START = "the weights that training starts from"
+SCHEDULE = ("seed", "batch_size", "epochs", "lr", "optimizer", "backbone_lr", "freeze")
 
 
-def run_stage(args, samples, device, stage, model, dataset, losses, show=None, settings=(), finish=None):
-    """Train one stage in its folder and leave the result in its weights.pt.
+def run_stage(args, samples, device, stage, model, dataset, losses, *, inputs, settings=(), show=None, finish=None):
+    """Train one stage in its folder and leave the result in its weights.pt, with the configuration of its network.
 
-    finish: what the first process does with the trained model before it is saved.
+    inputs(): the digests of what the stage reads, for utils.provenance.bind; settings: names of options that it
+    depends on beside the schedule. finish: what the first process does with the trained model before it is saved.
     """
     folder = make_folder(args.out / stage)
     schedule = Schedule.of(args)
     if show:
         show = partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args))
-    config = stage_config(args, *SCHEDULE, *settings) | {"images": len(samples)}
+    distributed.from_first(lambda: provenance.bind(folder, settings_of(args, *SCHEDULE, *settings), inputs()))
     if (folder / "weights.pt").exists():
-        checkpoint.claim(folder, config)
         print(f"{stage}: already trained")
         return
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
-            model.to(device), dataset, losses, schedule, folder=folder, config=config, device=device, writer=writer,
-            show=show, name=stage,
+            model.to(device), dataset, losses, schedule, folder=folder, device=device, writer=writer, show=show,
+            name=stage,
         )  # fmt: skip
     if distributed.is_first():
         if finish:
             finish(model)
-        checkpoint.save({"model": model.state_dict()}, folder / "weights.pt")
+        config = asdict(net_config(args))
+        checkpoint.save({"model": model.state_dict(), "config": config}, folder / "weights.pt")
 
 
 def initialize(model, part, args):
     """Give a branch its starting weights: its backbone those of ImageNet, or what the CAM classifier made of them, or
-    all of it what the same ``part`` of another WSIDNet has learned."""
+    all of it what the same ``part`` of another WSIDNet has learned. Returns the digest of these."""
+    start = model.backbone
     if args.init == "cam":
         model.backbone.load_state_dict(finished_classifier(args).backbone.state_dict())
     elif args.init == "imagenet":
         load_pretrained(model.backbone, args.backbone_weights)
     else:
-        try:
-            model.load_state_dict(getattr(args.start, part).state_dict())
-        except RuntimeError as error:
-            raise InputError(f"{args.init} is a network of other settings; give those it was trained with") from error
+        same_network(args)
+        start = getattr(args.start, part)
+        model.load_state_dict(start.state_dict())
+        if part == "branches":
+            model.centroid.mean_offset.zero_()  # it is that of the V before, and V now learns without it
     model.backbone.freeze(args.freeze)
+    return digest.of_state(start.state_dict())
+
+
+def same_network(args):
+    """InputError, naming the options, when the network in --init FILE is not the one that the options describe.
+
+    It may be trained on at another --size, and the parts that are added later are not the branches'.
+    """
+    now, before = (asdict(config) for config in (net_config(args), args.start.config))
+    differs = [f"{name} {before[name]} -> {now[name]}" for name in now
+               if now[name] != before[name] and name not in ("size", "number", "opinion")]  # fmt: skip
+    if differs:
+        raise InputError(f"--init {args.init} is a network of other settings ({'; '.join(differs)}); give its own")
 
 
 def refresh(model, part, args):
@@ -246,29 +276,38 @@ def refresh(model, part, args):
 
 
 def finished_classifier(args):
+    """The trained Classifier that the pseudo labels of this run come from; InputError without one."""
     model = Classifier(args.backbone, args.output_stride)
-    path = labels_folder(args).parent / "cam" / "weights.pt"
+    path = classifier_file(args)
     if not path.exists():
         raise InputError(f"there is no trained classifier at {path}; run --stage cam first")
     try:
         model.load_state_dict(checkpoint.load(path)["model"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{path} was trained with another --backbone; give the same one, or another --out") from error
     return model
+
+
+def classifier_file(args):
+    return labels_folder(args).parent / "cam" / "weights.pt"
 
 
 def train_classifier(args, samples, device):
     """Stage cam: multi-label classification of the 20 classes (Sec. 4.2)."""
     model = Classifier(args.backbone, args.output_stride)
     load_pretrained(model.backbone, args.backbone_weights)
+    start = digest.of_state(model.backbone.state_dict())
     model.backbone.freeze(args.freeze)
     dataset = TrainingImages(samples, args.size, crop=0.5, jitter=0.2, seed=args.seed)
+
+    def inputs():
+        return provenance.inputs_of(samples, "classes") | {START: start}
 
     def losses(model, batch, progress):
         logits = model(batch["image"]).float()
         return {"classification": F.multilabel_soft_margin_loss(logits, batch["classes"])}
 
-    run_stage(args, samples, device, "cam", model, dataset, losses, visualize.show_cams)
+    run_stage(args, samples, device, "cam", model, dataset, losses, inputs=inputs, show=visualize.show_cams)
 
 
 def make_labels(args, samples, device):
@@ -276,9 +315,9 @@ def make_labels(args, samples, device):
     if args.labels:
         raise InputError("--stage labels makes what --labels would read; give one of them")
     folder = make_folder(labels_folder(args))
-    model = finished_classifier(args).to(device).eval()
-    if distributed.is_first():
-        checkpoint.claim(folder, stage_config(args, *LABELS))  # of any photographs: more can be added
+    model = finished_classifier(args)
+    distributed.from_first(bind_labels, args, samples)
+    model.to(device).eval()
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
     samples = distributed.mine(samples)
@@ -294,18 +333,44 @@ def make_labels(args, samples, device):
             )  # fmt: skip
 
 
+def bind_labels(args, samples):
+    """The folder of this run's pseudo labels belongs to its classifier and, one by one, to the photographs."""
+    notes = provenance.photographs(samples, "classes")  # of any photographs: more can be added
+    finished = partial(pseudo_labels.is_done, labels_folder(args))
+    provenance.bind(labels_folder(args), settings_of(args, *LABELS), classifier_input(args), notes, finished)
+
+
+def classifier_input(args):
+    """The input of the pseudo labels that they have in common."""
+    return {"the classifier": digest.of_state(checkpoint.load(classifier_file(args))["model"])}
+
+
 def labels_folder(args):
     """Where the pseudo labels of this run are or come from."""
     return args.labels or args.out / "labels"
 
 
 def require_labels(args, samples):
-    """The folder of the pseudo labels; InputError when a photograph has none."""
+    """The folder of the pseudo labels; InputError when a photograph has none, or when they were made from other
+    photographs or, in a run that makes its own, by another classifier."""
     folder = labels_folder(args)
     missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
     if missing:
-        raise InputError(f"{len(missing)} photographs have no pseudo labels in {folder}; run --stage labels first")
+        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; run "
+                         "--stage labels first")  # fmt: skip
+    own = not args.labels and classifier_file(args).exists()
+    distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
     return folder
+
+
+def label_inputs(folder, samples, *kinds):
+    """Digests of the pseudo labels of the samples, of "classes" and "saliency" those named in ``kinds``."""
+    return {
+        f"a pseudo label ({kind})": digest.of_value(
+            digest.of_files(folder / kind / f"{sample.stem}.png" for sample in samples)
+        )
+        for kind in kinds
+    }
 
 
 def bandwidth(progress, size):
@@ -326,7 +391,7 @@ def train_branches(args, samples, device):
     """Stage branches: the boundary and the centroid branch together, L_B + L_V + L_su (Sec. 3.1, 3.2, 4.2)."""
     labels = require_labels(args, samples)
     model = net_config(args).boundary_centroid_net()
-    initialize(model, "branches", args)
+    start = initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
     derive = partial(edges_and_instances, canny=args.canny)
@@ -348,8 +413,15 @@ def train_branches(args, samples, device):
             terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, batch["instances"])
         return terms
 
-    settings = (*LABELS, "channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
+    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
                 "counted_weight", "paste", "refresh")  # fmt: skip
+
+    def inputs():
+        found = provenance.inputs_of(samples, "count") | label_inputs(labels, samples, "classes", "saliency")
+        if model.counting:  # it learns from photographs without pseudo labels too
+            counted = provenance.photographs(counted_samples(args), "count")
+            found["a photograph that the count head learns from"] = digest.of_value(counted)
+        return found | {START: start}
 
     def finish(model):
         refresh(model, "branches", args)
@@ -359,7 +431,8 @@ def train_branches(args, samples, device):
             fit_count(model, counted_samples(args), args, device)  # those too whose instances no label tells
 
     run_stage(
-        args, samples, device, "branches", model, dataset, losses, visualize.show_branches, settings, finish
+        args, samples, device, "branches", model, dataset, losses, inputs=inputs, settings=settings,
+        show=visualize.show_branches, finish=finish,
     )  # fmt: skip
 
 
@@ -403,14 +476,18 @@ def train_saliency(args, samples, device):
     """Stage saliency: binary cross entropy on the saliency pseudo masks (Sec. 3)."""
     labels = require_labels(args, samples)
     model = net_config(args).saliency_net()
-    initialize(model, "saliency", args)
+    start = initialize(model, "saliency", args)
     dataset = TrainingImages(
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )
-    settings = (*LABELS, "channels", "refresh")
-    finish = partial(refresh, part="saliency", args=args)
+
+    def inputs():
+        return provenance.inputs_of(samples) | label_inputs(labels, samples, "saliency") | {START: start}
+
     run_stage(
-        args, samples, device, "saliency", model, dataset, saliency_losses, visualize.show_saliency, settings, finish
+        args, samples, device, "saliency", model, dataset, saliency_losses, inputs=inputs,
+        settings=("channels", "refresh"), show=visualize.show_saliency,
+        finish=partial(refresh, part="saliency", args=args),
     )  # fmt: skip
 
 
@@ -435,7 +512,10 @@ def train_number(args, samples, device):
     def losses(model, batch, progress):
         return {"number": number_loss(model.counting.logits(model.features(batch["image"])), batch["count"])}
 
-    run_stage(args, samples, device, "number", model, dataset, losses)
+    def inputs():
+        return provenance.inputs_of(samples, "count") | {START: digest.of_state(net.state_dict())}
+
+    run_stage(args, samples, device, "number", model, dataset, losses, inputs=inputs)
     if distributed.is_first():
         model.load_state_dict(checkpoint.load(trained)["model"])
         save_weights(with_parts(net, number=model), args.out / "weights.pt", note="train_branches.py --stage number")
@@ -455,10 +535,11 @@ def fit_opinion(args, samples, device):
         return
     net = args.start.to(device)
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
-    config = stage_config(args, "init", "odds") | {"images": len(samples)}
-    checkpoint.claim(make_folder(args.out / "opinion"), config)
     model = replace(net.config, opinion=args.size).second_opinion()
     load_pretrained(model.backbone, args.backbone_weights)
+    inputs = {START: digest.of_state(net.state_dict()), "the backbone": digest.of_state(model.backbone.state_dict())}
+    settings = settings_of(args, "seed", "odds")
+    provenance.bind(make_folder(args.out / "opinion"), settings, inputs | provenance.inputs_of(samples))
     model.odds.copy_(torch.tensor(args.odds))
     model.to(device).eval()
     generator, features, saliency = torch.Generator().manual_seed(args.seed), [], []
@@ -483,6 +564,7 @@ def saliency_losses(model, batch, progress):
 def assemble(args):
     """Write runs/NAME/weights.pt, what infer.py takes, once both nets are trained.
 
+    Its configuration is the one that the branches were trained with; InputError when the saliency branch does not fit.
     With the --labels of an iteration of train_pts.py, the saliency branch of that iteration goes with the branches;
     with an --init FILE that has a network for the number or a second opinion, so do these.
     """
@@ -491,12 +573,19 @@ def assemble(args):
         parts["saliency"] = args.labels.parent / "weights.pt"
     if not all(path.exists() for path in parts.values()):
         return
-    net = WSIDNet(net_config(args))
+    saved = {name: checkpoint.load(path) for name, path in parts.items()}
     try:
-        for name, path in parts.items():
-            getattr(net, name).load_state_dict(checkpoint.load(path)["model"])
-    except RuntimeError as error:
-        raise InputError(f"{path} was trained with other network settings; give the same ones") from error
+        configs = {name: part["config"] for name, part in saved.items()}
+        differs = [f"{key} {configs['branches'][key]} and {configs['saliency'][key]}" for key in SaliencyNet.SETTINGS
+                   if configs["branches"][key] != configs["saliency"][key]]  # fmt: skip
+        if differs:
+            raise InputError(f"{parts['branches']} and {parts['saliency']} do not go together ({'; '.join(differs)}); "
+                             "train one of them anew with the settings of the other")  # fmt: skip
+        net = WSIDNet(NetConfig(**configs["branches"]))
+        for name, part in saved.items():
+            getattr(net, name).load_state_dict(part["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{args.out} holds parts of an earlier version of this program; train it anew") from error
     if args.start and args.start.number and net.config.counting:
         net = with_parts(net, number=args.start.number)
     if args.start and args.start.opinion:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from datasets.images import list_images
 from datasets.labels import Sample
+from datasets.pseudo_labels import is_done
 from datasets.sources import merge
 from datasets.training import TrainingImages, load_square, read_classes, read_map, read_samples, resize
 from models.counting import told
@@ -30,7 +31,7 @@ from models.fusion import Fusion
 from models.pts import instance_label, pseudo_label, refresh
 from models.wsid_net import load_weights, save_weights
 from train_branches import input_size, saliency_losses
-from utils import checkpoint, distributed, visualize
+from utils import checkpoint, digest, distributed, provenance, visualize
 from utils.cli import Help, InputError, make_folder, run
 from utils.parallel import WorkerPool
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
@@ -81,7 +82,7 @@ def main(argv=None):
     if args.iters < 1:
         raise InputError(f"--iters {args.iters} leaves nothing to do; give 1 or more")
     if args.odds:
-        require_unrefined(args.labels or args.out / "labels")
+        require_unrefined(first_labels(args))
     device = prepare_machine(args)
     start = args.out / "weights.pt"
     if not start.exists():
@@ -92,19 +93,17 @@ def main(argv=None):
     previous = clone(net.saliency.state_dict())
     for r in range(1, args.iters + 1):
         folder = make_folder(args.out / "pts" / f"r{r}")
-        config = config_of(args, samples, net)
-        if distributed.is_first():
-            checkpoint.claim(folder, config)
+        distributed.from_first(bind, args, samples, net, previous, folder)
         finished = folder / "weights.pt"
         if finished.exists():
             current = checkpoint.load(finished, device)["model"]
         else:
             labelled = make_labels(net, samples, folder, args, device)
             if args.epochs:
-                train_iteration(net, labelled, folder, args, config, device, r)
+                train_iteration(net, labelled, folder, args, device, r)
             current = refresh(previous, net.saliency.state_dict(), r)
             if distributed.is_first():
-                checkpoint.save({"model": current}, finished)
+                checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
             distributed.wait_for_all()
         net.saliency.load_state_dict(current)
         previous = clone(current)
@@ -122,7 +121,8 @@ def with_unlabelled(samples, folders):
 
 def require_unrefined(labels):
     """InputError when the pseudo masks in the folder ``labels`` are known to come from the CRF."""
-    if not (checkpoint.claimed(labels) or {}).get("no_crf", True):
+    made = provenance.recorded(labels)
+    if made and not made["settings"].get("no_crf", True):
         raise InputError(f"the CRF has refined the masks in {labels}; --odds wants those of --stage labels --no-crf")
 
 
@@ -130,10 +130,32 @@ def clone(state):
     return {key: value.clone() for key, value in state.items()}
 
 
-def config_of(args, samples, net):
+def first_labels(args):
+    """The folder of the pseudo labels that the network before PTS was trained on."""
+    return args.labels or args.out / "labels"
+
+
+def bind(args, samples, net, saliency, folder):
+    """The folder of an iteration belongs to its settings, the photographs and what is known of them, the first pseudo
+    labels that it reads, the network and the weights of the saliency branch that it goes on from."""
     names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "odds", "by_class")
-    values = {name: getattr(args, name) for name in names} | asdict(args.fusion)
-    return values | {"images": len(samples), "size": net.config.size}
+    settings = {name: getattr(args, name) for name in names} | asdict(args.fusion) | {"size": net.config.size}
+    labelled = [sample for sample in samples if sample.classes]
+    without = [sample.stem for sample in labelled if not is_done(first_labels(args), sample.stem)]
+    if without:
+        raise InputError(f"{len(without)} photographs with classes, such as {without[0]}, have no pseudo labels in "
+                         f"{first_labels(args)}; run train_branches.py --stage labels on them")  # fmt: skip
+    provenance.check(first_labels(args), {}, labelled)
+    first = [first_labels(args) / kind / f"{s.stem}.png" for kind in ("saliency", "classes") for s in labelled]
+    others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
+    inputs = provenance.inputs_of(samples, "classes", "count") | {
+        "a first pseudo label": digest.of_value(digest.of_files(first)),
+        "the network": digest.of_state(others),
+        "the saliency branch that the iteration starts from": digest.of_state(saliency),
+    }
+    provenance.bind(folder, settings, inputs)
+    labels = make_folder(folder / "labels")
+    provenance.bind(labels, {}, photographs=provenance.photographs(samples, "classes", "count"))
 
 
 def make_labels(net, samples, folder, args, device):
@@ -157,7 +179,7 @@ def make_labels(net, samples, folder, args, device):
             maps = [m.numpy() for m in (saliency, boundary, offsets, features)]
             if not args.fusion.likeness:
                 maps[3] = None  # megabytes that no worker looks at
-            first = (args.labels or args.out / "labels") if sample.classes else None
+            first = first_labels(args) if sample.classes else None
             pool.submit(
                 write_label, labels, sample, square, maps, int(told(shares)), args.fusion, first, args.keep, args.odds,
                 args.by_class,
@@ -210,7 +232,7 @@ def write_label(labels, sample, image, maps, count, settings, first, keep, odds,
         checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 
 
-def train_iteration(net, samples, folder, args, config, device, r):
+def train_iteration(net, samples, folder, args, device, r):
     """Lines 2-4 of Algorithm 1: E epochs of the saliency branch on the labels of this iteration, in place."""
     net.saliency.backbone.freeze(args.freeze)
     maps = {"pseudo_saliency": folder / "labels" / "saliency"}
@@ -220,8 +242,8 @@ def train_iteration(net, samples, folder, args, config, device, r):
                    device=device, labels=folder / "labels")  # fmt: skip
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
-            net.saliency, dataset, saliency_losses, schedule, folder=folder,
-            config=config, device=device, writer=writer, show=show, name="pts",
+            net.saliency, dataset, saliency_losses, schedule, folder=folder, device=device, writer=writer, show=show,
+            name="pts",
         )  # fmt: skip
 
 

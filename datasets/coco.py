@@ -8,10 +8,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask
 
 from datasets.labels import CLASS_INDEX, Sample, collect, fail
-from datasets.masks import VOID, decode_rle
+from datasets.masks import VOID, decode_polygons, decode_rle
 from utils.cli import InputError
 
 SMALLEST = 0.02  # share of the image below which an object does not count as salient
@@ -182,13 +181,7 @@ def _draw(annotation, mask):
             if segmentation["size"] != [height, width]:
                 raise ValueError(f"its size is {segmentation['size']} in an image of {[height, width]}")
             return decode_rle(segmentation)
-        # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
-        outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in segmentation]
-        if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
-            raise ValueError("a polygon needs three points or more")
-        runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
-        union = pycocotools.mask.merge(runs)
-        return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
+        return decode_polygons(segmentation, mask.shape)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{mask} has a segmentation that is no polygon or RLE ({error}); mend it") from error
 

@@ -61,6 +61,4 @@ def _count(where, sample):
         return sample
     labels = np.unique(sample.mask.read())
     count = int(np.count_nonzero((labels > 0) & (labels < VOID)))
-    if not count and VOID in labels:
-        raise InputError(f"{sample.mask} shows nothing but void (white, 255); paint its instances in other colours")
     return Sample(sample.path, count=count, mask=sample.mask)

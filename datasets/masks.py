@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask
-from PIL import Image, UnidentifiedImageError
 
-from datasets.images import FORMATS, image_size, list_images
+from datasets import pixels
+from datasets.images import image_size, list_images, load
 from utils.cli import InputError
 
 VOID = 255  # pixels that nobody judged: they count for nothing
+SOFT = 40  # more labels than instance masks have, if most of their pixels are in no 2x2 square of one label
 VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
 
 
@@ -28,8 +29,20 @@ class MaskFile:
         return image_size(self.path)
 
     def read(self):
-        """uint8 [H,W]: 0 background, 1..254 instances, 255 void; InputError as in ``read_instance_mask``."""
-        return read_instance_mask(self.path)
+        """uint8 [H,W]: 0 background, 1..254 instances, 255 void.
+
+        InputError as in ``read_instance_mask``, and for a mask of what is salient that does not part its instances:
+        nothing but void, or greys that are the soft edges of a white area or a saliency map.
+        """
+        labels = read_instance_mask(self.path)
+        void, instance = labels == VOID, (labels > 0) & (labels < VOID)
+        if void.any() and not instance.any():
+            raise InputError(f"{self} shows nothing but void (white, 255); paint its instances in other colours")
+        soft = void.sum() > instance.sum() or len(np.unique(labels)) > SOFT
+        if soft and instance.sum() > 2 * (_in_squares(labels) & instance).sum():
+            raise InputError(f"{self} holds shades of grey, not a label for each instance; paint its instances in "
+                             "plain colours, or number them 1..254")  # fmt: skip
+        return labels
 
 
 def list_masks(folder):
@@ -41,7 +54,7 @@ def list_masks(folder):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name the folder that holds the mask pictures")
     masks = {}
-    for path in sorted(list_images(folder), key=lambda path: path.stem):
+    for path in sorted(list_images(folder, results=True), key=lambda path: path.stem):
         if path.stem in masks:
             raise InputError(f"{path} and {masks[path.stem].name} are masks of one image; remove one of them")
         masks[path.stem] = path
@@ -53,35 +66,54 @@ def read_instance_mask(path):
 
     Read are grey and palette pictures (the stored index is the label; labels may have gaps) and colour
     pictures, where black is background, white and VOC's (224, 224, 192) are void and every other colour is
-    one instance. InputError when the file is missing, broken, lossy, or holds more than 254 instances.
+    one instance. What is transparent is background, save index 255 of a palette; but a picture that is so everywhere
+    is taken as if it were not. The mask is upright, as photographs are.
+    InputError when the file is missing, broken, lossy, or holds more than 254 instances.
     """
-    picture = _read(path)
-    if picture.format in ("JPEG", "MPO"):
-        raise InputError(f"{path} is a JPEG, which blurs instance labels; save the mask as PNG")
+    picture = load(path)
+    if lossy := _lossy_kind(picture, path):
+        raise InputError(f"{path} is a {lossy}, which blurs instance labels; save the mask as PNG")
+    alpha = _alpha(picture)
+    hidden = alpha < 128 if alpha is not None and (alpha >= 128).any() else np.zeros(picture.size[::-1], bool)
     if len(picture.getbands()) > 1:
-        colours = np.asarray(picture.convert("RGB"))
+        if pixels.deep_samples(picture, path) is not None:
+            raise InputError(f"{path} holds 16-bit colours; save the mask as 8-bit PNG")
+        colours = np.array(picture.convert("RGB"))
+        colours[hidden] = 0
         grey = (colours == colours[..., :1]).all()
         labels = colours[..., 0] if grey else _labels_of_colours(colours, path)
     else:
-        labels = np.asarray(picture)
+        labels = np.array(picture)
+        labels[hidden & ~((labels == VOID) & (picture.mode == "P"))] = 0
     if labels.min() < 0 or labels.max() > VOID or (labels != labels.astype(np.uint8)).any():
         raise InputError(f"{path} holds labels outside 0..255; use 0 background, 1..254 instances, 255 void")
     return labels.astype(np.uint8)
 
 
+def is_coloured(path):
+    """Whether the labels of ``read_instance_mask`` are made from colours, and not numbers that the picture holds."""
+    picture = _read(path)
+    if len(picture.getbands()) < 2:
+        return False
+    colours = np.asarray(picture.convert("RGB"))
+    return bool((colours != colours[..., :1]).any())
+
+
 def read_saliency_mask(path):
     """Read a saliency map as float32 [H, W] in 0..1 (8-bit values / 255, 16-bit values / 65535).
 
-    Colour pictures are turned grey, alpha is dropped. InputError when the file is missing, broken, or holds
-    floating-point values outside 0..1.
+    Colour pictures are turned grey, what is transparent is not salient. InputError when the file is missing, broken,
+    or holds floating-point values outside 0..1.
     """
-    picture = _read(path)
+    picture = load(path)
     if picture.mode.startswith("I"):
         saliency = np.asarray(picture).astype(np.float32) / 65535
     elif picture.mode == "F":
         saliency = np.asarray(picture)
     else:
-        saliency = np.asarray(picture.convert("L"), dtype=np.float32) / 255
+        saliency = np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32) / 255
+        if (alpha := _alpha(picture)) is not None:
+            saliency = saliency * (alpha.astype(np.float32) / 255)
     if not (saliency.min() >= 0 and saliency.max() <= 1):  # written so that NaN fails too
         raise InputError(f"{path} holds values outside 0..1; save the saliency map as an 8-bit grey PNG")
     return saliency
@@ -110,6 +142,21 @@ def decode_rle(rle):
     return np.repeat(values, runs).reshape(width, height).T
 
 
+def decode_polygons(polygons, shape):
+    """Decode COCO polygons, a list of outlines [x, y, x, y, ...] in pixels, to a bool mask of ``shape`` (H, W).
+
+    ValueError for an outline of fewer than three points or with a coordinate that is not finite.
+    """
+    height, width = shape
+    # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
+    outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in polygons]
+    if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
+        raise ValueError("a polygon needs three points or more")
+    runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
+    union = pycocotools.mask.merge(runs)
+    return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
+
+
 def prediction_records(image_id, masks, scores):
     """COCO result records (a list of dicts ready for JSON) of masks [n, H, W] with scores [n] in (0, 1]."""
     return [
@@ -118,19 +165,30 @@ def prediction_records(image_id, masks, scores):
     ]
 
 
-def _read(path):
-    try:
-        with Image.open(path, formats=FORMATS) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the name of the mask") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is not a picture; save the mask as PNG") from None
-    except Image.DecompressionBombError:
-        raise InputError(f"{path} has too many pixels; use masks of the size of their photographs") from None
-    except Exception as error:  # Pillow answers broken files with OSError, SyntaxError, ValueError, ...
-        raise InputError(f"{path} cannot be read ({error}); save the mask again as PNG") from error
+def _lossy_kind(picture, path):
+    """The name of the picture's format where that is lossy, else None."""
+    if picture.format in ("JPEG", "MPO", "AVIF", "HEIF", "JPEG2000"):
+        return picture.format
+    if picture.format == "WEBP" and b"VP8 " in Path(path).read_bytes():
+        return "lossy WebP"
+    return "TIFF with JPEG compression" if picture.info.get("compression") == "jpeg" else None
+
+
+def _alpha(picture):
+    """The opacity uint8 [H, W] of a picture of 8 bits or less; None where all is opaque."""
+    if picture.mode.startswith("I") or picture.mode == "F" or not picture.has_transparency_data:
+        return None
+    return np.asarray(picture.convert("RGBA").getchannel("A"))
+
+
+def _in_squares(labels):
+    """bool [H,W]: where a pixel lies in a 2x2 square of one label."""
+    square = (labels[:-1, :-1] == labels[1:, :-1]) & (labels[:-1, 1:] == labels[1:, 1:])
+    square &= labels[:-1, :-1] == labels[1:, 1:]
+    inside = np.zeros(labels.shape, bool)
+    for y, x in np.ndindex(2, 2):
+        inside[y : y + square.shape[0], x : x + square.shape[1]] |= square
+    return inside
 
 
 def _labels_of_colours(colours, path):

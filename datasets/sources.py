@@ -107,20 +107,23 @@ def merge(sources, report=fail):
     return list(merged.values())
 
 
-def read_ground_truth(source):
-    """The Samples of a source that have a ground-truth mask; InputError when none has.
+def read_ground_truth(source, report=fail):
+    """The Samples of a source that have a ground-truth mask; InputError when none has, else ``report`` gets problems.
 
     A folder with instance_masks/ (or gt/, see datasets.ilso) is taken by its masks, whether it has labels.csv or not.
     """
-    found = find_source(source)
-    samples = read_source(found) if found.layout.splits else ilso.read_pairs(found.path)
+    found, problems = find_source(source), []
+    read = read_source if found.layout.splits else ilso.read_pairs
+    samples = read(found if found.layout.splits else found.path, problems.append)
     samples = [sample for sample in samples if sample.mask is not None]
     if not samples:
-        raise InputError(f"{source} has no instance masks; name a source that has")
+        raise problems[0] if problems else InputError(f"{source} has no instance masks; name a source that has")
+    for problem in problems:
+        report(problem)
     return samples
 
 
-def list_ground_truth(source):
+def list_ground_truth(source, report=fail):
     """{stem: mask} of a source as in ``read_ground_truth``, or of a folder that holds the mask pictures themselves.
 
     A mask has read(), size() and a name, str(mask), as datasets.labels.Sample says.
@@ -128,7 +131,7 @@ def list_ground_truth(source):
     path, options = _parse(source)
     if not options and not any(layout.fits(path) for layout in LAYOUTS if layout.name != "photographs"):
         return {stem: MaskFile(file) for stem, file in list_masks(path).items()}
-    return {sample.stem: sample.mask for sample in read_ground_truth(source)}
+    return {sample.stem: sample.mask for sample in read_ground_truth(source, report)}
 
 
 def _parse(text):

@@ -30,13 +30,18 @@ def read_samples(sources):
     return merge({str(source): read_source(source) for source in sources})
 
 
+def pseudo_maps_can_be_made(sample):
+    """Whether activation maps say what the photograph shows: it has a class of the 20, or is known to show nothing."""
+    return bool(sample.classes) or (sample.classes == () and sample.count == 0)
+
+
 def with_classes(samples):
     """The samples that activation maps can be made of; InputError when there are none.
 
     Left out are those whose classes are not known, and those that show only objects of no known class: their
     pseudo mask would call these objects background.
     """
-    chosen = [sample for sample in samples if sample.classes or (sample.classes == () and not sample.count)]
+    chosen = [sample for sample in samples if pseudo_maps_can_be_made(sample)]
     if not any(sample.classes for sample in chosen):
         raise InputError("no photograph has classes; name a source in --data that has them, such as labels.csv")
     return chosen

@@ -8,7 +8,7 @@ response map, is the gradient of the response there; a pixel of the foreground b
 most. The classes are merged by their maximum, where the paper trains a layer, and no masks are proposed from outside.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from models.backbones import BACKBONES
 from models.classifier import Classifier
 from models.fusion import Fusion, instance_masks
 from utils import checkpoint
-from utils.cli import Help, run, select_device
+from utils.cli import InputError, Parser, integer, make_folder, run, select_device
 
 PEAK, FOREGROUND = 0.5, 0.3  # shares of the highest response: of a peak [PRM], of the foreground [IRN]
 BLUR = 2.0  # of a gradient, which is noise pixel by pixel, in pixels of the stride-4 grid
@@ -74,29 +74,47 @@ def find_instances(classifier, image, size, device):
     return instance_masks(soft, response, image.shape[:2], Fusion(background=0.5))[:2]
 
 
+def load_classifier(path, backbone, output_stride):
+    """The Classifier in a run's cam/weights.pt, as it answers; InputError for weights of anything else."""
+    classifier = Classifier(backbone, output_stride)
+    saved = checkpoint.load(path)
+    try:
+        classifier.load_state_dict(saved["model"])
+    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+        remedy = "give cam/weights.pt of a run, and the --backbone it was trained with"
+        raise InputError(f"{path} does not hold a classifier with {backbone}; {remedy}") from error
+    return classifier.eval().requires_grad_(False)
+
+
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="python -m experiments.prm", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m experiments.prm", description=__doc__)
     parser.add_argument("--classifier", type=Path, required=True, help="cam/weights.pt of a run")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="that of the classifier")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16)
-    parser.add_argument("--size", type=int, default=512, help="input square, pixels")
+    parser.add_argument("--size", type=integer(64), default=512, help="input square, pixels")
     parser.add_argument("--data", required=True, metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--out", type=Path, default=Path("predictions.json"), help="COCO result records")
-    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     device = select_device(args.gpu)
-    classifier = Classifier(args.backbone, args.output_stride)
-    classifier.load_state_dict(checkpoint.load(args.classifier)["model"])
-    classifier.to(device).eval().requires_grad_(False)
-    records = []
-    for sample in tqdm(read_ground_truth(args.data), "PRM", unit="img", mininterval=2):
-        masks, scores = find_instances(classifier, read_image(sample.path), args.size, device)
-        records += prediction_records(sample.stem, masks, scores)
+    classifier = load_classifier(args.classifier, args.backbone, args.output_stride).to(device)
+    make_folder(args.out.parent)
+    records, problems = [], []
+    for sample in tqdm(read_ground_truth(args.data, problems.append), "PRM", unit="img", mininterval=2):
+        try:
+            image = read_image(sample.path)
+        except InputError as error:
+            problems.append(error)
+            continue
+        records += prediction_records(sample.stem, *find_instances(classifier, image, args.size, device))
     checkpoint.save_json(records, args.out)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ OUT/final/weights.pt:
     python -m experiments.recipes cpu --data data --cam-data more --counted more@count --out runs/mine --gpu -1
 """
 
-import argparse
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_branches
 import train_pts
-from utils.cli import Help, make_folder, run
+from utils.cli import Parser, integer, make_folder, run
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Recipe:
     number: str
 
 
+LARGEST_SEED = 2**32 - 1
 NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(
@@ -96,8 +97,8 @@ def add_data_arguments(parser, out):
     parser.add_argument("--labels", type=Path, metavar="DIR",
                         help="pseudo labels of another run; default: a classifier is trained for them")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
-    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images and run the CRF")
+    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
+    parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images and run the CRF")
 
 
 def stage(args, out, seed, name, *options, data=(), **paths):
@@ -147,9 +148,12 @@ def train_number(recipe, args, out, seed, start, data=()):
 
 
 def link(name, target):
-    """Let the path ``name`` stand for ``target``, unless there is something already."""
+    """Let the path ``name`` stand for ``target``, unless there is a file or folder already. The link is relative, so
+    that a folder of runs may be moved; one that leads elsewhere, as in a copy of such a folder, is replaced."""
+    if name.is_symlink() and name.resolve() != target.resolve():
+        name.unlink()
     if not name.exists():
-        name.symlink_to(target.resolve())
+        name.symlink_to(os.path.relpath(target.resolve(), name.parent.resolve()))
 
 
 def train_again(recipe, args, out, seed, labels):
@@ -166,10 +170,10 @@ def train_again(recipe, args, out, seed, labels):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m experiments.recipes", description=__doc__)
     parser.add_argument("recipe", choices=RECIPES)
     add_data_arguments(parser, "runs/recipe")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=integer(0, LARGEST_SEED), default=0)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
     labels = args.labels or train_labels(recipe, args, args.out / "labels_run", args.seed)

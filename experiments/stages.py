@@ -7,7 +7,7 @@ A row that gains much names a stage that limits. S is the saliency, B the bounda
 objects; what is missing with all four true is the fusion's and the grid's.
 """
 
-import argparse
+import sys
 from pathlib import Path
 
 import cv2
@@ -21,8 +21,9 @@ from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from infer import Predictor
 from models.counting import certain
-from utils.cli import Help, run, select_device
+from utils.cli import InputError, Parser, integer, run, select_device
 from utils.metrics import match_instances, summarize
+from utils.predictions import check_size
 from utils.report import format_table
 
 TRUE = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
@@ -63,24 +64,34 @@ def with_truth(maps, gt, replaced):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="python -m experiments.stages", description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m experiments.stages", description=__doc__)
     parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
-    parser.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
     predictor = Predictor(args.weights, select_device(args.gpu))
-    results = {row: [] for row in ROWS}
-    for sample in tqdm(read_ground_truth(args.data), unit="img", mininterval=2):
-        image, gt = read_image(sample.path), sample.mask.read()
+    results, problems = {row: [] for row in ROWS}, []
+    for sample in tqdm(read_ground_truth(args.data, problems.append), unit="img", mininterval=2):
+        try:
+            image, gt = read_image(sample.path), sample.mask.read()
+            check_size(sample.path, image.shape, gt.shape)
+        except InputError as error:
+            problems.append(error)
+            continue
         (maps,) = predictor.network([predictor.prepare(image)])
         for row, replaced in ROWS.items():
             found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
             results[row].append(match_instances(found.masks, found.scores, gt))
+    if not results["as it is"]:
+        raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_table({row: summarize(result) for row, result in results.items()}))
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -13,18 +13,22 @@ The table "pts" is Figures 17 and 18: the full model after every iteration of PT
 """
 
 import argparse
-import hashlib
 import json
+import os
 import re
-from dataclasses import dataclass, replace
+import shlex
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean
 
 import numpy as np
 
 import evaluate
+from datasets.images import image_size
 from datasets.sources import read_ground_truth
 from experiments import prm
 from experiments.recipes import (
+    LARGEST_SEED,
     RECIPES,
     add_data_arguments,
     link,
@@ -36,16 +40,19 @@ from experiments.recipes import (
     train_saliency,
 )
 from experiments.stages import true_saliency
+from infer import bfloat16_pays
 from models.fusion import Fusion
 from models.wsid_net import load_weights, save_weights
-from utils import checkpoint
-from utils.cli import Help, InputError, make_folder, run
+from utils import checkpoint, digest
+from utils.cli import InputError, Parser, integer, make_folder, run, select_device
+from utils.predictions import check_size
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of a table. switches: of the branches stage; labels: of the labels stage; paper: mAP@0.5, @0.7; number:
-    whether a network of its own tells the number of objects; again: whether a second cycle comes before it."""
+    whether a network of its own tells the number of objects; again: whether a second cycle comes before it; evaluate:
+    options of evaluate.py; maps: a folder of saliency maps in place of S."""
 
     name: str
     paper: tuple[float, float] | None = None
@@ -55,6 +62,7 @@ class Row:
     number: bool = False
     again: bool = False
     evaluate: tuple[str, ...] = ()
+    maps: Path | None = None
 
 
 OURS = Row("ours", (68.3, 51.7))
@@ -115,12 +123,13 @@ COLUMNS = {
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = Parser(prog="python -m experiments.tables", description=__doc__)
     parser.add_argument("tables", nargs="+", choices=TABLES, metavar="TABLE", help=f"any of {', '.join(TABLES)}")
     parser.add_argument("--recipe", choices=RECIPES, default="paper", help="schedule of all stages")
     add_data_arguments(parser, "runs/tables")
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the table shows the mean over them")
+    parser.add_argument("--seeds", type=integer(0, LARGEST_SEED), nargs="+", default=[0],
+                        help="the table shows the mean over them")  # fmt: skip
     parser.add_argument("--no-pts", action="store_true", help="all rows without PTS, in half the time")
     parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
@@ -130,18 +139,14 @@ def get_args_parser():
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    if args.no_pts and ("pts" in args.tables or "cycle" in args.tables):
-        raise InputError("--no-pts leaves nothing of the tables pts and cycle; give one of them")
-    if "cycle" in args.tables and not args.counted:
-        raise InputError("the table cycle needs more photographs with a count; name them with --counted")
-    Fusion.of(args.fusion)  # a wrong setting is told before the training, not after it
+    check_arguments(args)
     recipe = RECIPES[args.recipe]
     make_folder(args.out)
     for table in args.tables:
         maps = args.saliency_dir if table in ("1", "6") else []
         if table == "6":
             maps = [("the ground truth", write_truth(args)), *maps]
-        maps = [Row(f"saliency of {name}", evaluate=("--saliency-dir", str(folder))) for name, folder in maps]
+        maps = [Row(f"saliency of {name}", maps=folder) for name, folder in maps]
         measured = {}
         for seed in args.seeds:
             rows = (*TABLES[table], *maps)
@@ -158,12 +163,50 @@ def main(argv=None):
         print(text)
 
 
+def check_arguments(args):
+    """InputError for what would only be found after the training, because it is what the rows are measured on."""
+    if args.no_pts and ("pts" in args.tables or "cycle" in args.tables):
+        raise InputError("--no-pts leaves nothing of the tables pts and cycle; give one of them")
+    if "cycle" in args.tables and not args.counted:
+        raise InputError("the table cycle needs more photographs with a count; name them with --counted")
+    names = [name for name, _ in args.saliency_dir]
+    for option, values in (("--seeds", args.seeds), ("--saliency-dir", names)):
+        if len(set(values)) < len(values):
+            raise InputError(f"{option} names {max(values, key=values.count)} twice; give each another")
+    Fusion.of(args.fusion)
+    try:
+        stems, _ = digest_of_truth(args.val)
+    except InputError as error:
+        raise InputError(f"--val {args.val}: {error}") from error
+    for _, folder in args.saliency_dir:
+        digest_of_maps(folder, stems)
+
+
 def named_folder(argument):
     """NAME=DIR -> (NAME, DIR)."""
     name, _, folder = argument.partition("=")
     if not folder:
         raise argparse.ArgumentTypeError(f"{argument} is no NAME=DIR")
-    return name, folder
+    return name, Path(os.path.expanduser(folder))
+
+
+def digest_of_truth(source):
+    """(stems, digest) of the photographs with masks in a source, in its order: of their files and the masks' labels.
+
+    InputError for one that cannot be read or is not of the size of its mask.
+    """
+    samples, parts = read_ground_truth(source), []
+    for sample, photograph in zip(samples, digest.of_files([sample.path for sample in samples]), strict=True):
+        labels = sample.mask.read()
+        check_size(sample.path, image_size(sample.path), labels.shape)
+        parts.append([sample.stem, photograph, digest.of_bytes(str(labels.shape).encode(), labels.tobytes())])
+    return [sample.stem for sample in samples], digest.of_value(parts)
+
+
+def digest_of_maps(folder, stems):
+    """The digest of the saliency maps <stem>.png in ``folder``; InputError where one is missing."""
+    maps = evaluate.maps_for(stems, folder, png=True)
+    return digest.of_value(digest.of_files([maps[stem] for stem in stems]))
 
 
 def write_truth(args):
@@ -175,8 +218,9 @@ def write_truth(args):
 
 
 def folder_name(*parts):
-    """A folder's name from option strings."""
-    return re.sub(r"\W+", "_", " ".join(("run", *parts))).strip("_")
+    """A folder's name from option strings: one that tells them, with a digest that parts those it makes alike."""
+    told = re.sub(r"\W+", "_", " ".join(("run", *parts))).strip("_")
+    return f"{told}_{digest.of_value(parts)[:8]}" if any(parts) else told
 
 
 def share(base, run, stage, *depends_on):
@@ -253,26 +297,52 @@ def draw_iterations(measured, path):
 
 
 def measure(row, weights, args):
-    """The numbers of utils.metrics.summarize for ``weights`` on --val; kept beside them, under their digest."""
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-    asked = [*row.evaluate, *(["--fusion", *args.fusion] if args.fusion else [])]
-    kept = weights.with_name(folder_name(weights.stem, *asked, digest) + ".json")
+    """The numbers of utils.metrics.summarize for ``weights`` on --val.
+
+    They are kept beside the weights, under the digest of all that they depend on. InputError where a photograph cannot
+    be measured.
+    """
+    stems, truth = digest_of_truth(args.val)
+    device = select_device(args.gpu)
+    made_from = {
+        "weights": digest.of_file(weights),
+        "truth": truth,
+        "fusion": asdict(Fusion.of(args.fusion)),
+        "options": row.evaluate,
+        "maps": digest_of_maps(row.maps, stems) if row.maps else None,
+        "classifier": RECIPES[args.recipe].cam if row is PRM else None,
+        "device": [device.type, bfloat16_pays(device)],
+    }
+    kept = weights.with_name(f"{weights.stem}_{digest.of_value(made_from)}.json")
     if not kept.exists():
-        given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *asked]
+        given = ["--weights", str(weights), "--data", args.val, "--gpu", str(args.gpu), *row.evaluate]
+        given += ["--fusion", *args.fusion] if args.fusion else []
+        given += ["--saliency-dir", str(row.maps)] if row.maps else []
+        unfinished = kept.with_suffix(".unfinished")
+        failed = 0
         if row is PRM:
             found = weights.with_name("predictions.json")
-            prm.main(["--classifier", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--out", str(found),
-                      *RECIPES[args.recipe].cam.split()])  # fmt: skip
+            failed = prm.main(["--classifier", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--out",
+                               str(found), *RECIPES[args.recipe].cam.split()])  # fmt: skip
             given = ["--pred", str(found), "--gt", args.val]
-        evaluate.main([*given, "--json", str(kept)])
+        # What cannot be measured they have named; the figures of the rest are not those of --val.
+        if failed or evaluate.main([*given, "--json", str(unfinished)]):
+            raise InputError(f"not all of {args.val} can be measured; mend or remove what is named above")
+        os.replace(unfinished, kept)
     return json.loads(kept.read_text())
 
 
 def format_table(table, measured, args):
     """measured: {Row: [summary of each seed]}. Returns Markdown: the mean over seeds, and ± half their range."""
-    command = f"python -m experiments.tables {table} --recipe {args.recipe} --seeds {' '.join(map(str, args.seeds))}"
+    maps = [f"{name}={folder}" for name, folder in args.saliency_dir]
+    options = {
+        "recipe": [args.recipe], "data": args.data, "cam-data": args.cam_data, "counted": args.counted,
+        "unlabelled": args.unlabelled, "labels": [args.labels] if args.labels else [], "val": [args.val],
+        "seeds": args.seeds, "fusion": args.fusion, "saliency-dir": maps,
+    }  # fmt: skip
+    words = [word for name, values in options.items() if values for word in (f"--{name}", *values)]
+    command = shlex.join(["python", "-m", "experiments.tables", table, *map(str, words)])
     command += " --no-pts" if args.no_pts else ""
-    command += f" --fusion {' '.join(args.fusion)}" if args.fusion else ""
     head = [f"Table {table}", "paper", *COLUMNS]
     lines = [f"`{command}`", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * len(COLUMNS)]
     for row, summaries in measured.items():

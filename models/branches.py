@@ -85,6 +85,7 @@ class SaliencyNet(nn.Module):
     """The saliency branch: DeepLab with atrous spatial pyramid pooling, last layer binary (Sec. 3, 7)."""
 
     RATES = (6, 12, 18, 24)
+    SETTINGS = ("backbone", "output_stride", "size", "channels")  # those of NetConfig that it depends on
 
     def __init__(self, backbone, output_stride=16, channels=256):
         super().__init__()

@@ -110,7 +110,7 @@ def save_weights(net, path, note=""):
 def load_weights(path, device="cpu"):
     """Read what ``save_weights`` wrote as a WSIDNet in evaluation mode, float32.
 
-    Raises InputError when the file is missing, damaged or of another kind.
+    Raises InputError when the file is missing, damaged or of another kind, or holds weights that are not finite.
     """
     saved = checkpoint.load(path, device)
     try:
@@ -124,5 +124,5 @@ def load_weights(path, device="cpu"):
     except Exception as error:  # odd content of the file shows as almost anything
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     if not finite:
-        raise InputError(f"{path} holds numbers that are not finite; train it again")
+        raise InputError(f"{path} holds weights that are not finite numbers; use those before, or train them again")
     return net.eval().to(device, memory_format=torch.channels_last)

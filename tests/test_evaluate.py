@@ -10,13 +10,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pycocotools.coco
 import pycocotools.mask
 import pytest
+import torch
+from conftest import call
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate
+from datasets import check
 from datasets.masks import (
     MaskFile,
     decode_rle,
@@ -26,7 +30,10 @@ from datasets.masks import (
     read_instance_mask,
     read_saliency_mask,
 )
-from utils.cli import InputError, run
+from datasets.sources import list_ground_truth
+from models.wsid_net import NetConfig, WSIDNet, save_weights
+from utils import checkpoint
+from utils.cli import InputError
 from utils.metrics import ImageResult
 from utils.report import SIDE, format_page, rank_images, tint
 
@@ -84,12 +91,21 @@ def measure(folder, *argv):
 
 def failure(capsys, *argv):
     """The message of a run that must end with exit code 2 and one sentence."""
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: evaluate.main([*map(str, argv)]))
+    code = call(evaluate.main, *argv)
     captured = capsys.readouterr()
-    assert stop.value.code == 2
+    assert code == 2
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not captured.out
+    return captured.err
+
+
+def left_out(capsys, *argv, of=3):
+    """The message of a run that must measure all images but one, name that and end with exit code 1."""
+    code = call(evaluate.main, *argv)
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.out.startswith(f"{of - 1} images")
     return captured.err
 
 
@@ -165,6 +181,171 @@ def test_records_of_other_methods(folder):
     assert numbers["mAP"]["pooled"] == {"0.5": 1.0, "0.7": 1.0, "0.5:0.95": 1.0}
 
 
+# ---- what image_id means
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """Three photographs of one COCO file with one instance each; ids and the numbers in the names are crosswise."""
+    for number in (1, 2, 3):
+        save_mask(tmp_path / "images" / f"{number:06}.png", np.zeros((*SHAPE, 3), np.uint8))
+    images = [{"id": 4 - n, "file_name": f"{n:06}.png", "height": 12, "width": 20} for n in (1, 2, 3)]
+    polygon = lambda n: [[2 * n, 0, 2 * n + 5, 0, 2 * n + 5, 12, 2 * n, 12]]  # noqa: E731
+    truths = [{"id": n, "image_id": 4 - n, "category_id": 1, "iscrowd": 0, "area": 60, "segmentation": polygon(n)}
+              for n in (1, 2, 3)]  # fmt: skip
+    data = {"images": images, "categories": [{"id": 1, "name": "person"}], "annotations": truths}
+    (tmp_path / "annotations").mkdir()
+    write(tmp_path / "annotations" / "instances_default.json", data)
+    return tmp_path
+
+
+def found_in_coco(names, polygons=False):
+    """Records that are right; names: the image_id of the photographs 1, 2, 3."""
+    for number, name in zip((1, 2, 3), names):
+        mask = np.zeros(SHAPE, bool)
+        mask[:, 2 * number : 2 * number + 5] = True
+        outline = [[2 * number, 0, 2 * number + 5, 0, 2 * number + 5, 12, 2 * number, 12]]
+        yield {"image_id": name, "segmentation": outline if polygons else encode_rle(mask), "score": 0.5}
+
+
+def masks_of(coco):
+    """The same truth as a folder of masks."""
+    for stem, mask in list_ground_truth(coco / "annotations" / "instances_default.json").items():
+        save_mask(coco / "masks" / f"{stem}.png", mask.read())
+    return coco / "masks"
+
+
+@pytest.mark.parametrize("names", [
+    (3, 2, 1), (3.0, 2.0, 1.0), ("000001", "000002", "000003"), ("000001.jpg", "000002.jpg", "000003.PNG"),
+    ("images/000001.png", "a\\000002", "/b/000003.jpg"), ("1", "2", "3"),
+])  # fmt: skip
+def test_ids_of_records_are_those_of_the_coco_file_or_names(coco, names):
+    path = write(coco / "p.json", list(found_in_coco(names)))
+    numbers = measure(coco, "--pred", path, "--gt", coco / "annotations" / "instances_default.json")
+    assert numbers["mAP"]["pooled"]["0.5:0.95"] == 1 and numbers["images"] == 3
+
+
+@pytest.mark.parametrize("names", [(1, 2, 3), ("1", "02", "3.jpg"), ("000001.png", "000002.png", "000003.png")])
+def test_ids_of_records_are_numbers_of_masks(coco, names):
+    path = write(coco / "p.json", list(found_in_coco(names)))
+    assert measure(coco, "--pred", path, "--gt", masks_of(coco))["mAP"]["pooled"]["0.5:0.95"] == 1
+
+
+def test_string_ids_of_a_coco_file_whose_photographs_have_other_names(coco):
+    file = coco / "annotations" / "instances_default.json"
+    data = json.loads(file.read_text())
+    for image in data["images"]:
+        (coco / "images" / image["file_name"]).rename(coco / "images" / f"photo {image['id']}.png")
+        image["file_name"] = f"photo {image['id']}.png"
+    write(file, data)
+    for names in ((3, 2, 1), ("3", "2", "1")):
+        path = write(coco / "p.json", list(found_in_coco(names)))
+        assert measure(coco, "--pred", path, "--gt", file)["mAP"]["pooled"]["0.5:0.95"] == 1
+
+
+@pytest.mark.parametrize("truth", ["masks", "coco"])
+def test_a_whole_coco_dictionary_is_read_with_its_own_images(coco, capsys, truth):
+    images = [{"id": 10 * n, "file_name": f"other/00000{n}.jpg", "height": 12, "width": 20} for n in (1, 2, 3)]
+    data = {"images": images, "annotations": list(found_in_coco((10, 20, 30), polygons=True))}
+    gt = masks_of(coco) if truth == "masks" else coco / "annotations" / "instances_default.json"
+    assert measure(coco, "--pred", write(coco / "p.json", data), "--gt", gt)["mAP"]["pooled"]["0.5:0.95"] == 1
+    capsys.readouterr()
+    images[1]["width"] = 22
+    assert "p.json[1] is 12 x 22 but" in left_out(capsys, "--pred", write(coco / "p.json", data), "--gt", gt)
+    data["annotations"][0]["image_id"] = 1
+    message = failure(capsys, "--pred", write(coco / "p.json", data), "--gt", gt)
+    assert "p.json[0] is of the image 1, which has no ground truth" in message
+    del data["annotations"][0]["score"]
+    assert "p.json[0] has no score" in failure(capsys, "--pred", write(coco / "p.json", data), "--gt", gt)
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ((3, 2, 7), "p.json[2] is of the image 7, which has no ground truth"),
+    (("000001", "000002", "000003.v2"), "p.json[2] is of the image '000003.v2'"),
+    (("000001", "000002.png", "000002.jpg"), "calls the image 000002 both '000002.png' and '000002.jpg'"),
+    ((3, 2, "000002"), "calls the image 000002 both 2 and '000002'"),
+])  # fmt: skip
+def test_ids_that_cannot_be_told(coco, capsys, names, message):
+    path = write(coco / "p.json", list(found_in_coco(names)))
+    gt = coco / "annotations" / "instances_default.json"
+    assert message in failure(capsys, "--pred", path, "--gt", gt)
+
+
+def test_numbers_that_two_masks_share_are_none_of_them(coco, capsys):
+    gt = masks_of(coco)
+    save_mask(gt / "01.png", instance_map())
+    path = write(coco / "p.json", list(found_in_coco((1, 2, 3))))
+    assert "p.json[0] is of the image 1" in failure(capsys, "--pred", path, "--gt", gt)
+
+
+def test_records_that_repeat_are_told(folder, predictions, capsys):
+    records = json.loads(predictions.read_text())
+    path = write(folder / "twice.json", 2 * records)
+    assert measure(folder, "--pred", path, "--gt", folder / "instance_masks")["predictions"] == 6
+    assert "warning: 3 records of" in (error := capsys.readouterr().err) and "[3] the first" in error
+
+
+def test_saved_predictions_with_ids_are_what_pycocotools_takes(coco, model, capsys):
+    file = coco / "annotations" / "instances_default.json"
+    red = np.zeros((*SHAPE, 3), np.uint8)
+    red[:, 2:7, 0] = 80
+    save_mask(coco / "images" / "000001.png", red)
+    saved = coco / "p.json"
+    direct = measure(coco, "--data", file, "--save-pred", saved, "--coco-ids", file)
+    assert [record["image_id"] for record in json.loads(saved.read_text())] == [3]
+    assert measure(coco, "--pred", saved, "--gt", file) == direct | {"saliency": None}
+    pycocotools.coco.COCO(str(file)).loadRes(str(saved))
+    data = json.loads(file.read_text())
+    capsys.readouterr()
+    for change, message in (
+        ({"images": data["images"][1:]}, "other.json has no image called 000001"),
+        ({"images": [*data["images"], {"id": 9, "file_name": "x/000001.jpg"}]}, "has 2 images called 000001"),
+        ({"images": [{"id": 1}]}, "other.json lists no images"),
+    ):
+        other = write(coco / "other.json", data | change)
+        options = ["--data", file, "--save-pred", saved, "--coco-ids", other]
+        assert message in failure(capsys, *options)
+
+
+# ---- truth that is no instance map
+
+
+WHITE = 255 * instance_map((2, 3, 9, 12))
+SALIENCY = cv2.GaussianBlur(np.pad(np.full((30, 30), 250, np.uint8), 20), (0, 0), 6)
+
+
+@pytest.mark.parametrize(("picture", "message"), [
+    (WHITE, "shows nothing but void"),
+    (np.stack(3 * [WHITE], -1), "shows nothing but void"),
+    (cv2.resize(WHITE, (200, 120)), "holds shades of grey"),
+    (cv2.GaussianBlur(np.kron(WHITE, np.ones((10, 10), np.uint8)), (0, 0), 2), "holds shades of grey"),
+    (SALIENCY, "holds shades of grey"),
+])  # fmt: skip
+def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture, message):
+    for stem in "abc":
+        save_mask(folder / "instance_masks" / f"{stem}.png", picture)
+        Image.fromarray(np.zeros((*picture.shape[:2], 3), np.uint8)).save(folder / "images" / f"{stem}.png")
+    empty = write(folder / "empty.json", [])
+    for given in (["--pred", empty, "--gt", folder / "instance_masks"], ["--data", folder]):
+        error = failure(capsys, *given)
+        assert "none of 3 images can be measured" in error and f"a.png {message}" in error
+    assert call(check.main, "--deep", folder) == 2 and f"a.png {message}" in capsys.readouterr().out
+
+
+def test_one_mask_that_is_no_instance_map_costs_its_image(folder, predictions, capsys):
+    save_mask(folder / "instance_masks" / "b.png", WHITE)
+    assert "b.png shows nothing" in left_out(capsys, "--pred", predictions, "--gt", folder / "instance_masks")
+
+
+def test_thin_and_many_instances_are_instances(tmp_path):
+    many = np.kron(np.arange(150, dtype=np.uint8).reshape(10, 15), np.ones((3, 3), np.uint8))
+    thin = np.full((20, 20), 255, np.uint8)
+    thin[:, :6], thin[4:9, 10] = 7, 3
+    for labels in (many, thin):
+        save_mask(tmp_path / "m.png", labels)
+        np.testing.assert_array_equal(MaskFile(tmp_path / "m.png").read(), labels)
+
+
 # ---- folders of predictions
 
 
@@ -233,9 +414,6 @@ def test_names_of_methods(folder, predictions, capsys):
     [
         ({"zebra.png": instance_map()}, "zebra.png is of no image that has a ground truth"),
         ({"b.png": None}, "maps has no label map of b"),
-        ({"b.png": np.full(SHAPE, 255, np.uint8)}, "b.png holds 255"),
-        ({"b.png": np.zeros((5, 6), np.uint8)}, "b.png is 5 x 6 but the mask"),
-        ({"b.png": instance_map((0, 0, 2, 2))}, "scores.csv has no score for the label 1 of b.png"),
         ({"scores.csv": ""}, "scores.csv line 1 lacks the column"),
         ({"scores.csv": "a.png;1;0.5\n"}, "scores.csv line 1 lacks the column"),
         ({"scores.csv": "file,label,score\na.png,0,1\n"}, "scores.csv line 2 has the label '0'"),
@@ -251,10 +429,38 @@ def test_bad_label_maps(folder, label_maps, capsys, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b_1.png": instance_map()}, "b_1.png has no line in"),
-        ({"c_7.png": None}, "scores.csv line 4 names 'c_7.png'"),
+        ({"b.png": np.full(SHAPE, 255, np.uint8)}, "b.png holds 255"),
+        ({"b.png": np.zeros((13, 20), np.uint8)}, "b.png is 13 x 20 but the mask"),
+        ({"b.png": instance_map((0, 0, 2, 2))}, "scores.csv has no score for the label 1 of b.png"),
+        ({"b.png": np.stack(3 * [instance_map()], -1) + np.uint8([0, 1, 9])}, "b.png is a picture in colours"),
+        ({"b.png": "no picture"}, "b.png is not a picture"),
+    ],
+)
+def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys, change, message):
+    alter(label_maps, change)
+    argv = ["--pred", label_maps, f"json={predictions}", "--gt", folder / "instance_masks"]
+    assert message in left_out(capsys, *argv, "--json", folder / "numbers.json")
+    numbers = json.loads((folder / "numbers.json").read_text())
+    assert numbers["maps"] == numbers["json"] and numbers["json"]["instances"] == 2, "no row has the image"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"a_1.png": np.zeros((5, 6), np.uint8)}, "a_1.png is 5 x 6 but the mask"),
         ({"a_1.png": instance_map((0, 0, 2, 2), (3, 3, 5, 5))}, "a_1.png holds several values"),
+    ],
+)
+def test_a_bad_mask_costs_its_image(folder, single_masks, capsys, change, message):
+    alter(single_masks, change)
+    assert message in left_out(capsys, "--pred", single_masks, "--gt", folder / "instance_masks")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"b_1.png": instance_map()}, "b_1.png has no line in"),
+        ({"c_7.png": None}, "scores.csv line 4 names 'c_7.png'"),
         ({"scores.csv": None}, "c_7.png is of no image that has a ground truth"),
         ({"scores.csv": "file,score\na_1.png,high\n"}, "scores.csv line 2 has the score 'high'"),
         ({"scores.csv": "file,score\na_1.png\n"}, "scores.csv line 2 has the score ''"),
@@ -310,7 +516,7 @@ def test_broken_json(folder, capsys, text):
     assert "broken.json is not JSON" in failure(capsys, "--pred", path, "--gt", folder / "instance_masks")
 
 
-@pytest.mark.parametrize("value", [{"annotations": []}, "text", 3, None])
+@pytest.mark.parametrize("value", [{"images": []}, {"annotations": 3}, "text", 3, None])
 def test_no_list(folder, capsys, value):
     path = write(folder / "p.json", value)
     assert "p.json holds no list" in failure(capsys, "--pred", path, "--gt", folder / "instance_masks")
@@ -331,10 +537,28 @@ COUNTS = GOOD["segmentation"]["counts"]
         ({"score": float("nan")}, "has the score nan"),
         ({"score": 10**400}, "has the score 1000"),
         ({"image_id": "zebra"}, "is of the image 'zebra'"),
-        ({"segmentation": [[0, 0, 5, 0, 5, 5]]}, "has no RLE"),  # a polygon
+        ({"image_id": True}, "has the image_id True"),
+        ({"image_id": 1.5}, "has the image_id 1.5"),
+        ({"image_id": ["a"]}, "has the image_id ['a']"),
+        ({"score": "0.9"}, "has the score '0.9'"),
+        ({"segmentation": []}, "has no RLE"),
+        ({"segmentation": [[0, 0, 5, 0]]}, "has no RLE and no polygons"),
+        ({"segmentation": [[0, 0, 5, 0, 5, "5"]]}, "has no RLE and no polygons"),
         ({"segmentation": {"size": [12], "counts": COUNTS}}, "has no RLE"),
         ({"segmentation": {"size": [12, "20"], "counts": COUNTS}}, "has no RLE"),
         ({"segmentation": {"size": [*SHAPE]}}, "has no RLE"),
+    ],
+)
+def test_bad_record(folder, capsys, change, message):
+    bad = {key: value for key, value in (GOOD | change).items() if value is not None}
+    path = write(folder / "p.json", [GOOD, bad])
+    error = failure(capsys, "--pred", path, "--gt", folder / "instance_masks")
+    assert "p.json[1]" in error and message in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"segmentation": {"size": [20, 12], "counts": COUNTS}}, "is 20 x 12 but the mask"),
         ({"segmentation": {"size": [10**9, 10**9], "counts": COUNTS}}, "is 1000000000 x 1000000000"),
         ({"segmentation": {"size": [*SHAPE], "counts": "zzzz"}}, "cannot be decoded"),
@@ -345,10 +569,9 @@ COUNTS = GOOD["segmentation"]["counts"]
         ({"segmentation": {"size": [*SHAPE], "counts": [0.5]}}, "cannot be decoded"),
     ],
 )
-def test_bad_record(folder, capsys, change, message):
-    bad = {key: value for key, value in (GOOD | change).items() if value is not None}
-    path = write(folder / "p.json", [GOOD, bad])
-    error = failure(capsys, "--pred", path, "--gt", folder / "instance_masks")
+def test_a_record_that_cannot_be_decoded_costs_its_image(folder, capsys, change, message):
+    path = write(folder / "p.json", [GOOD, GOOD | {"image_id": "b"} | change])
+    error = left_out(capsys, "--pred", path, "--gt", folder / "instance_masks")
     assert "p.json[1]" in error and message in error
 
 
@@ -360,10 +583,10 @@ def test_bad_record_is_no_dict(folder, capsys):
 def test_saliency_map_of_wrong_size(folder, predictions, capsys):
     maps = folder / "maps"
     maps.mkdir()
-    for stem in "abc":
-        Image.fromarray(np.zeros((5, 5), np.uint8)).save(maps / f"{stem}.png")
+    for stem, shape in {"a": (5, 5), "b": SHAPE, "c": SHAPE}.items():
+        Image.fromarray(np.zeros(shape, np.uint8)).save(maps / f"{stem}.png")
     gt = folder / "instance_masks"
-    message = failure(capsys, "--pred", predictions, "--gt", gt, "--saliency-pred", maps)
+    message = left_out(capsys, "--pred", predictions, "--gt", gt, "--saliency-pred", maps)
     assert "a.png is 5 x 5" in message
 
 
@@ -381,6 +604,14 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--pred", "p.json", "--gt", "d", "--images", "d"], "--images has no meaning without --html"),
         (["--pred", "p.json", "q.json", "--gt", "d", "--saliency-pred", "d"], "--saliency-pred is of one method"),
         (["--data", "d", "--count-threshold", "nan"], "--count-threshold"),
+        (["--data", "d", "--count-threshold", "half"], "give a number"),
+        (["--data", "d", "--gpu", "-2"], "--gpu"),
+        (["--data", "d", "--gpu", "0.5"], "--gpu"),
+        (["--pred", "p.json", "--gt", "d", "--method", "sinks"], "--method has no meaning with --pred"),
+        (["--data", "d", "--coco-ids", "c.json"], "--coco-ids has no meaning without --save-pred"),
+        (["--pred", "p.json", "--gt", "d", "--json", "p.json"], "p.json is to be written but is named twice, or is"),
+        (["--data", "d", "--json", "j", "--html", "./j"], "j is to be written but is named twice"),
+        (["--data", "d", "--weights", "w.pt", "--save-pred", "w.pt"], "w.pt is to be written"),
     ],
 )
 def test_options_that_do_not_fit(capsys, argv, message):
@@ -466,13 +697,14 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
     capsys.readouterr()
     assert [saliency.shape for saliency in model.maps.values()] == [SHAPE] * 3
     np.testing.assert_allclose(list(model.maps.values()), 0.2)
-    (maps / "c.png").unlink()
+    (maps / "c.png").rename(maps / "c.bmp")  # infer.py takes <stem>.png alone
     assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
 
 
 def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     run = folder / "run"
-    for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
+    branches = {"settings": {"lr": 0.5, "canny": "auto"}, "inputs": {"labels": "0123456789abcdef"}}
+    for stage, settings in (("branches", branches), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
         (run / stage).mkdir(parents=True)
         (run / stage / "config.json").write_text(json.dumps(settings))
     numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--log", run)
@@ -485,13 +717,52 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     }  # fmt: skip
     assert events.Scalars("pooled mAP@0.7")[0].value == numbers["mAP"]["pooled"]["0.7"] == 1
     assert "holds no settings of a training" in failure(capsys, "--data", folder, "--log", folder)
+    (run / "branches" / "config.json").write_text("{")
+    assert "config.json is not readable" in failure(capsys, "--data", folder, "--log", run)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The file of a small network."""
+    path = tmp_path_factory.mktemp("weights") / "w.pt"
+    save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), path)
+    return path
+
+
+NOT_WHOLE = "w.pt does not hold the weights of a whole WSID-Net"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda saved: None, "no weights at"),
+    (lambda saved: b"", "w.pt is not a readable weights file"),
+    (lambda saved: b"PK and no more", "w.pt is not a readable weights file"),
+    (lambda saved: torch.zeros(3), NOT_WHOLE),
+    (lambda saved: [saved], NOT_WHOLE),
+    (lambda saved: {"model": saved["state"]}, NOT_WHOLE),
+    (lambda saved: saved | {"state": 3}, NOT_WHOLE),
+    (lambda saved: saved | {"state": dict(list(saved["state"].items())[:-1])}, NOT_WHOLE),
+    (lambda saved: saved | {"config": saved["config"] | {"backbone": "x"}}, NOT_WHOLE),
+    (lambda saved: saved | {"state": {k: v + torch.nan for k, v in saved["state"].items()}}, "not finite"),
+])  # fmt: skip
+def test_weights_that_are_not_whole(whole, folder, capsys, change, message):
+    content = change(checkpoint.load(whole))
+    if isinstance(content, bytes):
+        (folder / "w.pt").write_bytes(content)
+    elif content is not None:
+        checkpoint.save(content, folder / "w.pt")
+    assert message in failure(capsys, "--data", folder, "--weights", folder / "w.pt")
 
 
 def test_bad_data_folder(folder, model, capsys):
     (folder / "images" / "b.png").unlink()
-    assert "b.png has no photograph" in failure(capsys, "--data", folder)
-    Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(folder / "images" / "b.png")
-    assert "b.png is 5 x 5 but the mask" in failure(capsys, "--data", folder)
+    assert "b.png has no photograph" in left_out(capsys, "--data", folder)
+    Image.fromarray(np.zeros((12, 21, 3), np.uint8)).save(folder / "images" / "b.png")
+    assert "b.png is 12 x 21 but the mask" in left_out(capsys, "--data", folder)
+    (folder / "images" / "b.png").write_bytes(b"no picture")
+    assert "b.png is not an image" in left_out(capsys, "--data", folder, "--html", folder / "page.html")
+    for stem in "ac":
+        (folder / "instance_masks" / f"{stem}.png").unlink()
+    assert "none of 1 images can be measured; the first: " in failure(capsys, "--data", folder)
     assert "instance_masks is not a folder" in failure(capsys, "--data", folder / "images")
 
 
@@ -564,9 +835,9 @@ def test_photographs_of_the_page(folder, predictions, capsys):
     np.testing.assert_array_equal(named, beside)
     capsys.readouterr()
     save_mask(folder / "elsewhere" / "b.png", np.zeros((5, 6), np.uint8))
-    with pytest.raises(InputError, match="b.png is 5 x 6 but the mask"):
-        page_of(folder, *argv, "--images", folder / "elsewhere")
-    assert "44.2" in capsys.readouterr().out  # the table is not lost
+    page = page_of(folder, *argv, "--images", folder / "elsewhere")
+    assert (abs(page.pictures["b: ground truth"][:, 17].astype(int) - 128) < 12).all(), "grey, and the page is not lost"
+    assert "b.png is 5 x 6 but the mask" in capsys.readouterr().err
     (folder / "elsewhere" / "b.png").unlink()
     message = failure(capsys, *argv, "--images", folder / "elsewhere", "--html", folder / "page.html")
     assert "b.png has no photograph in" in message
@@ -677,15 +948,15 @@ def test_instance_masks_of_every_kind(tmp_path):
 
 
 def test_instance_masks_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="missing.png does not exist"):
+    with pytest.raises(InputError, match="missing.png .No such file"):
         read_instance_mask(tmp_path / "missing.png")
     (tmp_path / "text.png").write_text("text")
-    with pytest.raises(InputError, match="text.png is not a picture"):
+    with pytest.raises(InputError, match="text.png is not an image"):
         read_instance_mask(tmp_path / "text.png")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise[..., 0]).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
-    with pytest.raises(InputError, match="cut.png cannot be read"):
+    with pytest.raises(InputError, match="cut.png is truncated"):
         read_instance_mask(tmp_path / "cut.png")
     Image.fromarray(instance_map()).save(tmp_path / "lossy.jpg")
     with pytest.raises(InputError, match="lossy.jpg is a JPEG"):

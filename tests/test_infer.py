@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
 
 import infer
 from datasets.images import read_image
@@ -51,6 +52,22 @@ call = partial(conftest.call, infer.main)
 
 BUNDLED = inference.DEFAULT_WEIGHTS[-1]
 SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
+
+
+def test_ids_of_a_coco_file(weights, tmp_path, capsys):
+    Image.fromarray(noise(40, 60)).save(tmp_path / "000000000139.jpg")
+    images = [{"id": 139, "file_name": "val2017/000000000139.jpg", "height": 40, "width": 60}]
+    truth = tmp_path / "instances.json"
+    truth.write_text(json.dumps({"images": images, "categories": [{"id": 1}], "annotations": []}))
+    options = ("--img", tmp_path, "--weights", weights, "--out", tmp_path / "out", "--fusion", "unsure=0")
+    assert call(*options, "--coco-ids", truth) == 0
+    records = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert records and {record["image_id"] for record in records} == {139}
+    COCO(str(truth)).loadRes(records)
+    Image.fromarray(noise(40, 60)).save(tmp_path / "other.jpg")
+    capsys.readouterr()
+    assert call(*options, "--coco-ids", truth) == 2
+    assert "instances.json has no image called other" in capsys.readouterr().err
 
 
 def noise(height, width):
@@ -333,7 +350,7 @@ def not_finite(saved):
 )
 def test_weights_of_another_kind(weights, tmp_path, change):
     checkpoint.save(change(checkpoint.load(weights)), tmp_path / "odd.pt")
-    with pytest.raises(InputError, match="odd.pt (does not hold the weights of a whole WSID-Net|holds numbers that)"):
+    with pytest.raises(InputError, match="odd.pt (does not hold the weights of a whole|holds weights that are not)"):
         inference.Predictor(tmp_path / "odd.pt")
 
 

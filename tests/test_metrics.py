@@ -243,6 +243,16 @@ def test_wrong_shapes_are_refused():
         match_instances([strip(length=19)], [1], gt)
     with pytest.raises(ValueError, match="1 masks came with 2 scores"):
         match_instances([strip()], [1, 2], gt)
+    for score in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="finite"):
+            match_instances([strip()], [score], gt)
+    with pytest.raises(ValueError, match="a mask of float64"):
+        match_instances([np.full((1, 20), 0.2)], [1], gt)
+    for wrong in (gt.astype(np.int64) + 300, gt.astype(np.float32)):
+        with pytest.raises(ValueError, match="no label map"):
+            match_instances([], [], wrong)
+        with pytest.raises(ValueError, match="no label map"):
+            SaliencyMetrics().add(np.zeros((1, 20)), wrong)
     with pytest.raises(ValueError, match="compared"):
         SaliencyMetrics().add(np.zeros((2, 2)), gt)
     with pytest.raises(ValueError, match="0..1"):

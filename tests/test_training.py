@@ -21,7 +21,7 @@ from datasets.labels import Sample
 from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
 from models.fusion import Fusion
 from models.wsid_net import load_weights
-from utils import checkpoint
+from utils import checkpoint, digest
 from utils.cli import InputError
 
 QUICK = (
@@ -188,7 +188,8 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
     again = [*sources, "--out", tmp_path / "again", *QUICK, "--stage", "branches", "--labels", labels]
     assert call(train_branches.main, *again) == 0
     assert "2 of 9 photographs are left out" in capsys.readouterr().out
-    assert json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["images"] == 7
+    inputs = json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["inputs"]
+    assert inputs["the list of photographs"] == digest.of_value([*(f"photo{i}" for i in range(6)), "more0"])
     assert call(train_branches.main, *again[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
     assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
 
@@ -247,8 +248,9 @@ def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_pa
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
     assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
     (tmp_path / "labels" / "config.json").write_text("{")
-    assert call(train_pts.main, *options) == 2 and "config.json is not readable" in capsys.readouterr().err
-    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["odds"] == weights
+    assert call(train_pts.main, *options) == 2
+    assert "config.json does not say what the folder was made from" in capsys.readouterr().err
+    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["settings"]["odds"] == weights
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
@@ -347,7 +349,7 @@ def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_p
 def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     assert call(train_branches.main, *branches_options(data, trained), "--stage", "saliency", "--lr", "0.5") == 2
     message = capsys.readouterr().err
-    assert "saliency was made with other settings (lr 0.01 -> 0.5)" in message and message.count("\n") == 1
+    assert "saliency was made with other settings or inputs (lr 0.01 -> 0.5)" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--init", "imagenett"], "--init imagenett: no such file"),
         (["--refresh", "0.5"], "a FILE to --init"),
         (["--stage", "labels"], "run --stage cam first"),
-        (["--labels", "absent"], "photographs have no pseudo labels in absent"),
+        (["--labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
     ],

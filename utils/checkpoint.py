@@ -139,31 +139,3 @@ def _palette():
     # Bits 0, 3, 6 make red, 1, 4, 7 green, 2 and 5 blue; the lowest bit of a number is the highest of a colour.
     channels = [sum(bits[:, 3 * k + c] << 7 - k for k in range(3) if 3 * k + c < 8) for c in range(3)]
     return np.stack(channels, 1).astype(np.uint8)
-
-
-def claimed(folder):
-    """The configuration that ``folder`` is bound to, None without one; InputError when it is damaged."""
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not readable; delete the folder {folder} to start it anew") from error
-
-
-def claim(folder, config):
-    """Bind ``folder`` to ``config``: results of two settings never mix in it.
-
-    Raises InputError, naming what differs, when the folder was made with another configuration.
-    """
-    before = claimed(folder)
-    if before is None:
-        save_json(config, Path(folder) / "config.json")
-        return
-    now = json.loads(json.dumps(config))
-    differs = [f"{key} {before.get(key)} -> {now.get(key)}" for key in now | before if before.get(key) != now.get(key)]
-    if differs:
-        raise InputError(
-            f"{folder} was made with other settings ({'; '.join(differs)}); give those, another --out, or delete it"
-        )

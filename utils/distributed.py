@@ -51,6 +51,25 @@ def wait_for_all():
         dist.barrier()
 
 
+def from_first(function, *args):
+    """What ``function(*args)`` returns in the first process, in all of them; its InputError is raised in all.
+
+    No process goes on before the first has the answer.
+    """
+    outcome = [None]
+    if is_first():
+        try:
+            outcome = [(function(*args), "")]
+        except InputError as error:
+            outcome = [(None, str(error))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    value, error = outcome[0]
+    if error:
+        raise InputError(error)
+    return value
+
+
 def mine(items):
     """This process's share of a list: every size()-th item."""
     return items[rank() :: size()]

@@ -1,7 +1,6 @@
 """TensorBoard's HParams tab: the settings of every run beside what it reaches."""
 
-import json
-
+from utils import checkpoint
 from utils.cli import InputError
 
 
@@ -10,7 +9,9 @@ def settings_of(run):
     found = {}
     for path in (*sorted(run.glob("*/config.json")), *run.glob("pts/r1/config.json")):
         stage = path.relative_to(run).parts[0]
-        for name, value in json.loads(path.read_text()).items():
+        told = checkpoint.claimed(path.parent)
+        settings = told.get("settings", told) if isinstance(told, dict) else {}
+        for name, value in settings.items():
             found[f"{stage}/{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
     if not found:
         raise InputError(f"{run} holds no settings of a training; name the --out of a run")

@@ -41,13 +41,16 @@ def mask_ious(masks, gt):
     labels, and whether the prediction counts. A prediction wholly inside void does not; an empty one does,
     and hits nothing.
     """
+    _check_truth(gt)
     areas = np.bincount(gt.ravel(), minlength=256)
     labels = np.flatnonzero(areas[1:VOID]) + 1
     ious, counts = [], []
     for mask in masks:
         if mask.shape != gt.shape:
             raise ValueError(f"a mask of {mask.shape} cannot be compared to a ground truth of {gt.shape}")
-        inside = np.bincount(gt[mask.astype(bool)], minlength=256)
+        if mask.dtype != bool:
+            raise ValueError(f"a mask of {mask.dtype} says not where an instance is; compare it to a threshold")
+        inside = np.bincount(gt[mask], minlength=256)
         area = inside[:VOID].sum()
         ious.append(inside[labels] / (area + areas[labels] - inside[labels]))
         counts.append(area > 0 or inside[VOID] == 0)
@@ -57,11 +60,14 @@ def mask_ious(masks, gt):
 def match_instances(masks, scores, gt):
     """Match the predictions of one image to its instances; returns an ImageResult.
 
-    masks: iterable of n bool [H, W]; scores: [n]; gt: uint8 [H, W]. As in COCO, at every threshold each
-    prediction, by descending score (ties in the order given), takes the instance of highest IoU that is at
-    least the threshold and not taken yet. Predictions wholly inside void are dropped.
+    masks: iterable of n bool [H, W], which may overlap; scores: [n], finite; gt: uint8 [H, W]. As in COCO, at every
+    threshold each prediction, by descending score (ties in the order given), takes the instance of highest IoU that is
+    at least the threshold and not taken yet. Predictions wholly inside void are dropped. ValueError for another shape
+    or type of array and for a score that is not finite.
     """
     scores = np.asarray(scores, dtype=np.float64).reshape(-1)
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite numbers")
     ious, counts = mask_ious(masks, gt)
     if len(scores) != len(ious):
         raise ValueError(f"{len(ious)} masks came with {len(scores)} scores")
@@ -154,6 +160,7 @@ class SaliencyMetrics:
         """Take in one image. saliency: float [H, W] in 0..1; gt: uint8 [H, W] label map."""
         if saliency.shape != gt.shape:
             raise ValueError(f"a saliency map of {saliency.shape} cannot be compared to {gt.shape}")
+        _check_truth(gt)
         judged = gt != VOID
         values = saliency[judged].astype(np.float64)
         truth = gt[judged] > 0
@@ -206,6 +213,11 @@ def summarize(results, saliency=None, count_threshold=0.0):
         "saliency": saliency.summary() if saliency else None,
     }
     return _without_nan(summary)
+
+
+def _check_truth(gt):
+    if gt.dtype != np.uint8:  # labels of 256 or more would be taken for background
+        raise ValueError(f"a ground truth of {gt.dtype} is no label map; give uint8 with 255 where it is void")
 
 
 def _greedy_hits(ious):

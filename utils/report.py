@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
+from datasets.labels import fail
 from datasets.masks import VOID
+from utils.cli import InputError
 from utils.metrics import RECALLS, average_precision, pooled_precision
 from utils.predictions import check_size
 
@@ -95,19 +97,20 @@ def _number(value):
 # ---- the page
 
 
-def format_page(methods, summaries, gt_masks, photographs, threshold=0.0):
+def format_page(methods, summaries, gt_masks, photographs, threshold=0.0, report=fail):
     """The whole evaluation as one HTML page, a str.
 
     methods: the rows of the table, the first of which ranks the images; summaries: {name: summary}; gt_masks: {stem:
     ground-truth mask}; photographs: {stem: photograph}, may lack any; threshold: predictions that score less are
-    not drawn. InputError when a picture cannot be read or is not of the size of its mask.
+    not drawn. A photograph that cannot be read or is not of the size of its mask is grey, and ``report`` gets an
+    InputError.
     """
     ranked = rank_images(methods[0].results)
     best = ranked[: min(SHOWN, (len(ranked) + 1) // 2)]
     worst = ranked[len(best) :][-SHOWN:][::-1]
     sections = []
     for title, stems in (("Best images", best), ("Worst images", worst)):
-        rows = [_image_row(stem, methods, gt_masks[stem], photographs.get(stem), threshold) for stem in stems]
+        rows = [_image_row(stem, methods, gt_masks[stem], photographs.get(stem), threshold, report) for stem in stems]
         sections.append(f"<h2>{title}</h2>\n" + "".join(rows))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -200,17 +203,24 @@ def _curves(methods):
     return f'<svg class="curves" {box}>\n' + "\n".join(marks) + f"\n</svg>\n<ul>{''.join(legend)}</ul>"
 
 
-def _image_row(stem, methods, gt_mask, photograph, threshold):
+def _photograph(path, shape, size, report):
+    """uint8 RGB of ``size`` (W, H): the photograph of a mask of ``shape`` (H, W), or grey without one."""
+    try:
+        if path is not None:
+            image = read_image(path)
+            check_size(path, image.shape, shape)
+            return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    except InputError as error:
+        report(error)
+    return np.full((size[1], size[0], 3), GREY, np.uint8)
+
+
+def _image_row(stem, methods, gt_mask, photograph, threshold, report):
     gt = gt_mask.read()
     height, width = gt.shape
     scale = min(1, SIDE / max(gt.shape))
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    if photograph is None:
-        image = np.full((size[1], size[0], 3), GREY, np.uint8)
-    else:
-        image = read_image(photograph)
-        check_size(photograph, image.shape, gt.shape)
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    image = _photograph(photograph, gt.shape, size, report)
 
     def shrink(mask):
         return cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127

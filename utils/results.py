@@ -22,6 +22,7 @@ class Results:
 
     folder: an existing folder. identity: a plain value, whatever the results depend on beside the photographs.
     everything: whether S, B and V become pictures too. saliency_dir: the folder of maps in place of S, or None.
+    ids: a function of stems that gives {stem: image_id}, None for the stems themselves.
 
     Every finished photograph is a line of ``journal``, which is named by the identity: predictions.json is made of it,
     and a run of the same identity skips what it holds. Runs of several processes or times that share the identity add
@@ -29,8 +30,8 @@ class Results:
     methods may be called from several threads.
     """
 
-    def __init__(self, folder, identity, everything=False, saliency_dir=None):
-        self.folder, self.saliency_dir = folder, saliency_dir
+    def __init__(self, folder, identity, everything=False, saliency_dir=None, ids=None):
+        self.folder, self.saliency_dir, self.ids = folder, saliency_dir, ids
         self.kinds = PICTURES + MAPS * everything
         identity = digest.of_value([identity, self.kinds, bool(saliency_dir)])
         self.journal = folder / f"finished-{identity}.jsonl"
@@ -110,6 +111,9 @@ class Results:
             entries = list(filter(holds, _read(self.journal).values()))
             entries.sort(key=lambda entry: order.get(entry["image_id"], len(order)))
             records = [record for entry in entries for record in entry["records"]]
+            if self.ids:
+                ids = self.ids([entry["image_id"] for entry in entries])
+                records = [record | {"image_id": ids[record["image_id"]]} for record in records]
             file.write((json.dumps(records, indent=1) + "\n").encode())
 
         checkpoint.replace(self.folder / "predictions.json", write)

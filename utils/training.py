@@ -100,20 +100,18 @@ class _Step(nn.Module):
             return self.losses(self.model, batch, progress)
 
 
-def train(model, dataset, losses, schedule, *, folder, config, device, writer=None, show=None, name="train"):
+def train(model, dataset, losses, schedule, *, folder, device, writer=None, show=None, name="train"):
     """Train ``model`` in place with the poly schedule lr (1 - itr / max_itr)^0.9 (Sec. 4.1).
 
     losses(model, batch, progress) -> dict of scalar losses whose sum is minimised; ``progress`` runs 0..1.
     writer: a SummaryWriter in the first process, None in others; it also gets the learning rate, the norm of the
     gradient, images per second and memory. show(model, writer, step) is called at each epoch's end for pictures.
     folder / "checkpoint.pt" holds model, optimizer and iteration: the same call after a kill continues from it
-    and ends with the weights of an uninterrupted run. Raises InputError when the folder belongs to another
-    ``config``, when a loss stops being finite, and when the GPU's memory does not suffice; Stopped on SIGTERM. After
-    each of them the checkpoint is the last good state.
+    and ends with the weights of an uninterrupted run. Raises InputError when a loss stops being finite, and when the
+    GPU's memory does not suffice; Stopped on SIGTERM. After each of them the checkpoint is the last good state.
+    The caller binds the folder to what it is made from (utils.provenance).
     """
     folder = Path(folder)
-    if distributed.is_first():
-        checkpoint.claim(folder, config)
     optimizer = OPTIMIZERS[schedule.optimizer](
         parameter_groups(model, schedule.backbone_lr), lr=schedule.lr, weight_decay=WEIGHT_DECAY
     )
