@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,12 @@ class Predictor:
         # A GPU without a CUDA toolkit beside it runs the network only.
         self.fusion_device = self.device if compiled.has_kernels(self.device.type) else torch.device("cpu")
 
+    def __reduce__(self):
+        """Sent to another process it is read from its file again: its tensors are more than a pipe hands over."""
+        options = {"method": self.method, "settings": self.settings, "count": self.count, "mirror": self.mirror}
+        options["amp"] = "bf16" if self.bf16 else "off"
+        return partial(Predictor, self.weights.resolve(), self.device, **options), ()
+
     def identity(self):
         """What its answers depend on beside the photographs and the machine, as a plain value."""
         code = [path for part in ("models", "ops", "datasets") for path in sorted((ROOT / part).glob("*.py"))]
@@ -145,6 +152,7 @@ class Predictor:
 
     def prepare(self, image):
         """uint8 RGB [H,W,3] -> what ``network`` takes: RGB [1,3,S,S] in 0..1 and edges [1,1,S,S], on the CPU."""
+        self._mind_a_fork()
         return network_input(resize(image, self.net.config.size), self.net.config.canny, "cpu")
 
     def autocast(self):
@@ -156,13 +164,17 @@ class Predictor:
         """A list of what ``prepare`` returned -> as many Maps. On a GPU it does not wait for the values."""
         if not inputs:
             return []
-        if os.getpid() != self.process:  # a thread of the parent would be waited for, and has not come along
-            torch.set_num_threads(1)
+        self._mind_a_fork()
         image, edges = (self._upload(torch.cat(part)) for part in zip(*inputs, strict=True))
         with self.autocast():
             maps = mirrored(self.net, image, edges) if self.mirror else self.net(image, edges)
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         return [Maps(*parts, ready) for parts in zip(*(m.float() for m in maps), strict=True)]
+
+    def _mind_a_fork(self):
+        # Torch would wait for the parent's threads, which have not come along.
+        if os.getpid() != self.process:
+            torch.set_num_threads(1)
 
     def _upload(self, tensor):
         # From pinned memory the copy is queued; from other memory it would wait for the batch before.
@@ -182,6 +194,7 @@ class Predictor:
     @torch.no_grad()
     def instances(self, maps, size, saliency=None):
         """The Prediction of one photograph of ``size`` (H, W) from its Maps; saliency: as for ``predict``."""
+        self._mind_a_fork()
         with self._beside_the_network(maps.ready):
             s, b, v = (m.to(self.fusion_device) for m in maps[:3])
             looks = None if maps.features is None else maps.features.to(self.fusion_device)

@@ -3,13 +3,16 @@
 import itertools
 import json
 import multiprocessing
+import multiprocessing.reduction
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -658,6 +661,7 @@ def test_a_forked_process_predicts(weights):
     torch.set_num_threads(2)
     try:
         predictor = inference.Predictor(weights, amp="off")
+        predictor.net.config = replace(predictor.net.config, size=256)  # large enough for several threads
         expected = predictor.predict(noise(90, 90)).saliency
         context = multiprocessing.get_context("fork")
         queue = context.Queue()
@@ -670,6 +674,15 @@ def test_a_forked_process_predicts(weights):
             child.join()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_predictor_is_sent_by_its_file(weights):
+    predictor = inference.Predictor(weights, method="components", settings=SURE, amp="off")
+    sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(predictor))
+    assert len(sent) < 10_000, "no handle of each of its tensors"
+    other = pickle.loads(sent)
+    assert (other.method, other.settings, other.bf16) == ("components", SURE, False)
+    assert np.array_equal(other.predict(RGB).masks, predictor.predict(RGB).masks)
 
 
 def test_home_folders_in_paths(tmp_path, monkeypatch, capsys):
