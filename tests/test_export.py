@@ -1,5 +1,7 @@
 """The exported network against the network."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import call
@@ -28,7 +30,9 @@ def test_export_equals_the_network_for_any_batch(net):
 
 def test_exported_file_runs_alone(net, tmp_path, capsys):
     save_weights(net, tmp_path / "weights.pt")
-    assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2") == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "No complete tensor")
+        assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "net.pt2") == 0
     assert "differs from the network by" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "net.pt2")
     inputs = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
@@ -37,7 +41,17 @@ def test_exported_file_runs_alone(net, tmp_path, capsys):
     assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4) and features.shape[2:] == (8, 8)
 
 
-def test_a_place_that_cannot_be_written_to(net, tmp_path, capsys):
-    save_weights(net, tmp_path / "weights.pt")
-    assert call(export.main, "--weights", tmp_path / "weights.pt", "--out", tmp_path / "absent" / "net.pt2") == 2
+@pytest.mark.parametrize("out", ["absent/net.pt2", "."])
+def test_a_place_that_cannot_be_written_to(tmp_path, capsys, out):
+    assert call(export.main, "--out", tmp_path / out) == 2
     assert capsys.readouterr().err.startswith("error: cannot write")
+
+
+def test_a_file_that_differs_is_not_left(net, tmp_path, monkeypatch):
+    save_weights(net, tmp_path / "weights.pt")
+    (tmp_path / "net.pt2").write_text("from before")
+    monkeypatch.setattr(export, "difference", lambda *_: float("nan"))
+    with pytest.raises(RuntimeError, match="differs from the network"):
+        export.main(["--weights", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "net.pt2")])
+    assert (tmp_path / "net.pt2").read_text() == "from before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt2", "weights.pt"]

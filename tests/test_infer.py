@@ -2,9 +2,19 @@
 
 import itertools
 import json
+import multiprocessing
+import multiprocessing.reduction
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import conftest
 import cv2
@@ -16,12 +26,14 @@ from pycocotools.coco import COCO
 
 import infer
 from datasets.images import read_image
-from datasets.masks import decode_rle
+from datasets.masks import decode_rle, read_instance_mask
+from models import inference
 from models.fusion import Fusion
 from models.wsid_net import NetConfig, WSIDNet, save_weights
-from utils import checkpoint, visualize
-from utils.cli import InputError
+from utils import checkpoint, lazy, visualize
+from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
+from utils.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,7 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
-BUNDLED = infer.DEFAULT_WEIGHTS[-1]
+BUNDLED = inference.DEFAULT_WEIGHTS[-1]
 SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
 
 
@@ -94,7 +106,7 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
     for path in photographs.iterdir():
         size = read_image(path).shape
-        labels = cv2.imread(str(tmp_path / "out" / f"{path.stem}_instances.png"), cv2.IMREAD_UNCHANGED)
+        labels = read_instance_mask(tmp_path / "out" / f"{path.stem}_instances.png")
         assert labels.dtype == np.uint8 and labels.shape == size[:2]
         mine = [record for record in records if record["image_id"] == path.stem]
         assert len(mine) == labels.max()
@@ -108,7 +120,7 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
 
 
 def test_a_very_large_photograph(weights):
-    prediction = infer.Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
+    prediction = inference.Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
     assert prediction.masks.shape[1:] == (6000, 6000) and prediction.saliency.shape == (6000, 6000)
 
 
@@ -132,7 +144,7 @@ def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
     capsys.readouterr()
     for wrong in (["--count", "-1"], ["--count", "2", "--method", "components"]):
         assert call(*options, *wrong) == 2
-        assert "give 1 or more, and no --method beside it" in capsys.readouterr().err
+        assert "--count" in capsys.readouterr().err
 
 
 def test_mirror_answers_for_both_images_alike(weights, tmp_path):
@@ -150,7 +162,7 @@ def test_mirror_answers_for_both_images_alike(weights, tmp_path):
 def test_a_given_saliency_map_replaces_the_branch(weights):
     image, saliency = noise(64, 64), np.zeros((64, 64), np.float32)
     saliency[:, :32] = 1
-    prediction = infer.Predictor(weights, method="components").predict(image, saliency)
+    prediction = inference.Predictor(weights, method="components").predict(image, saliency)
     assert len(prediction.masks) == 1
     assert prediction.masks[0][:, :28].all() and not prediction.masks[0][:, 36:].any()
 
@@ -199,7 +211,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
 
 
 def test_a_batch_equals_its_photographs_one_by_one():
-    predictor = infer.Predictor(BUNDLED, amp="off")
+    predictor = inference.Predictor(BUNDLED, amp="off")
     images = [cat(40, 60), cat(90, 30), cat(300, 451)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
     for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
@@ -258,8 +270,8 @@ def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
         count(-1)
         return path
 
-    monkeypatch.setattr(infer, "read_image", read)
-    found = infer.process(itertools.count(), infer.Predictor(weights), finish, batch_size=2, workers=2)
+    monkeypatch.setattr(inference, "read_image", read)
+    found = inference.process(itertools.count(), inference.Predictor(weights), finish, batch_size=2, workers=2)
     assert list(itertools.islice(found, 40)) == list(range(40))
     found.close()
     assert most <= 3 * 2 + 2 * 2 + 2
@@ -286,9 +298,9 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
 
 
 def test_bfloat16_is_near_float32(weights):
-    exact, rounded = (infer.Predictor(weights, amp=amp, settings=SURE) for amp in ("off", "bf16"))
+    exact, rounded = (inference.Predictor(weights, amp=amp, settings=SURE) for amp in ("off", "bf16"))
     assert (exact.bf16, rounded.bf16) == (False, True)
-    assert infer.Predictor(weights).bf16 == infer.bfloat16_pays(torch.device("cpu"))
+    assert inference.Predictor(weights).bf16 == inference.bfloat16_pays(torch.device("cpu"))
     inputs = [exact.prepare(noise(50, 50))]
     for one, other in zip(exact.network(inputs)[0][:2], rounded.network(inputs)[0][:2]):
         assert one.dtype == other.dtype == torch.float32
@@ -299,8 +311,8 @@ def test_bfloat16_is_near_float32(weights):
 @pytest.mark.parametrize(
     "extra, words",
     [
-        (["--batch-size", 0], "1 or more"),
-        (["--workers", 0], "1 or more"),
+        (["--batch-size", 0], "at least 1"),
+        (["--workers", 0], "at least 1"),
         (["--weights", "absent.pt"], "no weights at absent.pt"),
         (["--gpu", "77"], "--gpu 77"),
         (["--saliency-dir", "nowhere"], "nowhere"),
@@ -321,35 +333,45 @@ def test_output_must_be_writable(weights, tmp_path, capsys):
     assert "choose another with --out" in capsys.readouterr().err
 
 
-def test_weights_of_another_kind(weights, tmp_path, capsys):
-    Image.fromarray(noise(30, 30)).save(tmp_path / "a.png")
-    checkpoint.save({"model": {}}, tmp_path / "stage.pt")
-    assert call("--img", tmp_path / "a.png", "--weights", tmp_path / "stage.pt", "--out", tmp_path / "out") == 2
-    assert "does not hold the weights of a whole WSID-Net" in capsys.readouterr().err
+def not_finite(saved):
+    saved["state"]["saliency.aspp.0.0.weight"][0] = float("nan")
+    return saved
 
 
-def test_two_photographs_of_one_name(weights, tmp_path):
-    for suffix in ("png", "jpg"):
-        Image.fromarray(noise(30, 30)).save(tmp_path / f"a.{suffix}")
-    with pytest.raises(InputError, match="would write the same files"):
-        infer.main(["--img", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: {"model": {}},
+        lambda saved: torch.zeros(3),
+        lambda saved: [saved],
+        lambda saved: saved | {"config": saved["config"] | {"size": "large"}},
+        lambda saved: saved | {"config": saved["config"] | {"channels": -1}},
+        lambda saved: saved | {"state": {}},
+        lambda saved: saved | {"state": 3},
+        not_finite,
+    ],
+)
+def test_weights_of_another_kind(weights, tmp_path, change):
+    checkpoint.save(change(checkpoint.load(weights)), tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="odd.pt (does not hold the weights of a whole|holds weights that are not)"):
+        inference.Predictor(tmp_path / "odd.pt")
 
 
 def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bundled = infer.default_weights()
+    bundled = inference.default_weights()
     assert bundled.parent.name == "weights" and bundled.exists()
     run_ = tmp_path / "runs" / "default"
     run_.mkdir(parents=True)
     (run_ / "weights.pt").touch()
-    assert infer.default_weights().name == "weights.pt"
+    assert inference.default_weights().name == "weights.pt"
     (run_ / "weights_pts.pt").touch()
-    assert infer.default_weights().name == "weights_pts.pt"
+    assert inference.default_weights().name == "weights_pts.pt"
 
 
 def test_bundled_weights_find_the_cat():
     image = read_image(infer.ROOT / "samples" / "cat.jpg")
-    prediction = infer.Predictor(infer.default_weights()).predict(image)
+    prediction = inference.Predictor(inference.default_weights()).predict(image)
     assert len(prediction.masks) >= 1
     height, width = image.shape[:2]
     middle = prediction.masks.any(0)[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
@@ -368,3 +390,328 @@ def test_colour_wheel_and_overlay():
     picture = visualize.overlay(image, mask, [0.9], np.array([[20.0, 20.0]]))
     assert picture.shape == image.shape and picture.dtype == np.uint8
     assert not np.array_equal(picture, visualize.overlay(image, mask[:0], [], np.zeros((0, 2))))
+
+
+def test_start_imports_only_what_it_needs(weights, tmp_path):
+    """What torch, timm and scipy would bring with them takes longer than a photograph."""
+    Image.fromarray(noise(30, 30)).save(tmp_path / "a.png")
+    script = """
+import sys
+import infer
+from utils.cli import InputError
+for wrong in (["--count", "x"], ["--img", "absent.jpg"], ["--img", "x.jpg", "--count", "2", "--method", "sinks"]):
+    try:
+        infer.main(wrong)
+    except InputError:
+        pass
+    else:
+        raise AssertionError(wrong)
+print("torch" in sys.modules)
+assert infer.main(sys.argv[1:]) == 0
+print([name for name in "torch torch._dynamo torch._inductor sympy triton matplotlib tensorboard scipy.stats "
+       "pycocotools.coco timm.models.vision_transformer".split() if name in sys.modules])
+"""
+    arguments = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240,
+                          cwd=inference.ROOT, env=conftest.environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "False" and lines[-1] == "['torch']"
+    assert not done.stderr, "no progress bar in a log file"
+
+
+def test_a_package_in_part_is_whole_when_asked(tmp_path, monkeypatch):
+    folder = tmp_path / "large_package" / "inner"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").write_text("from .inner.part import name\nfrom .inner import other\n")
+    (folder / "__init__.py").write_text("from .part import *\nother = 3\n")
+    (folder / "part.py").write_text("from large_package.functions import double\nname = 2\n")
+    (folder.parent / "functions.py").write_text("def double(number):\n    return 2 * number\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lazy.package("large_package")
+    lazy.package("large_package.inner")
+    with lazy.functions_of("large_package.functions"):
+        import large_package.inner.part as part
+    assert "other" not in vars(sys.modules["large_package.inner"])
+    assert "large_package.functions" not in sys.modules and part.double(4) == 8
+    import large_package
+
+    assert (large_package.name, large_package.other) == (2, 3)
+    with pytest.raises(AttributeError):
+        large_package.absent  # noqa: B018
+    assert lazy.package("large_package") is large_package
+    with pytest.raises(ModuleNotFoundError):
+        lazy.package("absent_package")
+
+
+def test_another_package_of_our_name_is_told(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    for script in ("import datasets; sys.path.insert(0, ROOT); import infer", "sys.path.append(ROOT); import infer"):
+        done = subprocess.run([sys.executable, "-c", f"import sys; ROOT = {str(inference.ROOT)!r}; {script}"],
+                              capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+        if "import datasets" in script:
+            assert "another package called 'datasets' is imported already" in done.stderr.splitlines()[-1]
+        else:
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("closed", ["reader", "before", "full"])
+def test_output_that_nobody_takes_is_no_failure(tmp_path, closed):
+    script = "from utils.cli import run; run(lambda: [print('b\\udcff\\u7167', flush=True) for _ in range(9)] and 7)"
+    command = f"{sys.executable} -c {json.dumps(script)}"
+    command += {"reader": " | head -1; exit ${PIPESTATUS[0]}", "before": " >&-", "full": " >/dev/full"}[closed]
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=inference.ROOT,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 7
+    assert done.stdout == ("b\\udcff\\u7167\n" if closed == "reader" else "")
+    assert done.stderr.count("\n") == (closed == "full"), done.stderr
+
+
+def make_photographs(folder, count):
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        Image.fromarray(noise(24 + i, 30)).save(folder / f"p{i:02}.png")
+    return folder
+
+
+def image_ids(folder):
+    return [record["image_id"] for record in json.loads((folder / "predictions.json").read_text())]
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """The stems whose results are written; ``after[n]`` is called once the n-th is."""
+    stems, after, add = [], {}, Results.add
+
+    def watched(self, path, *rest):
+        pictures = add(self, path, *rest)
+        stems.append(path.stem)
+        after.pop(len(stems), lambda: None)()
+        return pictures
+
+    monkeypatch.setattr(Results, "add", watched)
+    watched.stems, watched.after = stems, after
+    return watched
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
+    photographs, out = make_photographs(tmp_path / "in", 12), tmp_path / "out"
+    options = ("--img", photographs, "--weights", weights, "--fusion", "unsure=0", "--batch-size", 1, "--workers", 1)
+    added.after[2] = lambda: (os.kill(os.getpid(), kind), time.sleep(0.5))
+    assert call(*options, "--out", out) == code
+    stopped = list(added.stems)
+    assert 2 <= len(stopped) < 12 and set(image_ids(out)) == set(stopped)
+    assert "the same command continues" in capsys.readouterr().err
+    journal = next(out.glob("finished-*.jsonl"))
+    journal.write_bytes(journal.read_bytes() + b'\n{"image_id": "p11", "made_')  # as a kill cuts it short
+    assert call(*options, "--out", out) == 0
+    assert f"{len(stopped)} of 12 photographs are finished" in capsys.readouterr().out
+    assert sorted(added.stems) == [f"p{i:02}" for i in range(12)], "each once"
+    assert call(*options, "--out", tmp_path / "whole") == 0
+    assert (out / "predictions.json").read_bytes() == (tmp_path / "whole" / "predictions.json").read_bytes()
+    text = capsys.readouterr().out
+    assert "pictures of 12 photographs" in text and "p03" not in text, "names are for few"
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_done_again(weights, tmp_path, capsys, added):
+    photographs, out = make_photographs(tmp_path / "in", 3), tmp_path / "out"
+    options = ("--weights", weights, "--out", out, "--fusion", "unsure=0")
+
+    def run_(*more, img=photographs):
+        added.stems.clear()
+        code = call("--img", img, *options, *more)
+        return code, sorted(added.stems), sorted(set(image_ids(out)))
+
+    assert run_(img=photographs / "p00.png") == (0, ["p00"], ["p00"])
+    assert run_(img=photographs / "p01.png") == (0, ["p01"], ["p00", "p01"]), "of one setting, the records stay"
+    assert run_() == (0, ["p02"], ["p00", "p01", "p02"])
+    Image.fromarray(noise(50, 50)).save(photographs / "p01.png")
+    (out / "p02_overlay.png").unlink()
+    assert run_() == (0, ["p01", "p02"], ["p00", "p01", "p02"])
+    (out / "p00_instances.png").unlink()
+    assert run_(img=photographs / "p01.png") == (0, [], ["p01", "p02"]), "records of pictures that are there"
+    capsys.readouterr()
+    (photographs / "p01.png").write_text("no photograph any more")
+    assert run_() == (1, ["p00"], ["p00", "p02"])
+    for more in (["--count", "2"], ["--visualize"], ["--fusion", "unsure=0", "power=7"]):
+        before = (out / "predictions.json").read_bytes()
+        assert call("--img", photographs / "p01.png", *options, *more) == 2
+        assert (out / "predictions.json").read_bytes() == before, "nothing was done"
+        capsys.readouterr()
+        assert run_(*more, img=photographs / "p02.png") == (0, ["p02"], ["p02"]), "others never mix in"
+        assert "other settings or weights" in capsys.readouterr().out
+
+
+def test_runs_of_two_settings_at_once_are_told(weights, tmp_path, capsys, added):
+    photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
+    options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "unsure=0")
+    added.after[1] = lambda: call(*options, "--count", 2)
+    assert call(*options, "--workers", 1) == 2
+    assert "another run with other settings" in capsys.readouterr().err
+    assert image_ids(out) and len(list(out.glob("finished-*.jsonl"))) == 1
+
+
+def test_an_error_leaves_no_empty_predictions(weights, tmp_path):
+    (tmp_path / "a.jpg").write_text("words")
+    assert call("--img", tmp_path / "a.jpg", "--weights", weights, "--out", tmp_path / "out") == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_names_that_cannot_be_cost_themselves(weights, tmp_path, capsys):
+    photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
+    long = "n" * 236
+    for name in (f"{long}.png", f"{'m' * 245}.png", os.fsdecode(b"b\xe4r \xff.png"), "a b.png", "~c.png", "[d].png"):
+        shutil.copy(photographs / "p00.png", photographs / name)
+    Image.fromarray(noise(30, 30)).save(photographs / "a b.jpg")
+    (out / "a b_overlay.png").mkdir(parents=True)
+    options = ("--weights", weights, "--out", out, "--fusion", "unsure=0")
+    files = [path for path in photographs.iterdir() if not path.name.startswith(("m", "a b"))]
+    assert call("--img", photographs, tmp_path / "absent.png", *options) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 4 and all(line.startswith("error: ") for line in errors)
+    for words in ("shorten", "would write the same", "absent", "remove the folder of that name"):
+        assert any(words in line for line in errors), words
+    assert set(image_ids(out)) == {path.stem for path in files}
+    assert all((out / f"{path.stem}_overlay.png").is_file() for path in files)
+    assert not list(out.glob(".*.partial"))
+    (tmp_path / "b").mkdir()
+    assert call("--img", *files, *files, "--weights", weights, "--out", tmp_path / "b", "--fusion", "unsure=0") == 0
+
+
+def test_results_are_no_photographs(weights, tmp_path, capsys, added):
+    photographs = make_photographs(tmp_path / "in", 2)
+    options = ("--weights", weights, "--visualize", "--out", photographs)
+    assert call("--img", photographs, *options) == 0
+    there = sorted(path.name for path in photographs.iterdir())
+    assert call("--img", photographs, *options) == 0
+    assert call("--img", *photographs.glob("*.png"), *options) == 0
+    assert sorted(path.name for path in photographs.iterdir()) == there and sorted(added.stems) == ["p00", "p01"]
+    capsys.readouterr()
+    other = make_photographs(tmp_path / "other", 1)
+    shutil.copy(other / "p00.png", other / "p00_instances.png")  # not ours
+    before = (other / "p00_instances.png").read_bytes()
+    assert call("--img", *other.glob("*.png"), "--weights", weights, "--out", other) == 1
+    assert "would replace a photograph" in capsys.readouterr().err
+    assert (other / "p00_instances.png").read_bytes() == before
+
+
+def test_label_maps_are_seen_and_read(tmp_path):
+    labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    checkpoint.save_labels(labels, tmp_path / "a.png")
+    assert np.array_equal(read_instance_mask(tmp_path / "a.png"), labels)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), labels)
+    colours = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
+    assert not colours[0].any() and (colours[1:64].max(1) >= 64).all()
+    assert len(np.unique(colours, axis=0)) == 256
+
+
+RGB = noise(20, 30)
+
+
+@pytest.mark.parametrize(
+    "image, same",
+    [
+        (RGB[..., ::-1][..., ::-1], RGB),
+        (np.asfortranarray(RGB), RGB),
+        (RGB[..., 0], np.repeat(RGB[..., :1], 3, 2)),
+        (RGB[..., :1], np.repeat(RGB[..., :1], 3, 2)),
+        (np.dstack([RGB, np.full((20, 30), 255, np.uint8)]), RGB),
+        (np.dstack([RGB, np.zeros((20, 30), np.uint8)]), np.full_like(RGB, 255)),
+        (Image.fromarray(RGB), RGB),
+        (Image.fromarray(RGB).convert("L").convert("P"), np.asarray(Image.fromarray(RGB).convert("L").convert("RGB"))),
+        (Image.new("LA", (30, 20), (0, 0)), np.full_like(RGB, 255)),
+    ],
+)
+def test_images_that_programs_have(image, same):
+    taken = inference.as_rgb(image)
+    assert taken.dtype == np.uint8 and np.array_equal(taken, same) and taken.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "image",
+    [RGB / 255, RGB.astype(np.uint16), RGB > 9, torch.from_numpy(RGB), "x.jpg", Path("x.jpg"), RGB.tolist(), None,
+     RGB[:0], RGB[None], RGB.transpose(2, 0, 1), np.uint8(3), Image.new("F", (3, 3)), Image.new("I;16", (3, 3))],
+)  # fmt: skip
+def test_images_that_are_none_are_told(image):
+    with pytest.raises(InputError, match="^the image (is|has) .*; (give|convert)"):
+        inference.as_rgb(image)
+
+
+def test_wrong_arguments_of_a_predictor_are_told(weights):
+    for wrong in ({"method": "best"}, {"amp": True}, {"count": -1}, {"count": 1.5}, {"count": 2, "method": "sinks"}):
+        with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
+            inference.Predictor(weights, **wrong)
+    predictor = inference.Predictor(weights)
+    for wrong in (np.ones((9, 9)) * 2, np.ones((9, 9), np.uint8), np.full((9, 9), np.nan), np.ones(9), np.ones((0, 9))):
+        with pytest.raises(InputError, match="saliency map"):
+            predictor.predict(RGB, wrong)
+    with pytest.raises(InputError, match="1 images came with 2"):
+        predictor.predict_batch([RGB], [None, None])
+
+
+def _send(predictor, queue):
+    queue.put(predictor.predict(noise(90, 90)).saliency)
+
+
+def test_a_forked_process_predicts(weights):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        predictor = inference.Predictor(weights, amp="off")
+        predictor.net.config = replace(predictor.net.config, size=256)  # large enough for several threads
+        expected = predictor.predict(noise(90, 90)).saliency
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_send, args=(predictor, queue))
+        child.start()
+        try:
+            assert np.allclose(queue.get(timeout=60), expected, atol=1e-4)
+        finally:
+            child.kill()
+            child.join()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_predictor_is_sent_by_its_file(weights):
+    predictor = inference.Predictor(weights, method="components", settings=SURE, amp="off")
+    sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(predictor))
+    assert len(sent) < 10_000, "no handle of each of its tensors"
+    other = pickle.loads(sent)
+    assert (other.method, other.settings, other.bf16) == ("components", SURE, False)
+    assert np.array_equal(other.predict(RGB).masks, predictor.predict(RGB).masks)
+
+
+def test_home_folders_in_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert path_of("~/results") == tmp_path / "results" and path_of("a~b") == Path("a~b")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~no_such_user").touch()
+    assert path_of("~no_such_user") == tmp_path / "~no_such_user"
+    assert call("--img", "x.jpg", "--out", "~no_such_user/results") == 2
+    assert "names a home folder that is not known" in capsys.readouterr().err
+
+
+def test_files_are_whole_whatever_others_left(tmp_path):
+    path = tmp_path / ("n" * 251 + ".txt")
+    path.with_name(f".{path.name[-60:]}.partial").write_bytes(b"what a killed process left, longer than the new")
+
+    def write(number):
+        checkpoint.replace(path, lambda file: [file.write(bytes([number])) for _ in range(1000)])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    content = path.read_bytes()
+    assert len(content) == 1000 and len(set(content)) == 1
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.replace(path, lambda file: file.write(b"half") / 0)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="shorten"):
+        checkpoint.replace(tmp_path / ("n" * 256), lambda file: None)
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,34 +1,80 @@
 """Files that are whole or absent, never half: everything is written beside its place and renamed into it."""
 
+import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
+import numpy as np
 import torch
+from PIL import Image
 
 from utils.cli import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-def _replace(path, write):
+REMEDIES = {
+    errno.ENAMETOOLONG: "shorten the name it is made from",
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EISDIR: "remove the folder of that name or choose another --out",
+}
+
+
+def replace(path, write):
+    """Make ``path`` what ``write(file)`` writes to a binary file, whole or, where that raises anything, not at all.
+
+    It is written beside its place and renamed. What a process that was killed left there the next one overwrites; of
+    several at once each waits for the one before. InputError when the system refuses.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name[-60:]}.partial")  # a name may have 255 bytes
     try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _own(partial) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
     except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); free some space or choose another --out") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def _own(partial):
+    """``partial``, empty and open for this process and thread alone."""
+    while True:
+        file = open(partial, "a+b")
+        if fcntl is None:
+            break
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                break
+        file.close()  # whoever had it has renamed it meanwhile
+    file.truncate(0)
+    return file
+
+
+def cannot_write(path, error):
+    """The InputError for an OSError in writing ``path``."""
+    remedy = REMEDIES.get(error.errno, "check the rights of its folder or choose another --out")
+    return InputError(f"cannot write {path} ({error.strerror}); {remedy}")
 
 
 def save(state, path):
     """torch.save ``state`` to ``path`` atomically."""
-    _replace(path, lambda file: torch.save(state, file))
+    replace(path, lambda file: torch.save(state, file))
 
 
 def load(path, device="cpu"):
@@ -85,10 +131,26 @@ def _before(path):
 
 def save_json(value, path):
     """Write ``value`` as JSON to ``path`` atomically."""
-    _replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    replace(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def save_png(array, path):
     """Write uint8 [H,W] or RGB [H,W,3] as a PNG to ``path`` atomically."""
     bgr = array if array.ndim == 2 else array[..., ::-1]
-    _replace(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
+    replace(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
+
+
+def save_labels(labels, path):
+    """Write a label map, uint8 [H,W], as a PNG of palette indices: pictures for viewers, labels for those who read the
+    indices (Pillow, datasets.masks.read_instance_mask)."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(_palette().tobytes())
+    replace(path, lambda file: picture.save(file, "PNG", compress_level=1))
+
+
+def _palette():
+    """VOC's colours, uint8 [256,3]: 0 is black, and numbers that follow each other are far apart."""
+    bits = np.arange(256)[:, None] >> np.arange(8) & 1  # [256,8], the lowest first
+    # Bits 0, 3, 6 make red, 1, 4, 7 green, 2 and 5 blue; the lowest bit of a number is the highest of a colour.
+    channels = [sum(bits[:, 3 * k + c] << 7 - k for k in range(3) if 3 * k + c < 8) for c in range(3)]
+    return np.stack(channels, 1).astype(np.uint8)

@@ -1,6 +1,7 @@
 """What every script needs at its edge: options that are checked, clear errors, the device, the output folder."""
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -8,8 +9,6 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -61,11 +60,24 @@ def _number(kind, name, least, most=None, above=None, below=None):
     return parse
 
 
+def path_of(text):
+    """The ``type=`` of an option that is a path: a Path whose ~ is the home folder, wherever the shell left it.
+
+    What exists as it is named is no home folder.
+    """
+    if text.startswith("~") and os.path.lexists(text):
+        return Path(os.path.abspath(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise argparse.ArgumentTypeError(f"{text!r} names a home folder that is not known; write the path out")
+    return Path(path)
+
+
 class InputError(Exception):
     """Input the user can mend. The message is one sentence naming the file and the remedy."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """SIGTERM came, and everything is saved."""
 
 
@@ -101,24 +113,68 @@ def run(main):
 
     An InputError prints its sentence and exits with 2; Ctrl-C exits with 130 and SIGTERM, where something is being
     trained or labelled, with 143; anything else is a bug of ours and keeps its traceback. Of several processes
-    (utils.distributed) only the first that fails speaks: the others fail of the same, or because it has gone.
+    (utils.distributed) only the first that fails speaks: the others fail of the same, or because it has gone. Output
+    that nobody can take makes no failure of what is done.
     """
-    from utils.distributed import first_to_fail  # here, because it needs this module
-
+    settle_output()
     try:
         sys.exit(main() or 0)
     except InputError as error:
-        if first_to_fail():
+        if _first_to_fail():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, Stopped) as error:
-        if first_to_fail():
+        if _first_to_fail():
             print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(143 if isinstance(error, Stopped) else 130)
     except Exception:
-        if first_to_fail():
+        if _first_to_fail():
             raise
         sys.exit(1)
+
+
+def _first_to_fail():
+    if "WORLD_SIZE" not in os.environ:  # one process alone
+        return True
+    from utils.distributed import first_to_fail  # here, because it needs this module, and torch
+
+    return first_to_fail()
+
+
+def settle_output():
+    """Make stdout and stderr take any text, and go on when they are closed or the program that reads them has ended.
+
+    What their encoding does not know is written as a backslash and its number. Other errors, as of a full disk, are
+    told once on stderr.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the start
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
+        elif stream is not getattr(sys, f"__{name}__"):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            buffer = io.BufferedWriter(_Output(stream.fileno()))
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+class _Output(io.FileIO):
+    """A standard stream that does not raise when it is written to."""
+
+    def __init__(self, number):
+        super().__init__(number, "wb", closefd=False)
+        self.told = False
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError) and self.fileno() == 1 and not self.told:
+                self.told = True
+                print(f"cannot write to the standard output ({error.strerror}); it is lost", file=sys.stderr)
+            return len(data)
 
 
 def select_device(gpu):
@@ -126,6 +182,8 @@ def select_device(gpu):
 
     Raises InputError when that GPU is not there.
     """
+    import torch  # here, because wrong arguments are told without it
+
     if gpu < 0:
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0

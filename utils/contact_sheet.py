@@ -4,11 +4,13 @@
 """
 
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 
 from datasets.images import read_image
+from utils import checkpoint
 from utils.cli import InputError, run
 
 HEIGHT, WIDTH, GAP = 220, 1400, 6
@@ -37,9 +39,12 @@ def _fill(row):
 def main():
     if len(sys.argv) < 3:
         raise InputError("give the pictures and then the file to write, as in the description of this module")
-    sheet = contact_sheet([read_image(path) for path in sys.argv[1:-1]])
-    if not cv2.imwrite(sys.argv[-1], sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88]):
-        raise InputError(f"cannot write {sys.argv[-1]}; check the folder")
+    *pictures, out = map(Path, sys.argv[1:])
+    if out.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise InputError(f"{out} names no kind of picture; end it in .jpg or .png")
+    sheet = contact_sheet([read_image(path) for path in pictures])
+    encoded = cv2.imencode(out.suffix, sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+    checkpoint.replace(out, lambda file: file.write(encoded.tobytes()))
 
 
 if __name__ == "__main__":
