@@ -40,8 +40,8 @@ from experiments.recipes import (
     train_saliency,
 )
 from experiments.stages import true_saliency
-from infer import bfloat16_pays
 from models.fusion import Fusion
+from models.inference import bfloat16_pays
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint, digest
 from utils.cli import InputError, Parser, integer, make_folder, run, select_device

@@ -8,7 +8,7 @@ from torch import nn
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.counting import MOST, NumberNet
 from models.opinion import SecondOpinion
-from utils import checkpoint
+from utils import checkpoint, digest
 from utils.cli import InputError
 
 
@@ -102,9 +102,18 @@ def with_parts(net, **parts):
 
 
 def save_weights(net, path, note=""):
-    """Write a WSIDNet to ``path`` in half precision, with its configuration and a line on its origin."""
+    """Write a WSIDNet to ``path`` in half precision, with its configuration, a line on its origin and a digest of its
+    branches, by which ``same_branches`` knows them."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
-    checkpoint.save({"config": asdict(net.config), "state": state, "note": note}, path)
+    branches = digest.of_state({key: value for key, value in state.items() if key.startswith("branches.")})
+    checkpoint.save({"config": asdict(net.config), "state": state, "note": note, "branches": branches}, path)
+
+
+def same_branches(first, second):
+    """Whether two files of ``save_weights`` hold the same branches; True where one of them does not say."""
+    saved = [checkpoint.load(path) for path in (first, second)]
+    noted = [file.get("branches") if isinstance(file, dict) else None for file in saved]
+    return None in noted or noted[0] == noted[1]
 
 
 def load_weights(path, device="cpu"):

@@ -357,6 +357,7 @@ def test_weights_of_another_kind(weights, tmp_path, change):
         inference.Predictor(tmp_path / "odd.pt")
 
 
+@torch.no_grad()
 def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bundled = inference.default_weights()
@@ -365,8 +366,14 @@ def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     run_.mkdir(parents=True)
     (run_ / "weights.pt").touch()
     assert inference.default_weights().name == "weights.pt"
-    (run_ / "weights_pts.pt").touch()
+    net = WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8))
+    for name in ("weights.pt", "weights_pts.pt"):
+        save_weights(net, run_ / name)
     assert inference.default_weights().name == "weights_pts.pt"
+    next(net.branches.parameters()).add_(1)
+    save_weights(net, run_ / "weights.pt")
+    with pytest.raises(InputError, match="weights_pts.pt was made from another weights.pt"):
+        inference.default_weights()
 
 
 def test_bundled_weights_find_the_cat():
