@@ -537,7 +537,7 @@ def train_number(args, samples, device):
         print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
 
 
-CELLS = 64  # of each photograph that the second opinion learns from
+CELLS, MOST_CELLS = 64, 200_000  # of each photograph that the second opinion learns from, and of all
 
 
 @torch.no_grad()
@@ -557,12 +557,13 @@ def fit_opinion(args, samples, device):
     provenance.bind(make_folder(args.out / "opinion"), settings, inputs | provenance.inputs_of(samples))
     model.odds.copy_(torch.tensor(args.odds))
     model.to(device).eval()
+    cells = max(1, min(CELLS, MOST_CELLS // len(samples)))
     generator, features, saliency = torch.Generator().manual_seed(args.seed), [], []
     for sample in tqdm(samples, desc="opinion", mininterval=2):
         image = to_tensor(load_square(sample.path, net.config.size))[None].to(device)
         seen = model.features(image)[0]
         told = F.adaptive_avg_pool2d(net.saliency(image)[0], seen.shape[-2:])
-        chosen = torch.randperm(told.numel(), generator=generator)[:CELLS].to(device)
+        chosen = torch.randperm(told.numel(), generator=generator)[:cells].to(device)
         features.append(seen.flatten(1)[:, chosen].t())
         saliency.append(told.flatten()[chosen])
     model.fit(torch.cat(features), torch.cat(saliency))

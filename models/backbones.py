@@ -119,16 +119,23 @@ class Backbone(nn.Module):
         return self
 
 
+UNUSED = ("torch._dynamo.utils", "torchvision.models.feature_extraction", "timm.models._hub")  # by a network itself
+
+
 def _network_of(name):
     """timm's function that makes the network ``name``, of which only the module of that network is imported.
 
-    timm as a whole imports all its networks and torchvision, which imports torch's compiler: more time than a
-    photograph takes.
+    timm as a whole imports all its networks, what it trains them with and torchvision, which imports torch's compiler:
+    more time than a photograph takes.
     """
+    for package in ("torchvision", "torchvision.models"):  # for functions that are not used here
+        lazy.package(package)
     timm = lazy.package("timm")
     timm.__version__ = importlib.import_module("timm.version").__version__  # which its modules ask for
     lazy.package("timm.models")
-    with lazy.functions_of("torch._dynamo.utils"):
+    data, constants = lazy.package("timm.data"), importlib.import_module("timm.data.constants")
+    vars(data).update({key: value for key, value in vars(constants).items() if key.isupper()})
+    with lazy.functions_of(*UNUSED):
         return getattr(importlib.import_module(f"timm.models.{BACKBONES[name].module}"), name)
 
 

@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 
 import ops
 from models.counting import components, divide
@@ -98,6 +97,8 @@ def find_clusters(offsets, sink=2.5, region=None):
     grouped; default everywhere. Returns (labels int [H,W] in 0..n, 0 outside the region and where there is no
     sink at all; centroids float [n,2], the (y, x) centres of the sinks).
     """
+    from scipy import ndimage  # here, because it is slow to import and the count's way to group does without
+
     at_rest = (offsets.square().sum(0) < sink**2).cpu().numpy()
     if region is not None:
         at_rest &= region

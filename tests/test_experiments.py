@@ -295,7 +295,7 @@ def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
     (None, ("--seeds", "1.5"), "--seeds"),
     (None, ("--workers", "-1"), "--workers"),
     (None, ("--gpu", "-2"), "--gpu"),
-    (None, ("--fusion", "steps=many"), "steps is of type int"),
+    (None, ("--fusion", "steps=many"), "give a whole number of at least 0"),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys, change, options, message):
     if change == "instance_masks/a.png":  # a mask of another size, a pixel off

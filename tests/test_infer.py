@@ -415,8 +415,9 @@ for wrong in (["--count", "x"], ["--img", "absent.jpg"], ["--img", "x.jpg", "--c
         raise AssertionError(wrong)
 print("torch" in sys.modules)
 assert infer.main(sys.argv[1:]) == 0
-print([name for name in "torch torch._dynamo torch._inductor sympy triton matplotlib tensorboard scipy.stats "
-       "pycocotools.coco timm.models.vision_transformer".split() if name in sys.modules])
+names = ("torch torch._dynamo torch._inductor sympy triton matplotlib tensorboard scipy torchvision.io "
+         "huggingface_hub pycocotools.coco timm.models.vision_transformer")
+print([name for name in names.split() if name in sys.modules])
 """
     arguments = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240,
@@ -504,6 +505,7 @@ def added(monkeypatch):
 
 @pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background are born deaf to it
     photographs, out = make_photographs(tmp_path / "in", 12), tmp_path / "out"
     options = ("--img", photographs, "--weights", weights, "--fusion", "unsure=0", "--batch-size", 1, "--workers", 1)
     added.after[2] = lambda: (os.kill(os.getpid(), kind), time.sleep(0.5))

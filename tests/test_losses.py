@@ -204,3 +204,20 @@ def test_subitizing_loss_splits_and_merges_touching_discs(start, count):
         if all((point - other).norm() > 3 for other in groups):
             groups.append(point)
     assert len(groups) == count
+
+
+def test_each_of_k_pixels_has_one_kth_of_the_gradient():
+    """The 1/K of Eq. 4: of twice as many pixels with the same centroids, each has half the gradient."""
+    def gradients(copies):
+        offsets = torch.zeros(1, 2, 8, 8 * copies, dtype=torch.float64)
+        columns = torch.arange(8 * copies)
+        target = torch.where(columns // copies < 4, 2.0, 5.0)  # two groups of columns, each with its centroid
+        offsets[0, 1] = target - columns
+        offsets[0, 0] = 3.0 - torch.arange(8)[:, None]
+        offsets.requires_grad_()
+        salient = torch.ones(1, 8, 8 * copies, dtype=torch.bool)
+        loss = subitizing_loss(offsets, salient, torch.tensor([1.0]), 2.0, subset=10**6)
+        return torch.autograd.grad(loss, offsets)[0][0, 1, :, ::copies]
+
+    one, two = gradients(1), gradients(2)
+    assert one.abs().min() > 0 and torch.allclose(two, one / 2)

@@ -46,13 +46,12 @@ def package(name):
 
 
 @contextmanager
-def functions_of(name):
-    """Within it, whoever imports functions from the module ``name`` gets them without the module being imported."""
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = _Functions(name)
+def functions_of(*names):
+    """Within it, whoever imports functions from the modules ``names`` gets them without the modules being imported."""
+    absent = [name for name in names if name not in sys.modules]
+    sys.modules.update({name: _Functions(name) for name in absent})
     try:
         yield
     finally:
-        del sys.modules[name]
+        for name in absent:
+            del sys.modules[name]
