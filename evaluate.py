@@ -156,14 +156,13 @@ def measure_weights(args, gt_masks, photographs, report):
     ``report`` gets an InputError for each image that is left out.
     """
     import infer  # here, because evaluating files needs no network
-    from models.fusion import Fusion
 
     if args.saliency_dir:
         maps_for(gt_masks, args.saliency_dir, png=True)  # a missing one is told before the work, not amid it
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
-    settings, how = Fusion.of(args.fusion or []), args.method or "wsid"
-    predictor = infer.Predictor(args.weights, device, method=how, settings=settings, mirror=bool(args.mirror))
+    how = args.method or "wsid"
+    predictor = infer.Predictor(args.weights, device, method=how, settings=args.fusion, mirror=bool(args.mirror))
 
     def finish(path, image, prediction):
         try:

@@ -64,7 +64,8 @@ def get_args_parser():
     method.add_argument("--count", type=integer(0, MOST), default=0, metavar="N",
                         help="the number of objects, where you know it; 0: the network tells it")  # fmt: skip
     method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="settings of models.fusion.Fusion, such as power=10 background=0.25")  # fmt: skip
+                        help="in place of the settings in the weights: those of models.fusion.Fusion, such as power=10 "
+                        "background=0.25")  # fmt: skip
     method.add_argument("--mirror", action="store_true",
                         help="means over each photograph and its mirror image, in twice the time")  # fmt: skip
 
@@ -93,7 +94,6 @@ def infer(args, paths, failed):
     """Find the instances of ``paths``; failed: a list of InputErrors of what was asked for beside them."""
     from tqdm import tqdm
 
-    from models.fusion import Fusion
     from models.inference import Predictor, default_batch_size, default_workers, process
     from utils import digest, distributed
     from utils.predictions import coco_ids
@@ -101,10 +101,10 @@ def infer(args, paths, failed):
 
     asked = len(paths) + len(failed)
     device = distributed.start(args.gpu)
-    settings = Fusion.of(args.fusion)
     predictor = Predictor(
-        args.weights, device, method=args.method, settings=settings, count=args.count, amp=args.amp, mirror=args.mirror
-    )
+        args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp,
+        mirror=args.mirror,
+    )  # fmt: skip
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
     results = Results(make_folder(args.out), identity, args.visualize, args.saliency_dir, ids)

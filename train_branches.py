@@ -37,6 +37,7 @@ from models.branches import SaliencyNet
 from models.classifier import CAM_SIZE, Classifier, activations
 from models.counting import CountHead, counted_instances
 from models.enhancement import canny_edges, network_input, parse_canny
+from models.fusion import Fusion
 from models.losses import (
     boundary_loss,
     centroid_loss,
@@ -96,6 +97,9 @@ def get_args_parser():
     net.add_argument("--no-be", action="store_true", help="without boundary enhancement")
     net.add_argument("--canny", default="auto", help="edges of the BE module: auto, none, only or LOW,HIGH")
     net.add_argument("--no-lsu", action="store_true", help="without the centroid-based subitizing loss")
+    net.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
+                     help="settings of models.fusion.Fusion that the network's file gets; default: those of --init "
+                     "FILE, else the ones there")  # fmt: skip
     net.add_argument("--no-crf", action="store_true", help="saliency pseudo masks without the CRF (Table 7)")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
@@ -138,6 +142,9 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     args.canny = parse_canny(args.canny)
     args.start = starting_network(args.init)
+    args.fusion = Fusion.of(args.fusion, args.start.fusion if args.start else None)
+    if args.start:
+        args.start.fusion = args.fusion
     if args.refresh and not args.start:
         raise InputError(f"--refresh {args.refresh} needs the network a training goes on from; give a FILE to --init")
     if args.stage in ADDED and not args.start:
@@ -597,7 +604,7 @@ def assemble(args):
         if differs:
             raise InputError(f"{parts['branches']} and {parts['saliency']} do not go together ({'; '.join(differs)}); "
                              "train one of them anew with the settings of the other")  # fmt: skip
-        net = WSIDNet(NetConfig(**configs["branches"]))
+        net = WSIDNet(NetConfig(**configs["branches"]), args.fusion)
         for name, part in saved.items():
             getattr(net, name).load_state_dict(part["model"])
     except (KeyError, TypeError, RuntimeError) as error:

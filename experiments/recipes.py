@@ -23,7 +23,7 @@ class Recipe:
     cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
     network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
     before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time. number: of the network for
-    the number of objects.
+    the number of objects. fusion: the settings that go into the file of the network.
     """
 
     cam: str
@@ -37,9 +37,12 @@ class Recipe:
     rounds: tuple[int, int]
     again: str
     number: str
+    fusion: str = ""
 
 
 LARGEST_SEED = 2**32 - 1
+# After a short training S is too unsure for the background to walk, and scores are best by S alone.
+SHORT = "--fusion doubt=0 share=peak background=0.5 likeness=0"
 NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(
@@ -67,6 +70,7 @@ RECIPES = {
         rounds=(2, 1),
         again="--epochs 3",
         number=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
+        fusion=SHORT,
     ),
     "quick": Recipe(  # minutes, to see that everything runs
         cam="--backbone mobilenetv2_100 --size 128",
@@ -80,6 +84,7 @@ RECIPES = {
         rounds=(2, 1),
         again="",
         number=f"--size 128 --batch-size 8 {NUMBER_SCHEDULE}",
+        fusion=SHORT,
     ),
 }
 # The same with the backbone of the bundled weights, in twice the time.
@@ -120,12 +125,13 @@ def train_labels(recipe, args, out, seed, more=""):
 
 def train_saliency(recipe, args, out, seed, labels, epochs, more=""):
     """The saliency branch on the pseudo masks in ``labels``, for ``epochs``; ``more`` as in ``train_both_branches``."""
-    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", more, labels=labels)
+    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", more,
+          recipe.fusion, labels=labels)  # fmt: skip
 
 
 def train_both_branches(recipe, args, out, seed, labels, more=""):
     """The boundary and the centroid branch; ``more`` are the switches of an ablation. Returns out/weights.pt."""
-    stage(args, out, seed, "branches", recipe.network, recipe.branches, more, labels=labels)
+    stage(args, out, seed, "branches", recipe.network, recipe.branches, more, recipe.fusion, labels=labels)
     return out / "weights.pt"
 
 
@@ -164,8 +170,8 @@ def train_again(recipe, args, out, seed, labels):
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"
-    stage(args, out / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, data=args.counted,
-          labels=instances)  # fmt: skip
+    stage(args, out / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, recipe.fusion,
+          data=args.counted, labels=instances)  # fmt: skip
     return out / "final" / "weights.pt"
 
 

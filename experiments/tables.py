@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
@@ -307,7 +307,7 @@ def measure(row, weights, args):
     made_from = {
         "weights": digest.of_file(weights),
         "truth": truth,
-        "fusion": asdict(Fusion.of(args.fusion)),
+        "fusion": sorted(args.fusion),  # beside the settings in the weights
         "options": row.evaluate,
         "maps": digest_of_maps(row.maps, stems) if row.maps else None,
         "classifier": RECIPES[args.recipe].cam if row is PRM else None,

@@ -1,7 +1,7 @@
 """Fusion: saliency, boundary and offsets to one soft map per salient instance (Sec. 3.1.1, 4.2; Fig. 2)."""
 
 from argparse import ArgumentTypeError
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import cv2
 import numpy as np
@@ -79,14 +79,15 @@ class Fusion:
                 raise InputError(f"--fusion {field.name}={value}: {error}") from error
 
     @classmethod
-    def of(cls, arguments):
-        """The settings with those of --fusion NAME=VALUE ... changed; InputError for what is none."""
+    def of(cls, arguments, start=None):
+        """The settings in ``start``, by default those above, with those of --fusion NAME=VALUE ... changed; InputError
+        for what is none."""
         given = {}
         for argument in arguments:
             name, _, given[name] = argument.partition("=")
             if name not in ALLOWED:
                 raise InputError(f"--fusion {argument}: there is no such setting; there are {', '.join(ALLOWED)}")
-        return cls(**given)
+        return replace(start or cls(), **given)
 
 
 def find_clusters(offsets, sink=2.5, region=None):

@@ -98,7 +98,8 @@ class Predictor:
     weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
     method: "wsid"; "sinks", the centroids as the paper finds them, whatever the number of objects may be; or
     "components", the connected components of S: the baseline.
-    settings: a models.fusion.Fusion. count: the number of objects where it is known; 0 lets the network tell it.
+    settings: a models.fusion.Fusion, or what differs from the one in the weights, as NAME=VALUE strings.
+    count: the number of objects where it is known; 0 lets the network tell it.
     amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off". mirror: whether it answers with the mean of a
     photograph and its mirror image.
     Raises InputError when the weights cannot be used, or when another argument is none of these.
@@ -116,9 +117,9 @@ class Predictor:
         if not isinstance(count, int) or not 0 <= count <= MOST or (count and method != "wsid"):
             raise InputError(f'count={count!r} is not understood; give 0 or, with method "wsid", up to {MOST}')
         self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.settings = torch.device(device), method, settings or Fusion()
-        self.count, self.mirror = count, mirror
+        self.device, self.method, self.count, self.mirror = torch.device(device), method, count, mirror
         self.net = load_weights(self.weights, self.device)
+        self.settings = settings if isinstance(settings, Fusion) else Fusion.of(settings or (), self.net.fusion)
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
         self.process = os.getpid()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None

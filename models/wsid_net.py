@@ -7,6 +7,7 @@ from torch import nn
 
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.counting import MOST, NumberNet
+from models.fusion import Fusion
 from models.opinion import SecondOpinion
 from utils import checkpoint, digest
 from utils.cli import InputError
@@ -51,11 +52,14 @@ class NetConfig:
 
 
 class WSIDNet(nn.Module):
-    """S, B, V, how many objects there may be and what places look like, of a batch of images."""
+    """S, B, V, how many objects there may be and what places look like, of a batch of images.
 
-    def __init__(self, config):
+    fusion: the settings by which instances are made of these, unless others are named.
+    """
+
+    def __init__(self, config, fusion=None):
         super().__init__()
-        self.config = config
+        self.config, self.fusion = config, fusion or Fusion()
         self.branches = config.boundary_centroid_net()
         self.saliency = config.saliency_net()
         self.number = config.number_net() if config.number else None
@@ -95,18 +99,19 @@ def mirrored(net, image, edges):
 
 def with_parts(net, **parts):
     """The WSIDNet ``net`` with others of its ``parts``: a NumberNet as number, a SecondOpinion as opinion."""
-    whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}))
+    whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}), net.fusion)
     for name, part in {**dict(net.named_children()), **parts}.items():
         getattr(whole, name).load_state_dict(part.state_dict())
     return whole
 
 
 def save_weights(net, path, note=""):
-    """Write a WSIDNet to ``path`` in half precision, with its configuration, a line on its origin and a digest of its
-    branches, by which ``same_branches`` knows them."""
+    """Write a WSIDNet to ``path`` in half precision, with its configuration, the settings of its fusion, a line on its
+    origin and a digest of its branches, by which ``same_branches`` knows them."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     branches = digest.of_state({key: value for key, value in state.items() if key.startswith("branches.")})
-    checkpoint.save({"config": asdict(net.config), "state": state, "note": note, "branches": branches}, path)
+    saved = {"config": asdict(net.config), "fusion": asdict(net.fusion), "state": state, "note": note}
+    checkpoint.save(saved | {"branches": branches}, path)
 
 
 def same_branches(first, second):
@@ -126,7 +131,7 @@ def load_weights(path, device="cpu"):
         config = NetConfig(**dict(saved)["config"])
         if not all(isinstance(getattr(config, field.name), field.type) for field in fields(config)):
             raise TypeError("settings of other types")
-        net = WSIDNet(config)
+        net = WSIDNet(config, Fusion(**saved.get("fusion", {})))
         net.load_state_dict(saved["state"])
         # Sums, because they are the quickest way to see every number.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())

@@ -13,6 +13,8 @@ import train_pts
 from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.training import read_map, read_samples
+from models.fusion import Fusion
+from models.inference import Predictor
 from models.wsid_net import load_weights
 from utils import checkpoint, digest, provenance
 from utils.cli import InputError
@@ -32,11 +34,16 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     make_data(folder / "data", count=4)
     assert train(folder, "--no-crf") == 0
-    saved = checkpoint.load(folder / "run" / "weights.pt")
-    saved["state"]["saliency.aspp.0.2.bias"] += 3  # so that PTS finds something
-    checkpoint.save(saved, folder / "run" / "weights.pt")
+    find_something(folder)
     assert train_on(folder) == 0
     return folder
+
+
+def find_something(folder):
+    """Make the barely trained network call much salient, so that PTS has labels."""
+    saved = checkpoint.load(folder / "run" / "weights.pt")
+    saved["state"]["saliency.aspp.0.2.bias"] += 3
+    checkpoint.save(saved, folder / "run" / "weights.pt")
 
 
 @pytest.fixture
@@ -181,6 +188,25 @@ def test_the_whole_network_has_the_configuration_of_its_parts(trained, capsys):
     shutil.rmtree(trained / "run" / "saliency")
     assert train(trained, "--no-crf", "--stage", "saliency", "--size", "96") == 2
     assert refused(capsys, "do not go together (size 64 and 96)")
+
+
+def test_the_settings_of_the_fusion_travel_with_the_network(trained):
+    """From the training through its file, PTS and --init to the Predictor, where single ones can be changed."""
+    given = ["share=peak", "background=0.5"]
+    assert train(trained, "--no-crf", "--fusion", *given) == 0
+    find_something(trained)
+    assert train_on(trained) == 0
+    run = trained / "run"
+    for name in ("weights.pt", "weights_pts.pt"):
+        assert load_weights(run / name).fusion == Fusion.of(given)
+    options = ["--labels", run / "labels", "--init", run / "weights.pt", "--fusion", "power=7"]
+    assert train(trained, *options, run="other") == 0
+    predictor = Predictor(trained / "other" / "weights.pt", settings=["background=0.3"])
+    assert predictor.settings == Fusion(share="peak", background=0.3, power=7)
+    saved = checkpoint.load(run / "weights.pt")
+    del saved["fusion"]  # as files were before
+    checkpoint.save(saved, run / "weights.pt")
+    assert Predictor(run / "weights.pt").settings == Fusion()
 
 
 def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(trained, capsys):
