@@ -109,7 +109,8 @@ def test_the_digest_follows_names_and_contents(tmp_path, monkeypatch):
     assert sources.digest() is None, "installed without sources"
     sources.FOLDER.mkdir()
     seen = set()
-    for name, text in (("a.h", "1"), ("a.h", "2"), ("b.h", "2"), ("c.cu", "")):
+    for name, text in (("a.h", "1"), ("a.h", "2"), ("b.h", "2"), ("cuda/c.cu", ""), ("cpu/c.cu", "")):
+        (sources.FOLDER / name).parent.mkdir(exist_ok=True)
         (sources.FOLDER / name).write_text(text)
         seen.add(sources.digest())
-    assert len(seen) == 4
+    assert len(seen) == 5

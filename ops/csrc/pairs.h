@@ -3,7 +3,7 @@
 // Nothing is kept for every pair; backward computes paths and differences again.
 //
 // Labels have the maps' precision: 0 background, above it things, NaN undecided. Backend<T> does the sums, on the CPU in
-// pairs.cpp and on CUDA in pair_kernels.cu; results come to it filled with 0.
+// cpu/pairs.cpp and on CUDA in cuda/pairs.cu; results come to it filled with 0.
 #pragma once
 
 #include <ATen/Dispatch.h>

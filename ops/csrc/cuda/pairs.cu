@@ -1,8 +1,8 @@
-// Pairs of labelled pixels on CUDA; see pairs.h for what is computed. A thread goes through the offsets of one pixel.
+// Pairs of labelled pixels on CUDA; see ../pairs.h for what is computed. A thread goes through the offsets of one pixel.
 #include <array>
 
-#include "device.h"
-#include "pairs.h"
+#include "device.cuh"
+#include "../pairs.h"
 
 namespace {
 

@@ -12,20 +12,20 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
-#include "paths.h"
+#include "../checks.h"
+#include "../paths.h"
 #include "walk.h"
 
 // Keeps a value in a register where the compiler would rather load it twice.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KEEP(value) asm("" : "+v"(value))
+#define WSID_KEEP(value) asm("" : "+v"(value))
 #else
-#define KEEP(value)
+#define WSID_KEEP(value)
 #endif
 
-#define KERNEL "walk_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "walk_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
@@ -76,10 +76,10 @@ struct Matrix {
 template <typename T>
 Matrix<T> make_matrix(const Stencil& s, const T* affinity, double power) {
   const auto offsets = wsid::half_plane(s.radius);
-  const auto raise_row = SELECT(raise<T>);
-  const auto add_row = SELECT(add<T>);
-  const auto pack_rows = SELECT(pack<T>);
-  const int64_t lanes = SELECT(vector_bytes)() / sizeof(T);
+  const auto raise_row = WSID_SELECT(raise<T>);
+  const auto add_row = WSID_SELECT(add<T>);
+  const auto pack_rows = WSID_SELECT(pack<T>);
+  const int64_t lanes = WSID_SELECT(vector_bytes)() / sizeof(T);
   Matrix<T> m;
   m.pair_size = (s.width + lanes - 1) / lanes * lanes * s.weights_per_column;
   m.packed.resize(s.rows / 2 * m.pair_size);
@@ -117,7 +117,7 @@ template <typename T, int C>
 void walk_maps(const Stencil& s, const Matrix<T>& m, const T* x, int64_t steps, at::ArrayRef<double> coefficients,
                T* result) {
   const bool series = !coefficients.empty();
-  const auto step = series ? SELECT(walk_rows<T, C, true>) : SELECT(walk_rows<T, C, false>);
+  const auto step = series ? WSID_SELECT(walk_rows<T, C, true>) : WSID_SELECT(walk_rows<T, C, false>);
   if (series) steps = coefficients.size() - 1;
   std::vector<T> even(C * s.plane), odd(C * s.plane), total(series ? C * s.plane : 0);
   const auto each_pixel = [&](auto work) {

@@ -1,4 +1,7 @@
 // What the CUDA operators share: which pixel a thread works on, and the tables of pairs and paths on the device.
+//
+// One thread works on one pixel. Threads of a warp lie side by side in a row, so every load and store is coalesced.
+// Compile with -fmad=false; where a product and a sum are to be fused, fma() says so.
 #pragma once
 
 #include <ATen/Context.h>
@@ -14,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "paths.h"
+#include "../paths.h"
 
 namespace wsid {
 

@@ -13,12 +13,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
-#include "paths.h"
+#include "../checks.h"
+#include "../paths.h"
 
-#define KERNEL "affinity_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "affinity_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
@@ -28,8 +28,8 @@ void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_
   const auto offsets = wsid::half_plane(radius);
   const auto steps = wsid::path_steps(offsets, width);
   const int64_t size = height * width, k_count = offsets.size();
-  const auto with_winner = SELECT(path_max<T, true>);
-  const auto without = SELECT(path_max<T, false>);
+  const auto with_winner = WSID_SELECT(path_max<T, true>);
+  const auto without = WSID_SELECT(path_max<T, false>);
   at::parallel_for(0, n * height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height, y = row % height;

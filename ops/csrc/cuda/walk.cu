@@ -1,4 +1,4 @@
-// The random walk on CUDA; see walk.cpp for what it computes.
+// The random walk on CUDA; see ../cpu/walk.cpp for what it computes.
 //
 // The step is a stencil with weights of its own at every pixel. The values of C maps lie together, so that one load has
 // all of a neighbour's, aligned wherever it is; zeros around every map stand in for bounds checks. The weights of both
@@ -14,8 +14,8 @@
 
 #include <cmath>
 
-#include "checks.h"
-#include "device.h"
+#include "../checks.h"
+#include "device.cuh"
 
 namespace {
 
