@@ -23,8 +23,10 @@
 namespace {
 
 template <typename T>
-void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_t radius, T* affinity,
-             uint8_t* winner) {
+void forward(const T* boundary,  // [N, H, W]
+             int64_t n, int64_t height, int64_t width, int64_t radius,
+             T* affinity,        // [N, K, H, W]
+             uint8_t* winner) {  // [N, K, H, W] or nullptr
   const auto offsets = wsid::half_plane(radius);
   const auto steps = wsid::path_steps(offsets, width);
   const int64_t size = height * width, k_count = offsets.size();
@@ -49,8 +51,10 @@ void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_
 }
 
 template <typename T>
-void backward(const T* grad, const uint8_t* winner, int64_t n, int64_t height, int64_t width, int64_t radius,
-              T* result) {
+void backward(const T* grad,          // [N, K, H, W]
+              const uint8_t* winner,  // [N, K, H, W]
+              int64_t n, int64_t height, int64_t width, int64_t radius,
+              T* result) {  // [N, H, W]
   const auto offsets = wsid::half_plane(radius);
   auto steps = wsid::path_steps(offsets, width);
   for (auto& step : steps) step.resize(256, 0);  // whatever byte a winner holds, the read stays inside

@@ -30,7 +30,11 @@ inline void path_max_block(const T* b, const int64_t* steps, int length, T* out,
 }
 
 template <typename T, bool kWinner>
-void path_max(const T* b, const int64_t* steps, int length, int64_t count, T* out, uint8_t* winner) {
+void path_max(const T* b,            // at the first start pixel
+              const int64_t* steps,  // [length]
+              int length, int64_t count,
+              T* out,             // [count]
+              uint8_t* winner) {  // [count] with kWinner
   constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T), U = 4;
   int64_t x = 0;
   for (; x + U * lanes <= count; x += U * lanes)

@@ -81,7 +81,8 @@ namespace avx512 {
 #else
 #pragma GCC pop_options
 #endif
-#define WSID_SELECT(...) (wsid::isa() == 2 ? avx512::__VA_ARGS__ : wsid::isa() == 1 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#define WSID_SELECT(...) \
+  (wsid::isa() == 2 ? avx512::__VA_ARGS__ : wsid::isa() == 1 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
 #define WSID_SELECT(...) (wsid::isa() ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #endif

@@ -17,10 +17,10 @@
 
 namespace {
 
-// rows: [N, H, C, W].
 template <typename T>
-void dot_products(const T* rows, int64_t n, int64_t channels, int64_t height, int64_t width, int64_t radius,
-                  T* likeness) {
+void dot_products(const T* rows,  // [N, H, C, W]
+                  int64_t n, int64_t channels, int64_t height, int64_t width, int64_t radius,
+                  T* likeness) {  // [N, K, H, W]
   const auto offsets = wsid::half_plane(radius);
   const int64_t size = height * width, line = channels * width, k_count = offsets.size();
   const auto dot = WSID_SELECT(dot_rows<T>);

@@ -1,5 +1,5 @@
-// Products of two rows of feature vectors, each stored as one line of `stride` values per channel: out[x] is the sum over
-// channels of a[x] b[x], and 0 where that is negative or no number.
+// Products of two rows of feature vectors, each stored as one line of `stride` values per channel: out[x] is the sum
+// over channels of a[x] b[x], and 0 where that is negative or no number.
 
 template <typename T, int U>
 inline void dot_block(const T* a, const T* b, int64_t channels, int64_t stride, T* out) {

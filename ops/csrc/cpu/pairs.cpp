@@ -1,5 +1,5 @@
-// Pairs of labelled pixels on the CPU; see ../pairs.h for what is computed. Forward goes by rows, as each pixel sums what it
-// begins; backward by images, as a pair also adds to where it ends.
+// Pairs of labelled pixels on the CPU; see ../pairs.h for what is computed. Forward goes by rows, as each pixel sums
+// what it begins; backward by images, as a pair also adds to where it ends.
 #include "../pairs.h"
 
 #include <ATen/Parallel.h>
@@ -106,7 +106,8 @@ struct Cpu {
           const T* const together = grad + 2 * first + r.p;
           const int64_t* const step = steps[r.k].data();
           path(boundary + first + r.p, step, steps[r.k].size(), r.count, affinity.data(), winner.data());
-          slope_of(labels + first + r.p, r.to, affinity.data(), together, together + grid.size(), r.count, slope.data());
+          slope_of(labels + first + r.p, r.to, affinity.data(), together, together + grid.size(), r.count,
+                   slope.data());
           for (int64_t i = 0; i < r.count; ++i) result[first + r.p + i + step[winner[i]]] += slope[i];
         });
       }

@@ -64,8 +64,8 @@ void pack(const wsid::Stencil& s, const T* raised, const double* root, const dou
 // kSeries: before <- alpha S now - beta before, total += coefficient before (a term of the Chebyshev series).
 // Otherwise: before <- S now. X vectors of pixels at a time; the maps are `plane` values apart.
 template <typename T, int C, int X, bool kSeries>
-inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha,
-                            T beta, T coefficient, int64_t row, int64_t x) {
+inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha, T beta,
+                            T coefficient, int64_t row, int64_t x) {
   typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES), aligned(alignof(T)), may_alias));
 #define WSID_AT(p) (*reinterpret_cast<V*>(p))
 #define WSID_LOAD(p) (*reinterpret_cast<const V*>(p))

@@ -12,21 +12,24 @@
 namespace {
 
 using wsid::blocks;
-using wsid::kThreads;
+using wsid::launch;
 using wsid::Pair;
 using wsid::Pixel;
 using wsid::Step;
 
 // Grid: pixels of all images by offsets.
 template <typename T>
-__global__ void path_max(const T* __restrict__ boundary, int n, int height, int width, int k_count,
-                         const Pair* __restrict__ pairs, const Step* __restrict__ steps, T* __restrict__ affinity,
-                         uint8_t* __restrict__ winner) {
+__global__ void path_max_kernel(const T* __restrict__ boundary,  // [N, H, W]
+                                int n, int height, int width, int k_count,
+                                const Pair* __restrict__ pairs,  // [K + 1]
+                                const Step* __restrict__ steps,  // [S]
+                                T* __restrict__ affinity,        // [N, K, H, W]
+                                uint8_t* __restrict__ winner) {  // [N, K, H, W] or nullptr
   const Pixel at(n, height, width);
   if (!at.exists) return;
   const T* const here = boundary + at.thread;
   for (int k = blockIdx.y; k < k_count; k += gridDim.y) {
-    const int64_t entry = (at.map * k_count + k) * at.size + at.p;
+    const int64_t entry = at.entry(k_count, k);
     T value = T(0);
     int index = 0;
     if (pairs[k].inside(at.y, at.x, height, width)) {
@@ -45,14 +48,17 @@ __global__ void path_max(const T* __restrict__ boundary, int n, int height, int 
 }
 
 template <typename T>
-__global__ void path_max_backward(const T* __restrict__ grad, const uint8_t* __restrict__ winner, int n, int height,
-                                  int width, int k_count, const Pair* __restrict__ pairs,
-                                  const Step* __restrict__ steps, T* __restrict__ result) {
+__global__ void path_max_backward_kernel(const T* __restrict__ grad,          // [N, K, H, W]
+                                         const uint8_t* __restrict__ winner,  // [N, K, H, W]
+                                         int n, int height, int width, int k_count,
+                                         const Pair* __restrict__ pairs,  // [K + 1]
+                                         const Step* __restrict__ steps,  // [S]
+                                         T* __restrict__ result) {        // [N, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   for (int k = blockIdx.y; k < k_count; k += gridDim.y) {
     if (!pairs[k].inside(at.y, at.x, height, width)) continue;
-    const int64_t entry = (at.map * k_count + k) * at.size + at.p;
+    const int64_t entry = at.entry(k_count, k);
     const int i = pairs[k].path + winner[entry];
     if (i < pairs[k + 1].path) atomicAdd(result + at.thread + (steps[i].dy * width + steps[i].dx), -grad[entry]);
   }
@@ -68,10 +74,9 @@ std::tuple<at::Tensor, at::Tensor> boundary_affinity(const at::Tensor& boundary,
   if (!affinity.numel()) return {affinity, winner};
   const wsid::Tables& table = wsid::tables(radius, b.device());
   AT_DISPATCH_FLOATING_TYPES(b.scalar_type(), "boundary_affinity", [&] {
-    path_max<scalar_t><<<dim3(blocks(b.numel()), k_count), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        b.const_data_ptr<scalar_t>(), n, height, width, k_count, table.pairs, table.steps,
-        affinity.mutable_data_ptr<scalar_t>(), with_winner ? winner.mutable_data_ptr<uint8_t>() : nullptr);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(path_max_kernel<scalar_t>, dim3(blocks(b.numel()), k_count), b.const_data_ptr<scalar_t>(), n, height, width,
+           k_count, table.pairs, table.steps, affinity.mutable_data_ptr<scalar_t>(),
+           with_winner ? winner.mutable_data_ptr<uint8_t>() : nullptr);
   });
   return {affinity, winner};
 }
@@ -85,17 +90,15 @@ at::Tensor boundary_affinity_backward(const at::Tensor& grad, const at::Tensor& 
   const at::Tensor g = grad.contiguous(), w = winner.contiguous();
   if (!g.numel()) return result;
   const wsid::Tables& table = wsid::tables(radius, g.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "boundary_affinity_backward", [&] {
     if (wsid::deterministic())
-      wsid::gather_gradients<scalar_t><<<blocks(result.numel()), kThreads, 0, stream>>>(
-          g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, 0, k_count, table.pairs,
-          table.steps, result.mutable_data_ptr<scalar_t>());
+      launch(wsid::gather_gradients_kernel<scalar_t>, blocks(result.numel()), g.const_data_ptr<scalar_t>(),
+             w.const_data_ptr<uint8_t>(), n, height, width, 0, k_count, table.pairs, table.steps,
+             result.mutable_data_ptr<scalar_t>());
     else
-      path_max_backward<scalar_t><<<dim3(blocks(result.numel()), k_count), kThreads, 0, stream>>>(
-          g.const_data_ptr<scalar_t>(), w.const_data_ptr<uint8_t>(), n, height, width, k_count, table.pairs,
-          table.steps, result.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+      launch(path_max_backward_kernel<scalar_t>, dim3(blocks(result.numel()), k_count), g.const_data_ptr<scalar_t>(),
+             w.const_data_ptr<uint8_t>(), n, height, width, k_count, table.pairs, table.steps,
+             result.mutable_data_ptr<scalar_t>());
   });
   return result;
 }

@@ -1,5 +1,5 @@
-// Converged centroids on CUDA; see ../cpu/centroids.cpp for what they are. Compiled with -fmad=false, they agree with the
-// CPU to the last bit.
+// Converged centroids on CUDA; see ../cpu/centroids.cpp for what they are. Compiled with -fmad=false, they agree with
+// the CPU to the last bit.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -14,13 +14,13 @@
 
 namespace {
 
-using wsid::blocks;
-using wsid::kThreads;
+using wsid::launch;
 using wsid::Pixel;
 
 template <typename T>
-__global__ void follow(const T* __restrict__ offsets, int n, int height, int width, int max_iters, T tol2,
-                       T* __restrict__ points) {
+__global__ void follow_kernel(const T* __restrict__ offsets,  // [N, 2, H, W]
+                              int n, int height, int width, int max_iters, T tol2,
+                              T* __restrict__ points) {  // [N, 2, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   const T* const field_y = offsets + 2 * at.map * at.size;
@@ -39,8 +39,8 @@ __global__ void follow(const T* __restrict__ offsets, int n, int height, int wid
     x = wsid::clip(x + move_x, T(width - 1));
     if (!(step_y * step_y + step_x * step_x >= tol2)) break;
   }
-  points[2 * at.map * at.size + at.p] = y;
-  points[(2 * at.map + 1) * at.size + at.p] = x;
+  points[at.entry(2, 0)] = y;
+  points[at.entry(2, 1)] = x;
 }
 
 at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, double tol) {
@@ -50,11 +50,9 @@ at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, doub
   at::Tensor points = at::empty_like(field);
   if (!points.numel()) return points;
   AT_DISPATCH_FLOATING_TYPES(field.scalar_type(), "converge_centroids", [&] {
-    follow<scalar_t><<<blocks(points.numel() / 2), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        field.const_data_ptr<scalar_t>(), field.size(0), field.size(2), field.size(3),
-        int(std::min<int64_t>(max_iters, std::numeric_limits<int>::max())), scalar_t(tol * tol),
-        points.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch(follow_kernel<scalar_t>, wsid::blocks(points.numel() / 2), field.const_data_ptr<scalar_t>(), field.size(0),
+           field.size(2), field.size(3), int(std::min<int64_t>(max_iters, std::numeric_limits<int>::max())),
+           scalar_t(tol * tol), points.mutable_data_ptr<scalar_t>());
   });
   return points;
 }

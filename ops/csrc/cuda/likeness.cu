@@ -8,8 +8,7 @@
 
 namespace {
 
-using wsid::blocks;
-using wsid::kThreads;
+using wsid::launch;
 using wsid::Pair;
 using wsid::Pixel;
 
@@ -17,8 +16,10 @@ constexpr int kTogether = 4;  // offsets that share the loads of the pixel's own
 
 // Grid: pixels of all images by groups of offsets.
 template <typename T>
-__global__ void dot_products(const T* __restrict__ features, int n, int channels, int height, int width, int k_count,
-                             const Pair* __restrict__ pairs, T* __restrict__ likeness) {
+__global__ void dot_products_kernel(const T* __restrict__ features,  // [N, C, H, W]
+                                    int n, int channels, int height, int width, int k_count,
+                                    const Pair* __restrict__ pairs,  // [K + 1]
+                                    T* __restrict__ likeness) {      // [N, K, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   for (int first = blockIdx.y * kTogether; first < k_count; first += gridDim.y * kTogether) {
@@ -29,7 +30,7 @@ __global__ void dot_products(const T* __restrict__ features, int n, int channels
       const Pair pair = pairs[min(first + i, k_count)];
       d[i] = pair.inside(at.y, at.x, height, width) ? pair.dy * width + pair.dx : 0;
     }
-    const T* here = features + at.map * channels * at.size + at.p;
+    const T* here = features + at.entry(channels);
     for (int c = 0; c < channels; ++c, here += at.size) {
       const T own = here[0];
 #pragma unroll
@@ -37,8 +38,7 @@ __global__ void dot_products(const T* __restrict__ features, int n, int channels
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i)
-      if (first + i < k_count)
-        likeness[(at.map * k_count + first + i) * at.size + at.p] = d[i] && sum[i] > T(0) ? sum[i] : T(0);
+      if (first + i < k_count) likeness[at.entry(k_count, first + i)] = d[i] && sum[i] > T(0) ? sum[i] : T(0);
   }
 }
 
@@ -50,12 +50,9 @@ at::Tensor likeness(const at::Tensor& features, int64_t radius) {
   if (!result.numel()) return result;
   const Pair* const pairs = wsid::tables(radius, f.device()).pairs;
   AT_DISPATCH_FLOATING_TYPES(f.scalar_type(), "likeness", [&] {
-    dot_products<scalar_t>
-        <<<dim3(blocks(n * height * width), (k_count + kTogether - 1) / kTogether), kThreads, 0,
-           c10::cuda::getCurrentCUDAStream()>>>(
-            f.const_data_ptr<scalar_t>(), n, f.size(1), height, width, k_count, pairs,
-            result.mutable_data_ptr<scalar_t>());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const dim3 grid(wsid::blocks(n * height * width), (k_count + kTogether - 1) / kTogether);
+    launch(dot_products_kernel<scalar_t>, grid, f.const_data_ptr<scalar_t>(), n, f.size(1), height, width, k_count,
+           pairs, result.mutable_data_ptr<scalar_t>());
   });
   return result;
 }

@@ -1,19 +1,26 @@
-// Pairs of labelled pixels on CUDA; see ../pairs.h for what is computed. A thread goes through the offsets of one pixel.
+// Pairs of labelled pixels on CUDA; see ../pairs.h for what is computed. A thread goes through the offsets of one
+// pixel.
 #include <array>
 
-#include "device.cuh"
 #include "../pairs.h"
+#include "device.cuh"
 
 namespace {
 
+using wsid::launch;
 using wsid::Pair;
 using wsid::Pixel;
 using wsid::Step;
 
 struct Maps {
   int n, height, width, k_count;
-  const Pair* pairs;
-  const Step* steps;
+  const Pair* pairs;  // [K + 1]
+  const Step* steps;  // [S]
+
+  explicit Maps(const wsid::Grid& grid) : n(grid.n), height(grid.height), width(grid.width) {
+    const wsid::Tables& table = wsid::tables(grid.radius, grid.device);
+    k_count = table.count, pairs = table.pairs, steps = table.steps;
+  }
 
   // The way from a pixel to its partner in offset k, or 0 where that lies outside.
   __device__ int to(const Pixel& at, int k) const {
@@ -49,33 +56,44 @@ __device__ T sign(T value) {
   return T(value > T(0)) - T(value < T(0));
 }
 
+// The pixel of this thread, and its label, from which those of its partners are as far as they are themselves.
 template <typename T>
-__global__ void count(Maps maps, const T* __restrict__ labels, int* __restrict__ result) {
-  const Pixel at(maps.n, maps.height, maps.width);
+struct LabelledPixel : wsid::Pixel {
+  const T* label;
+
+  __device__ LabelledPixel(const Maps& maps, const T* labels)
+      : Pixel(maps.n, maps.height, maps.width), label(labels + thread) {}
+};
+
+template <typename T>
+__global__ void count_kernel(Maps maps,
+                             const T* __restrict__ labels,  // [N, H, W]
+                             int* __restrict__ result) {    // [N, 2, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
   int same = 0, different = 0;
   for (int k = 0; k < maps.k_count; ++k)
     if (const int to = maps.to(at, k)) {
-      same += label[0] == label[to];
-      different += differ(label[0], label[to]);
+      same += at.label[0] == at.label[to];
+      different += differ(at.label[0], at.label[to]);
     }
-  int* const out = result + 2 * at.map * at.size + at.p;
+  int* const out = result + at.entry(2);
   out[0] = same;
   out[at.size] = different;
 }
 
 template <typename T>
-__global__ void entropy(Maps maps, const T* __restrict__ boundary, const T* __restrict__ labels,
-                        T* __restrict__ result) {
-  const Pixel at(maps.n, maps.height, maps.width);
+__global__ void entropy_kernel(Maps maps,
+                               const T* __restrict__ boundary,  // [N, H, W]
+                               const T* __restrict__ labels,    // [N, H, W]
+                               T* __restrict__ result) {        // [N, 2, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
   T together = T(0), apart = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
     const int to = maps.to(at, k);
-    const bool same = to && label[0] == label[to];
-    if (!same && !(to && differ(label[0], label[to]))) continue;
+    const bool same = to && at.label[0] == at.label[to];
+    if (!same && !(to && differ(at.label[0], at.label[to]))) continue;
     int place;
     const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
     if (same)
@@ -83,7 +101,7 @@ __global__ void entropy(Maps maps, const T* __restrict__ boundary, const T* __re
     else
       apart -= log(T(1 + wsid::kEps) - affinity);
   }
-  T* const out = result + 2 * at.map * at.size + at.p;
+  T* const out = result + at.entry(2);
   out[0] = together;
   out[at.size] = apart;
 }
@@ -95,40 +113,44 @@ __device__ T slope(const T* label, int to, T affinity, const T* together, const 
 }
 
 template <typename T>
-__global__ void entropy_backward(Maps maps, const T* __restrict__ grad, const T* __restrict__ boundary,
-                                 const T* __restrict__ labels, T* __restrict__ result) {
-  const Pixel at(maps.n, maps.height, maps.width);
+__global__ void entropy_backward_kernel(Maps maps,
+                                        const T* __restrict__ grad,      // [N, 2, H, W]
+                                        const T* __restrict__ boundary,  // [N, H, W]
+                                        const T* __restrict__ labels,    // [N, H, W]
+                                        T* __restrict__ result) {        // [N, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
-  const T* const given = grad + 2 * at.map * at.size + at.p;
+  const T* const given = grad + at.entry(2);
   for (int k = 0; k < maps.k_count; ++k) {
     const int to = maps.to(at, k);
-    if (!to || !(label[0] == label[to] || differ(label[0], label[to]))) continue;
+    if (!to || !(at.label[0] == at.label[to] || differ(at.label[0], at.label[to]))) continue;
     int place;
     const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
-    atomicAdd(result + at.thread + maps.way(k, place), slope(label, to, affinity, given, given + at.size));
+    atomicAdd(result + at.thread + maps.way(k, place), slope(at.label, to, affinity, given, given + at.size));
   }
 }
 
-// Minus the same gradients, kept for gather_gradients with the places on the paths that they are for: of `count` offsets
-// from `first` on.
+// Minus the same gradients, kept for gather_gradients_kernel with the places on the paths that they are for: of `count`
+// offsets from `first` on.
 template <typename T>
-__global__ void entropy_slopes(Maps maps, int first, int count, const T* __restrict__ grad,
-                               const T* __restrict__ boundary, const T* __restrict__ labels, T* __restrict__ slopes,
-                               uint8_t* __restrict__ winner) {
-  const Pixel at(maps.n, maps.height, maps.width);
+__global__ void entropy_slopes_kernel(Maps maps, int first, int count,
+                                      const T* __restrict__ grad,      // [N, 2, H, W]
+                                      const T* __restrict__ boundary,  // [N, H, W]
+                                      const T* __restrict__ labels,    // [N, H, W]
+                                      T* __restrict__ slopes,          // [N, count, H, W]
+                                      uint8_t* __restrict__ winner) {  // [N, count, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
-  const T* const given = grad + 2 * at.map * at.size + at.p;
+  const T* const given = grad + at.entry(2);
   for (int k = 0; k < count; ++k) {
     const int to = maps.to(at, first + k);
     int place = 0;
     T value = T(0);
-    if (to && (label[0] == label[to] || differ(label[0], label[to]))) {
+    if (to && (at.label[0] == at.label[to] || differ(at.label[0], at.label[to]))) {
       const T affinity = T(1) - maps.highest(boundary + at.thread, first + k, place);
-      value = -slope(label, to, affinity, given, given + at.size);
+      value = -slope(at.label, to, affinity, given, given + at.size);
     }
-    const int64_t entry = (at.map * count + k) * at.size + at.p;
+    const int64_t entry = at.entry(count, k);
     slopes[entry] = value;
     winner[entry] = uint8_t(place);
   }
@@ -141,17 +163,19 @@ __device__ T lack(const T* field, int to, int d, bool thing) {
 }
 
 template <typename T>
-__global__ void error(Maps maps, const T* __restrict__ field, const T* __restrict__ labels, T* __restrict__ result) {
-  const Pixel at(maps.n, maps.height, maps.width);
+__global__ void error_kernel(Maps maps,
+                             const T* __restrict__ field,   // [N, 2, H, W]
+                             const T* __restrict__ labels,  // [N, H, W]
+                             T* __restrict__ result) {      // [N, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
-  const T* const y = field + 2 * at.map * at.size + at.p;
+  const T* const y = field + at.entry(2);
   const T* const x = y + at.size;
-  const bool thing = label[0] > T(0);
+  const bool thing = at.label[0] > T(0);
   T sum = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
     const int to = maps.to(at, k);
-    if (to && label[0] == label[to])
+    if (to && at.label[0] == at.label[to])
       sum += abs(lack(y, to, maps.pairs[k].dy, thing)) + abs(lack(x, to, maps.pairs[k].dx, thing));
   }
   result[at.thread] = sum;
@@ -159,77 +183,75 @@ __global__ void error(Maps maps, const T* __restrict__ field, const T* __restric
 
 // A pixel gathers from the pairs that it begins and from those that it ends.
 template <typename T>
-__global__ void error_backward(Maps maps, const T* __restrict__ grad, const T* __restrict__ field,
-                               const T* __restrict__ labels, T* __restrict__ result) {
-  const Pixel at(maps.n, maps.height, maps.width);
+__global__ void error_backward_kernel(Maps maps,
+                                      const T* __restrict__ grad,    // [N, H, W]
+                                      const T* __restrict__ field,   // [N, 2, H, W]
+                                      const T* __restrict__ labels,  // [N, H, W]
+                                      T* __restrict__ result) {      // [N, 2, H, W]
+  const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const label = labels + at.thread;
-  const T* const y = field + 2 * at.map * at.size + at.p;
+  const T* const y = field + at.entry(2);
   const T* const x = y + at.size;
-  const bool thing = label[0] > T(0);
+  const bool thing = at.label[0] > T(0);
   T sum_y = T(0), sum_x = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
     const Pair d = maps.pairs[k];
     const int to = d.dy * maps.width + d.dx;
-    if (d.inside(at.y, at.x, maps.height, maps.width) && label[0] == label[to]) {
+    if (d.inside(at.y, at.x, maps.height, maps.width) && at.label[0] == at.label[to]) {
       const T g = grad[at.thread];
       sum_y += g * sign(lack(y, to, d.dy, thing));
       sum_x += g * sign(lack(x, to, d.dx, thing));
     }
-    if (at.y >= d.dy && at.x >= d.dx && at.x - d.dx < maps.width && label[0] == label[-to]) {
+    if (at.y >= d.dy && at.x >= d.dx && at.x - d.dx < maps.width && at.label[0] == at.label[-to]) {
       const T g = grad[at.thread - to];
       sum_y -= g * sign(lack(y - to, to, d.dy, thing));
       sum_x -= g * sign(lack(x - to, to, d.dx, thing));
     }
   }
-  T* const out = result + 2 * at.map * at.size + at.p;
+  T* const out = result + at.entry(2);
   out[0] = sum_y;
   out[at.size] = sum_x;
 }
 
 template <typename T>
 struct Cuda {
-  template <typename... Parameters, typename... Arguments>
-  static void launch(void (*kernel)(Maps, Parameters...), const wsid::Grid& grid, Arguments... arguments) {
-    const wsid::Tables& table = wsid::tables(grid.radius, grid.device);
-    const Maps maps{int(grid.n), int(grid.height), int(grid.width), table.count, table.pairs, table.steps};
-    kernel<<<wsid::blocks(grid.n * grid.size()), wsid::kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        maps, arguments...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  static unsigned blocks(const wsid::Grid& grid) { return wsid::blocks(grid.n * grid.size()); }
+
+  static void counts(const T* labels, const wsid::Grid& grid, int* result) {
+    launch(count_kernel<T>, blocks(grid), Maps(grid), labels, result);
   }
 
-  static void counts(const T* labels, const wsid::Grid& grid, int* result) { launch(&::count<T>, grid, labels, result); }
-
   static void entropy(const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(&::entropy<T>, grid, boundary, labels, result);
+    launch(entropy_kernel<T>, blocks(grid), Maps(grid), boundary, labels, result);
   }
 
   static void entropy_backward(const T* grad, const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
-    if (!wsid::deterministic()) return launch(&::entropy_backward<T>, grid, grad, boundary, labels, result);
+    const Maps maps(grid);
+    if (!wsid::deterministic()) {
+      launch(entropy_backward_kernel<T>, blocks(grid), maps, grad, boundary, labels, result);
+      return;
+    }
     constexpr int together = 64;  // offsets: some that are kept, never those of all pairs
     const auto options = at::TensorOptions().device(grid.device);
     const std::array<int64_t, 4> shape = {grid.n, together, grid.height, grid.width};
     const at::Tensor slopes = at::empty(shape, options.dtype(c10::CppTypeToScalarType<T>::value));
     const at::Tensor winner = at::empty(shape, options.dtype(at::kByte));
-    const wsid::Tables& table = wsid::tables(grid.radius, grid.device);
-    for (int first = 0; first < table.count; first += together) {
-      const int count = std::min(together, table.count - first);
-      launch(&entropy_slopes<T>, grid, first, count, grad, boundary, labels, slopes.template mutable_data_ptr<T>(),
-             winner.mutable_data_ptr<uint8_t>());
-      wsid::gather_gradients<T>
-          <<<wsid::blocks(grid.n * grid.size()), wsid::kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-              slopes.template const_data_ptr<T>(), winner.const_data_ptr<uint8_t>(), int(grid.n), int(grid.height),
-              int(grid.width), first, count, table.pairs, table.steps, result);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    for (int first = 0; first < maps.k_count; first += together) {
+      const int count = std::min(together, maps.k_count - first);
+      launch(entropy_slopes_kernel<T>, blocks(grid), maps, first, count, grad, boundary, labels,
+             slopes.template mutable_data_ptr<T>(), winner.mutable_data_ptr<uint8_t>());
+      launch(wsid::gather_gradients_kernel<T>, blocks(grid), slopes.template const_data_ptr<T>(),
+             winner.const_data_ptr<uint8_t>(), maps.n, maps.height, maps.width, first, count, maps.pairs, maps.steps,
+             result);
     }
   }
 
   static void error(const T* field, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(&::error<T>, grid, field, labels, result);
+    launch(error_kernel<T>, blocks(grid), Maps(grid), field, labels, result);
   }
 
   static void error_backward(const T* grad, const T* field, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(&::error_backward<T>, grid, grad, field, labels, result);
+    launch(error_backward_kernel<T>, blocks(grid), Maps(grid), grad, field, labels, result);
   }
 };
 
