@@ -1,9 +1,9 @@
-"""Set-up of the operators, the package `ops`.
+"""Set-up of the operators: the package `ops` in the source tree, `wsid_ops` where it is installed.
 
 `python setup.py build_ext --inplace` builds them beside their sources (`make setup` does it), from whatever folder;
-`pip install --no-build-isolation .` installs them for use elsewhere. The scripts run from the source tree.
-Sources are the .cpp files in ops/csrc, with ops/csrc/cuda where a CUDA toolkit that fits a CUDA build of torch is found
-or FORCE_CUDA=1; FORCE_CUDA=0 leaves it out. Not built, the operators are plain PyTorch.
+`pip install --no-build-isolation .` installs them for use elsewhere, as `import wsid_ops`. The scripts run from the
+source tree. Sources are the .cpp files in ops/csrc, with ops/csrc/cuda where a CUDA toolkit that fits a CUDA build of
+torch is found or FORCE_CUDA=1; FORCE_CUDA=0 leaves it out. Not built, the operators are plain PyTorch.
 """
 
 import os
@@ -57,7 +57,7 @@ def takes(command, flag):
 
 
 def operators():
-    """Keyword arguments of setup() that compile ops/csrc to ops/_C."""
+    """Keyword arguments of setup() that compile ops/csrc to wsid_ops._C, which lies in ops/ when built in place."""
     import torch
 
     force = os.environ.get("FORCE_CUDA")
@@ -108,7 +108,7 @@ def operators():
         flags["nvcc"] = ["-O3", "-fmad=false"]
         sources, kind = sources + files["cu"], CUDAExtension
     headers = [*files["h"], *files["cuh"], *files["inl"]]
-    extension = kind("ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=headers,
+    extension = kind("wsid_ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=headers,
                      define_macros=[("WSID_TORCH", torch.__version__)])  # fmt: skip
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
@@ -122,6 +122,7 @@ if __name__ == "__main__":
         license="MIT",
         python_requires=">=3.10",
         install_requires=["torch>=2.9", "numpy>=1.26"],
-        packages=["ops"],
+        packages=["wsid_ops"],
+        package_dir={"wsid_ops": "ops"},
         **operators(),
     )
