@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*)
+OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*.* ops/csrc/*/*)
 
 .PHONY: setup demo test mutants clean
 .DELETE_ON_ERROR:

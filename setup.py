@@ -1,9 +1,9 @@
-"""Set-up of the operators, the package `ops`.
+"""Set-up of the operators: the package `ops` in the source tree, `wsid_ops` where it is installed.
 
 `python setup.py build_ext --inplace` builds them beside their sources (`make setup` does it), from whatever folder;
-`pip install --no-build-isolation .` installs them for use elsewhere. The scripts run from the source tree.
-Sources are ops/csrc/*.cpp, with ops/csrc/*.cu where a CUDA toolkit that fits a CUDA build of torch is found or
-FORCE_CUDA=1; FORCE_CUDA=0 leaves them out. Not built, the operators are plain PyTorch.
+`pip install --no-build-isolation .` installs them for use elsewhere, as `import wsid_ops`. The scripts run from the
+source tree. Sources are the .cpp files in ops/csrc, with ops/csrc/cuda where a CUDA toolkit that fits a CUDA build of
+torch is found or FORCE_CUDA=1; FORCE_CUDA=0 leaves it out. Not built, the operators are plain PyTorch.
 """
 
 import os
@@ -57,7 +57,7 @@ def takes(command, flag):
 
 
 def operators():
-    """Keyword arguments of setup() that compile ops/csrc to ops/_C."""
+    """Keyword arguments of setup() that compile ops/csrc to wsid_ops._C, which lies in ops/ when built in place."""
     import torch
 
     force = os.environ.get("FORCE_CUDA")
@@ -96,7 +96,7 @@ def operators():
             super().build_extensions()
 
     sources_digest = runpy.run_path(str(ROOT / "ops/sources.py"))["digest"]
-    files = {end: sorted(map(str, Path("ops/csrc").glob(f"*.{end}"))) for end in ("cpp", "cu", "h")}
+    files = {end: sorted(map(str, Path("ops/csrc").rglob(f"*.{end}"))) for end in ("cpp", "cu", "cuh", "h", "inl")}
     sources, kind = files["cpp"], CppExtension
     # As PyTorch itself is built; without no-trapping, GCC makes no vectors of loops that choose between numbers.
     flags = {"cxx": ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-trapping-math", "-Wno-psabi"]}
@@ -107,7 +107,8 @@ def operators():
         # Products and sums are fused only where the code says so: the centroids then agree with the CPU's bit by bit.
         flags["nvcc"] = ["-O3", "-fmad=false"]
         sources, kind = sources + files["cu"], CUDAExtension
-    extension = kind("ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=files["h"],
+    headers = [*files["h"], *files["cuh"], *files["inl"]]
+    extension = kind("wsid_ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=headers,
                      define_macros=[("WSID_TORCH", torch.__version__)])  # fmt: skip
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
@@ -121,6 +122,7 @@ if __name__ == "__main__":
         license="MIT",
         python_requires=">=3.10",
         install_requires=["torch>=2.9", "numpy>=1.26"],
-        packages=["ops"],
+        packages=["wsid_ops"],
+        package_dir={"wsid_ops": "ops"},
         **operators(),
     )

@@ -1,19 +1,31 @@
-"""The compiled operators: loads `ops._C` where it is built, and gives them fake implementations and autograd.
+"""The compiled operators: loads `_C` where it is built, and gives them fake implementations and autograd.
 
 Build it with `python setup.py build_ext --inplace`; it then registers `torch.ops.wsid.*`. Without it, or where it was
 built from other sources or for another PyTorch, `available` is False and `reason` says why; the public functions then
-use `ops.reference`.
+use `reference`.
 """
 
 import importlib
+import sys
 
 import torch
 
 from . import reference, sources
 
 
+def _refuse_second_copy():
+    """ImportError where this package is loaded under another name: PyTorch dies of a second registration of wsid."""
+    if f"{__package__}._C" in sys.modules or not hasattr(torch.ops.wsid, "random_walk"):
+        return
+    extensions = [module for name, module in sys.modules.items() if name.endswith("._C")]
+    copies = [module.__file__ for module in extensions if hasattr(module, "SOURCES")]
+    raise ImportError(f"the operators are loaded already, from {' '.join(copies) or 'elsewhere'}, and {__package__} is "
+                      "another copy of them: import either ops, of the source tree, or wsid_ops, as installed")
+
+
 def _reason():
     """Why the compiled operators cannot be used, or ""."""
+    _refuse_second_copy()
     try:
         built = importlib.import_module("._C", __package__)  # registers torch.ops.wsid
     except ModuleNotFoundError:

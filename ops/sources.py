@@ -12,8 +12,8 @@ FOLDER = Path(__file__).resolve().parent / "csrc"
 def digest():
     """16 hexadecimal digits of the names and contents in ops/csrc; None where there are none, as once installed."""
     result = hashlib.blake2b(digest_size=8)
-    files = sorted(FOLDER.glob("*.*")) if FOLDER.is_dir() else []
-    for file in files:
+    files = sorted((file.relative_to(FOLDER).as_posix(), file) for file in FOLDER.rglob("*.*") if file.is_file())
+    for name, file in files:
         content = file.read_bytes()
-        result.update(f"{file.name} {len(content)} ".encode() + content)
+        result.update(f"{name} {len(content)} ".encode() + content)
     return result.hexdigest() if files else None

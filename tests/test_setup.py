@@ -1,6 +1,7 @@
 """The build of the operators: that they are built where they can be, and what is said where they cannot."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,13 +75,37 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done""")
     out = tmp_path / "gebaut für ü"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = build(elsewhere, {"CXX": str(fake), "FORCE_CUDA": "0"}, "--build-lib", out, "--build-temp", out / "temp")
+    done = build(elsewhere, {"CXX": str(fake), "FORCE_CUDA": "0"}, "--build-lib", out, "--build-temp", out / "temp",
+                 "build_py", "--build-lib", out)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "-fopenmp: the operators will run in one thread" in done.stderr
-    assert len(list(out.glob("ops/_C*"))) == 1 and not list(elsewhere.iterdir())
+    assert not list(elsewhere.iterdir()) and {file.name for file in out.iterdir()} == {"temp", "wsid_ops"}
+    installed = sorted(file.name.partition(".cpython")[0] for file in Path(out, "wsid_ops").iterdir())
+    assert installed == ["_C", *sorted(file.name for file in Path(ROOT, "ops").glob("*.py"))]
     asked = (tmp_path / "asked").read_text()
     assert "walk.cpp" in asked and f"WSID_TORCH={torch.__version__}" in asked
     assert sources.digest() in Path(out, "temp/built_from.h").read_text()
+
+
+def test_as_installed_the_package_is_wsid_ops_and_refuses_a_second_copy_of_itself(tmp_path):
+    """PyTorch ends a process that registers the operators twice: either name can be imported, but not both."""
+    shutil.copytree(ROOT / "ops", tmp_path / "wsid_ops", ignore=shutil.ignore_patterns("csrc", "__pycache__"))
+    code = f"""import sys, torch, wsid_ops
+print(wsid_ops.__file__, wsid_ops.compiled.available, *wsid_ops.boundary_affinity(torch.zeros(1, 2, 3), 2).shape)
+sys.path.append({str(ROOT)!r})
+try:
+    import ops
+except ImportError as error:
+    print(error)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, *refused = done.stdout.splitlines()
+    assert first == f"{tmp_path / 'wsid_ops/__init__.py'} {compiled.available} 1 4 2 3"
+    if compiled.available:
+        (sentence,) = refused
+        assert str(tmp_path / "wsid_ops/_C") in sentence and "import either ops, " in sentence
+    else:
+        assert not refused
 
 
 @pytest.mark.parametrize("found, why", [
@@ -109,7 +134,8 @@ def test_the_digest_follows_names_and_contents(tmp_path, monkeypatch):
     assert sources.digest() is None, "installed without sources"
     sources.FOLDER.mkdir()
     seen = set()
-    for name, text in (("a.h", "1"), ("a.h", "2"), ("b.h", "2"), ("c.cu", "")):
+    for name, text in (("a.h", "1"), ("a.h", "2"), ("b.h", "2"), ("cuda/c.cu", ""), ("cpu/c.cu", "")):
+        (sources.FOLDER / name).parent.mkdir(exist_ok=True)
         (sources.FOLDER / name).write_text(text)
         seen.add(sources.digest())
-    assert len(seen) == 4
+    assert len(seen) == 5

@@ -58,9 +58,8 @@ inline at::Tensor likeness_output(const at::Tensor& features, int64_t radius) {
 
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
   check_radius(radius);
-  TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) &&
-                  grad.sizes() == winner.sizes() && winner.scalar_type() == at::kByte &&
-                  grad.device() == winner.device(),
+  TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) && grad.sizes() == winner.sizes() &&
+                  winner.scalar_type() == at::kByte && grad.device() == winner.device(),
               "grad and winner must both be [N, K, H, W] for this radius, on one device, winner uint8");
   check_size(grad);
 }
@@ -89,9 +88,8 @@ inline void check_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t 
   check_radius(radius);
   TORCH_CHECK(steps >= 0, "steps must be 0 or more");
   TORCH_CHECK(x.dim() == 4 && affinity.dim() == 4 && affinity.scalar_type() == x.scalar_type() &&
-                  affinity.device() == x.device() && affinity.size(0) == x.size(0) &&
-                  affinity.size(2) == x.size(2) && affinity.size(3) == x.size(3) &&
-                  affinity.size(1) == int64_t(half_plane(radius).size()),
+                  affinity.device() == x.device() && affinity.size(0) == x.size(0) && affinity.size(2) == x.size(2) &&
+                  affinity.size(3) == x.size(3) && affinity.size(1) == int64_t(half_plane(radius).size()),
               "x must be [N, C, H, W] and affinity [N, K, H, W], of one precision and device and for this radius");
   check_size(x);
 }

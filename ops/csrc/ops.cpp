@@ -17,8 +17,8 @@ TORCH_LIBRARY(wsid, m) {
   m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
 }
 
-#define TEXT_OF(name) #name
-#define TEXT(name) TEXT_OF(name)
+#define WSID_TEXT_OF(name) #name
+#define WSID_TEXT(name) WSID_TEXT_OF(name)
 
 // Importing ops._C is what loads the library; the module itself only says what it was built from and for.
 PyMODINIT_FUNC PyInit__C(void) {
@@ -26,7 +26,7 @@ PyMODINIT_FUNC PyInit__C(void) {
   PyObject* const module = PyModule_Create(&definition);
   if (module) {
     PyModule_AddStringConstant(module, "SOURCES", WSID_SOURCES);
-    PyModule_AddStringConstant(module, "TORCH", TEXT(WSID_TORCH));
+    PyModule_AddStringConstant(module, "TORCH", WSID_TEXT(WSID_TORCH));
   }
   return module;
 }

@@ -2,8 +2,9 @@
 // how many pairs there are, the cross entropy of their affinity, the error of their displacement.
 // Nothing is kept for every pair; backward computes paths and differences again.
 //
-// Labels have the maps' precision: 0 background, above it things, NaN undecided. Backend<T> does the sums, on the CPU in
-// pairs.cpp and on CUDA in pair_kernels.cu; results come to it filled with 0.
+// Labels have the maps' precision: 0 background, above it things, NaN undecided. Backend<T> does the sums, on the CPU
+// in cpu/pairs.cpp and on CUDA in cuda/pairs.cu, from labels [N, H, W], boundary [N, H, W] and field [N, 2, H, W] to
+// counts and entropy [N, 2, H, W] and error [N, H, W]; results come to it filled with 0.
 #pragma once
 
 #include <ATen/Dispatch.h>

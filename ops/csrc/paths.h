@@ -29,9 +29,8 @@ inline std::vector<Offset> path(Offset d) {
       const int64_t cross = d.dy * x - d.dx * y;
       if (cross * cross < d.dy * d.dy + d.dx * d.dx) points.push_back({y, x});
     }
-  std::stable_sort(points.begin(), points.end(), [d](Offset a, Offset b) {
-    return a.dy * d.dy + a.dx * d.dx < b.dy * d.dy + b.dx * d.dx;
-  });
+  std::stable_sort(points.begin(), points.end(),
+                   [d](Offset a, Offset b) { return a.dy * d.dy + a.dx * d.dx < b.dy * d.dy + b.dx * d.dx; });
   return points;
 }
 

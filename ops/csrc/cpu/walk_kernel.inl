@@ -33,7 +33,7 @@ void add(const T* weights, int64_t count, double* degree) {
 template <typename T>
 void pack(const wsid::Stencil& s, const T* raised, const double* root, const double* inverse_root, int64_t row,
           T* packed) {
-  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T);
   for (int64_t x = 0; x < s.width; x += lanes) {
     const int64_t upper = s.guard + row * s.stride + x, lower = upper + s.stride;
     double sums[2][lanes] = {};
@@ -64,12 +64,12 @@ void pack(const wsid::Stencil& s, const T* raised, const double* root, const dou
 // kSeries: before <- alpha S now - beta before, total += coefficient before (a term of the Chebyshev series).
 // Otherwise: before <- S now. X vectors of pixels at a time; the maps are `plane` values apart.
 template <typename T, int C, int X, bool kSeries>
-inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha,
-                            T beta, T coefficient, int64_t row, int64_t x) {
-  typedef T V __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
-#define AT(p) (*reinterpret_cast<V*>(p))
-#define LOAD(p) (*reinterpret_cast<const V*>(p))
-  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* now, T* before, T* total, T alpha, T beta,
+                            T coefficient, int64_t row, int64_t x) {
+  typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+#define WSID_AT(p) (*reinterpret_cast<V*>(p))
+#define WSID_LOAD(p) (*reinterpret_cast<const V*>(p))
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T);
   const int64_t plane = s.plane, next = s.weights_per_column * lanes;  // from one vector's weights to the next one's
   for (; x + (X - 1) * lanes < s.width; x += X * lanes) {
     const int64_t p = s.guard + row * s.stride + x;
@@ -79,13 +79,13 @@ inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* no
     for (const auto& tap : s.shared) {
 #pragma GCC unroll 4
       for (int j = 0; j < X; ++j) {
-        V wu = LOAD(w + j * next), wl = LOAD(w + j * next + lanes);
-        KEEP(wu);
-        KEEP(wl);
+        V wu = WSID_LOAD(w + j * next), wl = WSID_LOAD(w + j * next + lanes);
+        WSID_KEEP(wu);
+        WSID_KEEP(wl);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
-          V value = LOAD(v + c * plane + tap.v + j * lanes);
-          KEEP(value);
+          V value = WSID_LOAD(v + c * plane + tap.v + j * lanes);
+          WSID_KEEP(value);
           up[c][j] += wu * value;
           low[c][j] += wl * value;
         }
@@ -96,14 +96,14 @@ inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* no
 #pragma GCC unroll 4
       for (int j = 0; j < X; ++j)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) up[c][j] += LOAD(w + j * next) * LOAD(v + c * plane + tap.v + j * lanes);
+        for (int c = 0; c < C; ++c) up[c][j] += WSID_LOAD(w + j * next) * WSID_LOAD(v + c * plane + tap.v + j * lanes);
       w += lanes;
     }
     for (const auto& tap : s.lower) {
 #pragma GCC unroll 4
       for (int j = 0; j < X; ++j)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) low[c][j] += LOAD(w + j * next) * LOAD(v + c * plane + tap.v + j * lanes);
+        for (int c = 0; c < C; ++c) low[c][j] += WSID_LOAD(w + j * next) * WSID_LOAD(v + c * plane + tap.v + j * lanes);
       w += lanes;
     }
     // The pixel's own weight, often close to 1, comes last: small terms added to it one by one would be lost.
@@ -114,16 +114,16 @@ inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* no
 #pragma GCC unroll 4
         for (int j = 0; j < X; ++j) {
           const int64_t here = c * plane + half * s.stride + j * lanes;
-          V sum = (half ? low : up)[c][j] + LOAD(w + j * next + half * lanes) * LOAD(v + here);
+          V sum = (half ? low : up)[c][j] + WSID_LOAD(w + j * next + half * lanes) * WSID_LOAD(v + here);
           if (kSeries) {
-            sum = alpha * sum - beta * LOAD(before + p + here);
-            AT(total + p + here) += coefficient * sum;
+            sum = alpha * sum - beta * WSID_LOAD(before + p + here);
+            WSID_AT(total + p + here) += coefficient * sum;
           }
-          AT(before + p + here) = sum;
+          WSID_AT(before + p + here) = sum;
         }
   }
-#undef AT
-#undef LOAD
+#undef WSID_AT
+#undef WSID_LOAD
   return x;
 }
 
@@ -134,7 +134,7 @@ void walk_rows(const wsid::Stencil& s, const T* packed, const T* now, T* before,
   if (C < 3) walk_columns<T, C, 1, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, x);
   // What lies beside and below the image was stored with it. It stays 0, whatever came: the next row has it for a
   // neighbour, and no weight holds NaN back.
-  constexpr int64_t lanes = VECTOR_BYTES / sizeof(T);
+  constexpr int64_t lanes = WSID_VECTOR_BYTES / sizeof(T);
   const int64_t end = (s.width + lanes - 1) / lanes * lanes;
   for (int64_t c = 0; c < C; ++c)
     for (int64_t y = row; y < row + 2; ++y) {
@@ -143,4 +143,4 @@ void walk_rows(const wsid::Stencil& s, const T* packed, const T* now, T* before,
     }
 }
 
-constexpr int64_t vector_bytes() { return VECTOR_BYTES; }
+constexpr int64_t vector_bytes() { return WSID_VECTOR_BYTES; }

@@ -24,10 +24,10 @@ struct Stencil {
   int64_t height, width, radius;
   int64_t rows;  // height, rounded up to an even number: two rows are worked on at a time
   int64_t stride, guard, plane;
-  std::vector<Tap> taps;             // all neighbours of one pixel
-  std::vector<SharedTap> shared;     // neighbours of a pixel and of the pixel below it, seen from the upper one
-  std::vector<Tap> upper, lower;     // neighbours of only one of the two, also seen from the upper one
-  int64_t weights_per_column;        // packed for two rows: every tap of both, and their diagonals
+  std::vector<Tap> taps;          // all neighbours of one pixel
+  std::vector<SharedTap> shared;  // neighbours of a pixel and of the pixel below it, seen from the upper one
+  std::vector<Tap> upper, lower;  // neighbours of only one of the two, also seen from the upper one
+  int64_t weights_per_column;     // packed for two rows: every tap of both, and their diagonals
 };
 
 }  // namespace wsid

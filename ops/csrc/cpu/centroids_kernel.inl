@@ -1,12 +1,13 @@
 // One vector of pixels is followed at a time; a pixel that is done is held still until its neighbours are, too.
 
 template <typename T>
-void follow(const T* field, int64_t height, int64_t width, int64_t begin, int64_t end, int64_t max_iters, T tol2,
-            T* points) {
+void follow(const T* field,  // [2, H, W]
+            int64_t height, int64_t width, int64_t begin, int64_t end, int64_t max_iters, T tol2,
+            T* points) {  // [2, H, W]
   using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef T V __attribute__((vector_size(VECTOR_BYTES)));
-  typedef I M __attribute__((vector_size(VECTOR_BYTES)));
-  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES)));
+  typedef I M __attribute__((vector_size(WSID_VECTOR_BYTES)));
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T);
   const int64_t size = height * width;
   const T* const field_x = field + size;
   const V limit_y = V{} + T(height - 1), limit_x = V{} + T(width - 1);

@@ -12,20 +12,20 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
-#include "paths.h"
+#include "../checks.h"
+#include "../paths.h"
 #include "walk.h"
 
 // Keeps a value in a register where the compiler would rather load it twice.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define KEEP(value) asm("" : "+v"(value))
+#define WSID_KEEP(value) asm("" : "+v"(value))
 #else
-#define KEEP(value)
+#define WSID_KEEP(value)
 #endif
 
-#define KERNEL "walk_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "walk_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
@@ -74,12 +74,14 @@ struct Matrix {
 };
 
 template <typename T>
-Matrix<T> make_matrix(const Stencil& s, const T* affinity, double power) {
+Matrix<T> make_matrix(const Stencil& s,
+                      const T* affinity,  // [K, H, W]
+                      double power) {
   const auto offsets = wsid::half_plane(s.radius);
-  const auto raise_row = SELECT(raise<T>);
-  const auto add_row = SELECT(add<T>);
-  const auto pack_rows = SELECT(pack<T>);
-  const int64_t lanes = SELECT(vector_bytes)() / sizeof(T);
+  const auto raise_row = WSID_SELECT(raise<T>);
+  const auto add_row = WSID_SELECT(add<T>);
+  const auto pack_rows = WSID_SELECT(pack<T>);
+  const int64_t lanes = WSID_SELECT(vector_bytes)() / sizeof(T);
   Matrix<T> m;
   m.pair_size = (s.width + lanes - 1) / lanes * lanes * s.weights_per_column;
   m.packed.resize(s.rows / 2 * m.pair_size);
@@ -112,20 +114,21 @@ Matrix<T> make_matrix(const Stencil& s, const T* affinity, double power) {
   return m;
 }
 
-// C maps of one image, x [C, H, W] to result [C, H, W]. `coefficients` is empty for plain power iteration.
+// C maps of one image. `coefficients` is empty for plain power iteration.
 template <typename T, int C>
-void walk_maps(const Stencil& s, const Matrix<T>& m, const T* x, int64_t steps, at::ArrayRef<double> coefficients,
-               T* result) {
+void walk_maps(const Stencil& s, const Matrix<T>& m,
+               const T* x,  // [C, H, W]
+               int64_t steps, at::ArrayRef<double> coefficients,
+               T* result) {  // [C, H, W]
   const bool series = !coefficients.empty();
-  const auto step = series ? SELECT(walk_rows<T, C, true>) : SELECT(walk_rows<T, C, false>);
+  const auto step = series ? WSID_SELECT(walk_rows<T, C, true>) : WSID_SELECT(walk_rows<T, C, false>);
   if (series) steps = coefficients.size() - 1;
   std::vector<T> even(C * s.plane), odd(C * s.plane), total(series ? C * s.plane : 0);
   const auto each_pixel = [&](auto work) {
     for (int64_t c = 0; c < C; ++c)
       for (int64_t y = 0; y < s.height; ++y)
         for (int64_t i = 0; i < s.width; ++i)
-          work((c * s.height + y) * s.width + i, c * s.plane + s.guard + y * s.stride + i,
-               s.guard + y * s.stride + i);
+          work((c * s.height + y) * s.width + i, c * s.plane + s.guard + y * s.stride + i, s.guard + y * s.stride + i);
   };
   each_pixel([&](int64_t from, int64_t to, int64_t pixel) {
     even[to] = T(double(x[from]) / m.inverse_root[pixel]);
@@ -133,7 +136,7 @@ void walk_maps(const Stencil& s, const Matrix<T>& m, const T* x, int64_t steps, 
   });
   // Several steps go down the image together, each `lag` rows behind the one before, where its neighbours are ready:
   // the weights are then read from the near cache, not once per step from the far one.
-  const int64_t lag = std::max<int64_t>(2, s.radius / 2 * 2);  // even and at least radius - 1
+  const int64_t lag = std::max<int64_t>(2, s.radius / 2 * 2);             // even and at least radius - 1
   const int64_t near = (int64_t(384) << 10) / (m.pair_size * sizeof(T));  // pairs of rows that stay in the near cache
   const int64_t together = std::clamp<int64_t>(1 + 2 * near / lag, 1, 8);
   for (int64_t first = 1; first <= steps; first += together) {
@@ -147,14 +150,16 @@ void walk_maps(const Stencil& s, const Matrix<T>& m, const T* x, int64_t steps, 
       }
   }
   const auto& last = series ? total : steps % 2 ? odd : even;
-  each_pixel([&](int64_t to, int64_t from, int64_t pixel) {
-    result[to] = T(double(last[from]) * m.inverse_root[pixel]);
-  });
+  each_pixel(
+      [&](int64_t to, int64_t from, int64_t pixel) { result[to] = T(double(last[from]) * m.inverse_root[pixel]); });
 }
 
 template <typename T>
-void walk(const T* x, const T* affinity, int64_t n, int64_t maps, int64_t height, int64_t width, int64_t radius,
-          double power, int64_t steps, at::ArrayRef<double> coefficients, T* result) {
+void walk(const T* x,         // [N, maps, H, W]
+          const T* affinity,  // [N, K, H, W]
+          int64_t n, int64_t maps, int64_t height, int64_t width, int64_t radius, double power, int64_t steps,
+          at::ArrayRef<double> coefficients,
+          T* result) {  // [N, maps, H, W]
   const Stencil s = make_stencil(height, width, radius);
   const int64_t size = height * width, k_count = s.taps.size() / 2, threads = at::get_num_threads();
   // At most 4 maps share each weight that is loaded, fewer where threads would be left without work.
@@ -164,8 +169,10 @@ void walk(const T* x, const T* affinity, int64_t n, int64_t maps, int64_t height
     at::parallel_for(0, (maps + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t count = std::min(block, maps - b * block), at = (i * maps + b * block) * size;
-        const auto run = count == 1 ? walk_maps<T, 1> : count == 2 ? walk_maps<T, 2>
-                       : count == 3 ? walk_maps<T, 3> : walk_maps<T, 4>;
+        const auto run = count == 1   ? walk_maps<T, 1>
+                         : count == 2 ? walk_maps<T, 2>
+                         : count == 3 ? walk_maps<T, 3>
+                                      : walk_maps<T, 4>;
         run(s, m, x + at, steps, coefficients, result + at);
       }
     });
@@ -186,8 +193,7 @@ at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t 
   if (in.numel())
     AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "random_walk", [&] {
       walk<scalar_t>(in.const_data_ptr<scalar_t>(), a.const_data_ptr<scalar_t>(), in.size(0), in.size(1), in.size(2),
-                     in.size(3), radius, power, steps, coefficients,
-                     result.mutable_data_ptr<scalar_t>());
+                     in.size(3), radius, power, steps, coefficients, result.mutable_data_ptr<scalar_t>());
     });
   return result;
 }

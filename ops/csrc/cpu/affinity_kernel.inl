@@ -3,9 +3,9 @@
 template <typename T, bool kWinner, int U>
 inline void path_max_block(const T* b, const int64_t* steps, int length, T* out, uint8_t* winner) {
   using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef T V __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  typedef I M __attribute__((vector_size(VECTOR_BYTES)));
-  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  typedef I M __attribute__((vector_size(WSID_VECTOR_BYTES)));
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T);
   typedef uint8_t B __attribute__((vector_size(lanes), aligned(1), may_alias));
   V best[U];
   M index[U];
@@ -30,8 +30,12 @@ inline void path_max_block(const T* b, const int64_t* steps, int length, T* out,
 }
 
 template <typename T, bool kWinner>
-void path_max(const T* b, const int64_t* steps, int length, int64_t count, T* out, uint8_t* winner) {
-  constexpr int lanes = VECTOR_BYTES / sizeof(T), U = 4;
+void path_max(const T* b,            // at the first start pixel
+              const int64_t* steps,  // [length]
+              int length, int64_t count,
+              T* out,             // [count]
+              uint8_t* winner) {  // [count] with kWinner
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T), U = 4;
   int64_t x = 0;
   for (; x + U * lanes <= count; x += U * lanes)
     path_max_block<T, kWinner, U>(b + x, steps, length, out + x, kWinner ? winner + x : winner);

@@ -1,6 +1,6 @@
-// Pairs of labelled pixels on the CPU; see pairs.h for what is computed. Forward goes by rows, as each pixel sums what it
-// begins; backward by images, as a pair also adds to where it ends.
-#include "pairs.h"
+// Pairs of labelled pixels on the CPU; see ../pairs.h for what is computed. Forward goes by rows, as each pixel sums
+// what it begins; backward by images, as a pair also adds to where it ends.
+#include "../pairs.h"
 
 #include <ATen/Parallel.h>
 
@@ -10,11 +10,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "paths.h"
+#include "../paths.h"
 
-#define KERNEL "pairs_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "pairs_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
@@ -49,7 +49,7 @@ template <typename T>
 struct Cpu {
   static void counts(const T* labels, const Grid& grid, int32_t* result) {
     const auto offsets = wsid::half_plane(grid.radius);
-    const auto add = SELECT(count_row<T>);
+    const auto add = WSID_SELECT(count_row<T>);
     at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row / grid.height * grid.size();
@@ -64,8 +64,8 @@ struct Cpu {
   static void entropy(const T* boundary, const T* labels, const Grid& grid, T* result) {
     const auto offsets = wsid::half_plane(grid.radius);
     const auto steps = wsid::path_steps(offsets, grid.width);
-    const auto path = SELECT(path_max<T, false>);
-    const auto multiply = SELECT(multiply_row<T>);
+    const auto path = WSID_SELECT(path_max<T, false>);
+    const auto multiply = WSID_SELECT(multiply_row<T>);
     const int most = factors_together(boundary, grid.n * grid.size());
     at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
       std::vector<T> affinity(grid.width);
@@ -95,8 +95,8 @@ struct Cpu {
   static void entropy_backward(const T* grad, const T* boundary, const T* labels, const Grid& grid, T* result) {
     const auto offsets = wsid::half_plane(grid.radius);
     const auto steps = wsid::path_steps(offsets, grid.width);
-    const auto path = SELECT(path_max<T, true>);
-    const auto slope_of = SELECT(slope_row<T>);
+    const auto path = WSID_SELECT(path_max<T, true>);
+    const auto slope_of = WSID_SELECT(slope_row<T>);
     at::parallel_for(0, grid.n, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> affinity(grid.width), slope(grid.width);
       std::vector<uint8_t> winner(grid.width);
@@ -106,7 +106,8 @@ struct Cpu {
           const T* const together = grad + 2 * first + r.p;
           const int64_t* const step = steps[r.k].data();
           path(boundary + first + r.p, step, steps[r.k].size(), r.count, affinity.data(), winner.data());
-          slope_of(labels + first + r.p, r.to, affinity.data(), together, together + grid.size(), r.count, slope.data());
+          slope_of(labels + first + r.p, r.to, affinity.data(), together, together + grid.size(), r.count,
+                   slope.data());
           for (int64_t i = 0; i < r.count; ++i) result[first + r.p + i + step[winner[i]]] += slope[i];
         });
       }
@@ -115,7 +116,7 @@ struct Cpu {
 
   static void error(const T* field, const T* labels, const Grid& grid, T* result) {
     const auto offsets = wsid::half_plane(grid.radius);
-    const auto add = SELECT(error_row<T>);
+    const auto add = WSID_SELECT(error_row<T>);
     at::parallel_for(0, grid.n * grid.height, 4, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t first = row / grid.height * grid.size();
@@ -130,8 +131,8 @@ struct Cpu {
 
   static void error_backward(const T* grad, const T* field, const T* labels, const Grid& grid, T* result) {
     const auto offsets = wsid::half_plane(grid.radius);
-    const auto sign = SELECT(sign_row<T>);
-    const auto add = SELECT(add_row<T>);
+    const auto sign = WSID_SELECT(sign_row<T>);
+    const auto add = WSID_SELECT(add_row<T>);
     at::parallel_for(0, grid.n, 1, [&](int64_t begin, int64_t end) {
       std::vector<T> signs(2 * grid.width);
       for (int64_t row = begin * grid.height; row < end * grid.height; ++row) {

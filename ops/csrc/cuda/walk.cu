@@ -1,4 +1,4 @@
-// The random walk on CUDA; see walk.cpp for what it computes.
+// The random walk on CUDA; see ../cpu/walk.cpp for what it computes.
 //
 // The step is a stencil with weights of its own at every pixel. The values of C maps lie together, so that one load has
 // all of a neighbour's, aligned wherever it is; zeros around every map stand in for bounds checks. The weights of both
@@ -14,17 +14,18 @@
 
 #include <cmath>
 
-#include "checks.h"
-#include "device.h"
+#include "../checks.h"
+#include "device.cuh"
 
 namespace {
 
 using wsid::blocks;
-using wsid::kThreads;
+using wsid::launch;
 using wsid::Pair;
 using wsid::Pixel;
 
-constexpr int kColumns = 32, kRows = 4;  // pixels of a block of the step: near each other in both directions
+// Pixels of a block of the step: near each other in both directions.
+constexpr int kColumns = 32, kRows = 4, kTile = kColumns * kRows;
 
 // Values that are loaded and stored together.
 template <typename T, int C>
@@ -39,6 +40,13 @@ struct Layout {
   int64_t stride, guard, plane;
 
   __device__ int64_t at(int64_t group, int y, int x) const { return group * plane + guard + y * stride + x; }
+
+  // The value of one map in packs of C, where p is of [N, maps, H, W].
+  template <int C>
+  __device__ int64_t value(const Pixel& p) const {
+    const int64_t image = p.map / maps, map = p.map % maps;
+    return at(image * groups + map / C, p.y, p.x) * C + map % C;
+  }
 };
 
 // ---- weights of the symmetric matrix S = D^-1/2 H^power D^-1/2 ----
@@ -56,8 +64,11 @@ __device__ double raised(T affinity, double power, int whole) {
 
 // root = D^1/2; D is 1 plus the weights of both directions of every pair.
 template <typename T>
-__global__ void row_sums(const T* __restrict__ affinity, int n, int height, int width, int k_count,
-                         const Pair* __restrict__ pairs, double power, int whole, double* __restrict__ root) {
+__global__ void row_sums_kernel(const T* __restrict__ affinity,  // [N, K, H, W]
+                                int n, int height, int width, int k_count,
+                                const Pair* __restrict__ pairs,  // [K + 1]
+                                double power, int whole,
+                                double* __restrict__ root) {  // [N, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   const T* plane = affinity + at.map * k_count * at.size + at.p;
@@ -71,17 +82,20 @@ __global__ void row_sums(const T* __restrict__ affinity, int n, int height, int 
   root[at.thread] = sqrt(sum);
 }
 
-// Weights [N, K / 2, H, W, 4]: of the pairs 2 g and 2 g + 1, to p + d and to p - d; K is even, as a disc is closed
-// under quarter turns. The diagonal of S makes up for the rounding of the other weights, so that constants keep their
-// value.
+// Weights: of the pairs 2 g and 2 g + 1, to p + d and to p - d; K is even, as a disc is closed under quarter turns. The
+// diagonal of S makes up for the rounding of the other weights, so that constants keep their value.
 template <typename T>
-__global__ void symmetric_weights(const T* __restrict__ affinity, const double* __restrict__ root, int n, int height,
-                                  int width, int k_count, const Pair* __restrict__ pairs, double power, int whole,
-                                  Pack<T, 4>* __restrict__ weights, T* __restrict__ centre) {
+__global__ void symmetric_weights_kernel(const T* __restrict__ affinity,   // [N, K, H, W]
+                                         const double* __restrict__ root,  // [N, H, W]
+                                         int n, int height, int width, int k_count,
+                                         const Pair* __restrict__ pairs,  // [K + 1]
+                                         double power, int whole,
+                                         Pack<T, 4>* __restrict__ weights,  // [N, K / 2, H, W] x 4
+                                         T* __restrict__ centre) {          // [N, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   const T* plane = affinity + at.map * k_count * at.size + at.p;
-  Pack<T, 4>* packed = weights + at.map * (k_count / 2) * at.size + at.p;
+  Pack<T, 4>* packed = weights + at.entry(k_count / 2);
   const double* const here = root + at.thread;
   double sum = 0;
   for (int k = 0; k < k_count; packed += at.size) {
@@ -120,7 +134,8 @@ __device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
   if constexpr (sizeof(T) == 4) {
     Pack<T, 4> w;
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(w.v[0]), "=f"(w.v[1]), "=f"(w.v[2]), "=f"(w.v[3]) : "l"(p));
+                 : "=f"(w.v[0]), "=f"(w.v[1]), "=f"(w.v[2]), "=f"(w.v[3])
+                 : "l"(p));
     return w;
   }
 #endif
@@ -132,10 +147,15 @@ __device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
 // One block: a tile of one group of maps. Maps are written by the step before, maybe in this kernel's lifetime, so they
 // are not __restrict__: no load of them may move up beyond the wait, or through a cache that does not see those writes.
 template <typename T, int C, int kRadius>
-__global__ void __launch_bounds__(kColumns * kRows, 3)
-    walk_step(const Pack<T, 4>* __restrict__ weights, const T* __restrict__ centre, const Pack<T, C>* now,
-              Pack<T, C>* before, Pack<T, C>* total, Layout layout, int k_count, const Pair* __restrict__ pairs,
-              T alpha, T beta, T coefficient) {
+__global__ void __launch_bounds__(kTile, 3)
+    walk_step_kernel(const Pack<T, 4>* __restrict__ weights,  // [N, K / 2, H, W] x 4
+                     const T* __restrict__ centre,            // [N, H, W]
+                     const Pack<T, C>* now,                   // [N, groups, plane] x C
+                     Pack<T, C>* before,                      // [N, groups, plane] x C
+                     Pack<T, C>* total,                       // [N, groups, plane] x C or nullptr
+                     Layout layout, int k_count,
+                     const Pair* __restrict__ pairs,  // [K + 1]
+                     T alpha, T beta, T coefficient) {
   const unsigned across = (layout.width + kColumns - 1) / kColumns, down = (layout.height + kRows - 1) / kRows;
   const unsigned group = blockIdx.x / across / down;
   const int y = int(blockIdx.x / across % down) * kRows + int(threadIdx.x / kColumns);
@@ -198,31 +218,32 @@ __global__ void __launch_bounds__(kColumns * kRows, 3)
 
 // now <- x D^1/2, total <- coefficient now
 template <typename T, int C>
-__global__ void arrange(const T* __restrict__ x, const double* __restrict__ root, int64_t n, Layout layout,
-                        T coefficient, T* __restrict__ now, T* __restrict__ total) {
+__global__ void arrange_kernel(const T* __restrict__ x,          // [N, maps, H, W]
+                               const double* __restrict__ root,  // [N, H, W]
+                               int64_t n, Layout layout, T coefficient,
+                               T* __restrict__ now,      // [N, groups, plane, C]
+                               T* __restrict__ total) {  // [N, groups, plane, C] or nullptr
   const Pixel at(n * layout.maps, layout.height, layout.width);
   if (!at.exists) return;
-  const int64_t image = at.map / layout.maps, map = at.map % layout.maps;
-  const int64_t i = layout.at(image * layout.groups + map / C, at.y, at.x) * C + map % C;
-  now[i] = T(double(x[at.thread]) * root[image * at.size + at.p]);
+  const int64_t i = layout.value<C>(at);
+  now[i] = T(double(x[at.thread]) * root[at.map / layout.maps * at.size + at.p]);
   if (total) total[i] = coefficient * now[i];
 }
 
 // result <- last D^-1/2
 template <typename T, int C>
-__global__ void collect(const T* __restrict__ last, const double* __restrict__ root, int64_t n, Layout layout,
-                        T* __restrict__ result) {
+__global__ void collect_kernel(const T* __restrict__ last,       // [N, groups, plane, C]
+                               const double* __restrict__ root,  // [N, H, W]
+                               int64_t n, Layout layout,
+                               T* __restrict__ result) {  // [N, maps, H, W]
   const Pixel at(n * layout.maps, layout.height, layout.width);
   if (!at.exists) return;
-  const int64_t image = at.map / layout.maps, map = at.map % layout.maps;
-  const int64_t i = layout.at(image * layout.groups + map / C, at.y, at.x) * C + map % C;
-  result[at.thread] = T(double(last[i]) / root[image * at.size + at.p]);
+  result[at.thread] = T(double(last[layout.value<C>(at)]) / root[at.map / layout.maps * at.size + at.p]);
 }
 
 template <typename T, int C>
 void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
           at::ArrayRef<double> coefficients, at::Tensor& result) {
-  const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t n = x.size(0), maps = x.size(1), height = x.size(2), width = x.size(3);
   const int64_t k_count = affinity.size(1), pixels = n * height * width;
   const int whole = power == std::floor(power) && power <= 1024 ? int(power) : -1;
@@ -237,13 +258,10 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   double* const root_data = root.mutable_data_ptr<double>();
   auto* const weights = reinterpret_cast<Pack<T, 4>*>(packed.mutable_data_ptr<T>());
   T* const centre_data = centre.mutable_data_ptr<T>();
-  row_sums<T><<<blocks(pixels), kThreads, 0, stream>>>(affinity.const_data_ptr<T>(), n, height, width, k_count, pairs,
-                                                       power, whole, root_data);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  symmetric_weights<T><<<blocks(pixels), kThreads, 0, stream>>>(affinity.const_data_ptr<T>(), root_data, n, height,
-                                                                width, k_count, pairs, power, whole, weights,
-                                                                centre_data);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(row_sums_kernel<T>, blocks(pixels), affinity.const_data_ptr<T>(), n, height, width, k_count, pairs, power,
+         whole, root_data);
+  launch(symmetric_weights_kernel<T>, blocks(pixels), affinity.const_data_ptr<T>(), root_data, n, height, width,
+         k_count, pairs, power, whole, weights, centre_data);
 
   const bool series = !coefficients.empty();
   if (series) steps = int64_t(coefficients.size()) - 1;
@@ -252,13 +270,12 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   const at::Tensor total = at::empty({series ? values : 0}, x.options());
   T* const data[2] = {both.mutable_data_ptr<T>(), both.mutable_data_ptr<T>() + values};
   T* const total_data = series ? total.mutable_data_ptr<T>() : nullptr;
-  arrange<T, C><<<blocks(x.numel()), kThreads, 0, stream>>>(x.const_data_ptr<T>(), root_data, n, layout,
-                                                            series ? T(coefficients[0]) : T(0), data[0], total_data);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(arrange_kernel<T, C>, blocks(x.numel()), x.const_data_ptr<T>(), root_data, n, layout,
+         series ? T(coefficients[0]) : T(0), data[0], total_data);
 
-  auto* step = walk_step<T, C, 0>;
+  auto* step = walk_step_kernel<T, C, 0>;
   if constexpr (sizeof(T) == 4)
-    if (radius == 5) step = walk_step<T, C, 5>;
+    if (radius == 5) step = walk_step_kernel<T, C, 5>;
   cudaFuncAttributes compiled;
   C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, step));
   cudaLaunchAttribute early = {};
@@ -266,8 +283,8 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3((width + kColumns - 1) / kColumns * ((height + kRows - 1) / kRows) * n * layout.groups);
-  config.blockDim = dim3(kColumns * kRows);
-  config.stream = stream;
+  config.blockDim = dim3(kTile);
+  config.stream = c10::cuda::getCurrentCUDAStream();
   config.attrs = &early;
   for (int64_t k = 1; k <= steps; ++k) {
     // Only after another step, and only if this one was compiled to wait for it.
@@ -279,9 +296,8 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
         reinterpret_cast<Pack<T, C>*>(sum), layout, int(k_count), pairs, T(k == 1 || !series ? 1 : 2),
         T(k == 1 || !series ? 0 : 1), series ? T(coefficients[k]) : T(0)));
   }
-  collect<T, C><<<blocks(x.numel()), kThreads, 0, stream>>>(series ? total_data : data[steps % 2], root_data, n, layout,
-                                                            result.mutable_data_ptr<T>());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(collect_kernel<T, C>, blocks(x.numel()), series ? total_data : data[steps % 2], root_data, n, layout,
+         result.mutable_data_ptr<T>());
 }
 
 at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
@@ -292,9 +308,7 @@ at::Tensor random_walk(const at::Tensor& x, const at::Tensor& affinity, int64_t 
   at::Tensor result = at::empty_like(in);
   if (!in.numel()) return result;
   AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "random_walk", [&] {
-    const auto run = in.size(1) == 1   ? walk<scalar_t, 1>
-                     : in.size(1) == 2 ? walk<scalar_t, 2>
-                                       : walk<scalar_t, 4>;
+    const auto run = in.size(1) == 1 ? walk<scalar_t, 1> : in.size(1) == 2 ? walk<scalar_t, 2> : walk<scalar_t, 4>;
     run(in, a, radius, power, steps, coefficients, result);
   });
   return result;

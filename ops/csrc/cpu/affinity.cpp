@@ -13,23 +13,25 @@
 #include <type_traits>
 #include <vector>
 
-#include "checks.h"
-#include "paths.h"
+#include "../checks.h"
+#include "../paths.h"
 
-#define KERNEL "affinity_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "affinity_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
 template <typename T>
-void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_t radius, T* affinity,
-             uint8_t* winner) {
+void forward(const T* boundary,  // [N, H, W]
+             int64_t n, int64_t height, int64_t width, int64_t radius,
+             T* affinity,        // [N, K, H, W]
+             uint8_t* winner) {  // [N, K, H, W] or nullptr
   const auto offsets = wsid::half_plane(radius);
   const auto steps = wsid::path_steps(offsets, width);
   const int64_t size = height * width, k_count = offsets.size();
-  const auto with_winner = SELECT(path_max<T, true>);
-  const auto without = SELECT(path_max<T, false>);
+  const auto with_winner = WSID_SELECT(path_max<T, true>);
+  const auto without = WSID_SELECT(path_max<T, false>);
   at::parallel_for(0, n * height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height, y = row % height;
@@ -49,8 +51,10 @@ void forward(const T* boundary, int64_t n, int64_t height, int64_t width, int64_
 }
 
 template <typename T>
-void backward(const T* grad, const uint8_t* winner, int64_t n, int64_t height, int64_t width, int64_t radius,
-              T* result) {
+void backward(const T* grad,          // [N, K, H, W]
+              const uint8_t* winner,  // [N, K, H, W]
+              int64_t n, int64_t height, int64_t width, int64_t radius,
+              T* result) {  // [N, H, W]
   const auto offsets = wsid::half_plane(radius);
   auto steps = wsid::path_steps(offsets, width);
   for (auto& step : steps) step.resize(256, 0);  // whatever byte a winner holds, the read stays inside

@@ -1,10 +1,10 @@
-// Products of two rows of feature vectors, each stored as one line of `stride` values per channel: out[x] is the sum over
-// channels of a[x] b[x], and 0 where that is negative or no number.
+// Products of two rows of feature vectors, each stored as one line of `stride` values per channel: out[x] is the sum
+// over channels of a[x] b[x], and 0 where that is negative or no number.
 
 template <typename T, int U>
 inline void dot_block(const T* a, const T* b, int64_t channels, int64_t stride, T* out) {
-  typedef T V __attribute__((vector_size(VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  constexpr int lanes = VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T);
   V sum[U];
   for (int u = 0; u < U; ++u) sum[u] = V{};
   for (int64_t c = 0; c < channels; ++c, a += stride, b += stride)
@@ -16,7 +16,7 @@ inline void dot_block(const T* a, const T* b, int64_t channels, int64_t stride, 
 
 template <typename T>
 void dot_rows(const T* a, const T* b, int64_t channels, int64_t stride, int64_t count, T* out) {
-  constexpr int lanes = VECTOR_BYTES / sizeof(T), U = 4;
+  constexpr int lanes = WSID_VECTOR_BYTES / sizeof(T), U = 4;
   int64_t x = 0;
   for (; x + U * lanes <= count; x += U * lanes) dot_block<T, U>(a + x, b + x, channels, stride, out + x);
   for (; x + lanes <= count; x += lanes) dot_block<T, 1>(a + x, b + x, channels, stride, out + x);

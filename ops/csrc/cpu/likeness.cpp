@@ -8,22 +8,22 @@
 
 #include <algorithm>
 
-#include "checks.h"
-#include "paths.h"
+#include "../checks.h"
+#include "../paths.h"
 
-#define KERNEL "likeness_kernel.h"
-#define FUSED 1
-#include "for_each_isa.h"
+#define WSID_KERNEL "likeness_kernel.inl"
+#define WSID_FUSED 1
+#include "for_each_isa.inl"
 
 namespace {
 
-// rows: [N, H, C, W].
 template <typename T>
-void dot_products(const T* rows, int64_t n, int64_t channels, int64_t height, int64_t width, int64_t radius,
-                  T* likeness) {
+void dot_products(const T* rows,  // [N, H, C, W]
+                  int64_t n, int64_t channels, int64_t height, int64_t width, int64_t radius,
+                  T* likeness) {  // [N, K, H, W]
   const auto offsets = wsid::half_plane(radius);
   const int64_t size = height * width, line = channels * width, k_count = offsets.size();
-  const auto dot = SELECT(dot_rows<T>);
+  const auto dot = WSID_SELECT(dot_rows<T>);
   at::parallel_for(0, n * height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height, y = row % height;

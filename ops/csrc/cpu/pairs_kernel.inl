@@ -1,6 +1,6 @@
 // One row of pixels p and one offset: what each pair (p, p + to) adds. Undecided labels are NaN, so they equal nothing
 // and differ from nothing. Plain loops: compilers make vectors of them.
-#include "affinity_kernel.h"
+#include "affinity_kernel.inl"
 
 template <typename T>
 void count_row(const T* label, int64_t to, int64_t count, int32_t* __restrict__ same, int32_t* __restrict__ different) {

@@ -1,4 +1,7 @@
 // What the CUDA operators share: which pixel a thread works on, and the tables of pairs and paths on the device.
+//
+// One thread works on one pixel. Threads of a warp lie side by side in a row, so every load and store is coalesced.
+// Compile with -fmad=false; where a product and a sum are to be fused, fma() says so.
 #pragma once
 
 #include <ATen/Context.h>
@@ -14,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "paths.h"
+#include "../paths.h"
 
 namespace wsid {
 
@@ -37,7 +40,19 @@ struct Pixel {
     y = int(uint32_t(p) / uint32_t(width));
     x = p - y * width;
   }
+
+  // Where the value of this pixel lies in [N, channels, H, W].
+  __device__ int64_t entry(int64_t channels, int64_t channel = 0) const {
+    return (map * channels + channel) * size + p;
+  }
 };
+
+// Launches a kernel on the current stream, kThreads threads to a block.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, Arguments... arguments) {
+  kernel<<<grid, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 struct alignas(4) Step {
   int16_t dy, dx;
@@ -52,14 +67,16 @@ struct Pair {
   }
 };
 
-// result -= the gradients of the entries whose path has its maximum at this pixel, for `count` offsets from `first` on;
-// grad and winner: [N, count, H, W]. Every pixel looks for them in one order, so that sums are the same to the last bit
-// every time, as with torch.use_deterministic_algorithms they must be; atomicAdd, which takes them as they come, is
-// faster.
+// result -= the gradients of the entries whose path has its maximum at this pixel, for `count` offsets from `first` on.
+// Every pixel looks for them in one order, so that sums are the same to the last bit every time, as with
+// torch.use_deterministic_algorithms they must be; atomicAdd, which takes them as they come, is faster.
 template <typename T>
-__global__ void gather_gradients(const T* __restrict__ grad, const uint8_t* __restrict__ winner, int n, int height,
-                                 int width, int first, int count, const Pair* __restrict__ pairs,
-                                 const Step* __restrict__ steps, T* __restrict__ result) {
+__global__ void gather_gradients_kernel(const T* __restrict__ grad,          // [N, count, H, W]
+                                        const uint8_t* __restrict__ winner,  // [N, count, H, W]
+                                        int n, int height, int width, int first, int count,
+                                        const Pair* __restrict__ pairs,  // [K + 1]
+                                        const Step* __restrict__ steps,  // [S]
+                                        T* __restrict__ result) {        // [N, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   T sum = result[at.thread];
@@ -81,8 +98,8 @@ inline bool deterministic() { return at::globalContext().deterministicAlgorithms
 struct Tables {
   int count;  // of offsets
   at::Tensor pair_data, step_data;
-  const Pair* pairs;
-  const Step* steps;
+  const Pair* pairs;  // [count + 1]
+  const Step* steps;  // [S], of all paths, one after another
 };
 
 template <typename Entry>

@@ -1,6 +1,6 @@
-// Compiles the kernel header named by KERNEL for each instruction set and lets SELECT choose at run time.
+// Compiles the kernel header named by WSID_KERNEL for each instruction set and lets WSID_SELECT choose at run time.
 // Include all other headers first: what is compiled under a target pragma must not leak into the rest of the program.
-// FUSED says whether a product and a sum may be fused. Set WSID_ISA=baseline or avx2 to hold the choice down.
+// WSID_FUSED says whether a product and a sum may be fused. Set WSID_ISA=baseline or avx2 to hold the choice down.
 #ifndef WSID_FOR_EACH_ISA
 #define WSID_FOR_EACH_ISA
 #include <cstdlib>
@@ -32,31 +32,31 @@ inline int isa() {  // 0 baseline, 1 AVX2 with FMA, 2 AVX-512
 #endif
 
 namespace baseline {
-#define VECTOR_BYTES 16
-#include KERNEL
-#undef VECTOR_BYTES
+#define WSID_VECTOR_BYTES 16
+#include WSID_KERNEL
+#undef WSID_VECTOR_BYTES
 }  // namespace baseline
 
 #ifdef WSID_X86
 
 #if defined(__clang__)
-#if FUSED
+#if WSID_FUSED
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
 #endif
 #else
 #pragma GCC push_options
-#if FUSED
+#if WSID_FUSED
 #pragma GCC target("avx2,fma")
 #else
 #pragma GCC target("avx2")
 #endif
 #endif
 namespace avx2 {
-#define VECTOR_BYTES 32
-#include KERNEL
-#undef VECTOR_BYTES
+#define WSID_VECTOR_BYTES 32
+#include WSID_KERNEL
+#undef WSID_VECTOR_BYTES
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -64,7 +64,7 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 
-#if FUSED  // AVX-512 cannot be had without fused operations
+#if WSID_FUSED  // AVX-512 cannot be had without fused operations
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
 #else
@@ -72,20 +72,21 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma")
 #endif
 namespace avx512 {
-#define VECTOR_BYTES 64
-#include KERNEL
-#undef VECTOR_BYTES
+#define WSID_VECTOR_BYTES 64
+#include WSID_KERNEL
+#undef WSID_VECTOR_BYTES
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-#define SELECT(...) (wsid::isa() == 2 ? avx512::__VA_ARGS__ : wsid::isa() == 1 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#define WSID_SELECT(...) \
+  (wsid::isa() == 2 ? avx512::__VA_ARGS__ : wsid::isa() == 1 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
-#define SELECT(...) (wsid::isa() ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
+#define WSID_SELECT(...) (wsid::isa() ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #endif
 
 #else
-#define SELECT(...) (baseline::__VA_ARGS__)
+#define WSID_SELECT(...) (baseline::__VA_ARGS__)
 #endif
