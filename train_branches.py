@@ -393,8 +393,9 @@ def require_labels(args, samples):
     folder = labels_folder(args)
     missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
     if missing:
-        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; run "
-                         "--stage labels first")  # fmt: skip
+        remedy = "run what made the others again" if args.labels else "run --stage labels first"
+        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; "
+                         f"{remedy}")  # fmt: skip
     own = not args.labels and classifier_file(args).exists()
     distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
     return folder

@@ -92,11 +92,11 @@ def main(argv=None):
         for r in range(1, args.iters + 1):
             folder = make_folder(args.out / "pts" / f"r{r}")
             distributed.from_first(bind, args, samples, net, previous, folder)
+            labelled = make_labels(net, samples, folder, args, device)  # of a finished one too: what was deleted
             finished = folder / "weights.pt"
             if finished.exists():
                 current = checkpoint.load(finished, device)["model"]
             else:
-                labelled = make_labels(net, samples, folder, args, device)
                 if args.epochs:
                     train_iteration(net, labelled, folder, args, device, r)
                 current = refresh(previous, net.saliency.state_dict(), r)

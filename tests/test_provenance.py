@@ -220,6 +220,16 @@ def test_the_network_of_another_training_is_not_overwritten(trained, capsys, opt
     assert (run / "weights.pt").read_bytes() == before and not (run / options[1]).exists()
 
 
+def test_deleted_labels_of_pts_are_made_again(trained, capsys):
+    labels = trained / "run" / "pts" / "r1" / "labels"
+    path = labels / "saliency" / "photo1.png"
+    before = path.read_bytes()
+    path.unlink()
+    options = ["--stage", "branches", "--labels", labels]
+    assert train(trained, *options, run="again") == 2 and refused(capsys, "photo1", "run what made the others again")
+    assert train_on(trained) == 0 and path.read_bytes() == before
+
+
 def test_a_damaged_network_is_put_together_again(trained):
     path = trained / "run" / "weights.pt"
     before = load_weights(trained / "run" / "weights.pt").config
