@@ -28,7 +28,7 @@ from models.counting import told
 from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import instance_label, pseudo_label, refresh
-from models.wsid_net import load_weights, save_weights
+from models.wsid_net import digest_of_weights, load_weights, save_weights
 from train_branches import input_size, saliency_losses
 from utils import checkpoint, digest, distributed, provenance, visualize
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
@@ -85,7 +85,7 @@ def main(argv=None):
     if not start.exists():
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
     samples = with_unlabelled(read_samples(args.data), args.unlabelled)
-    net = load_weights(start, device)
+    net, before = load_weights(start, device), digest_of_weights(start)
     net.config = replace(net.config, size=args.size or net.config.size)
     previous = clone(net.saliency.state_dict())
     with checkpoint.alone(make_folder(args.out / "pts")) if distributed.is_first() else nullcontext():
@@ -105,7 +105,8 @@ def main(argv=None):
                 distributed.wait_for_all()
             net.saliency.load_state_dict(current)
             previous = clone(current)
-    distributed.from_first(save_weights, net, args.out / "weights_pts.pt", f"train_pts.py, {args.iters} iterations")
+    note = f"train_pts.py, {args.iters} iterations"
+    distributed.from_first(save_weights, net, args.out / "weights_pts.pt", note, before)
     if distributed.is_first():
         print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 

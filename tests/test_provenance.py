@@ -15,8 +15,8 @@ import train_pts
 from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.training import read_map, read_samples
-from models.wsid_net import load_weights
-from utils import checkpoint, digest, provenance
+from models.wsid_net import goes_on_from, load_weights
+from utils import checkpoint, digest, hparams, provenance
 from utils.cli import InputError, make_folder
 
 QUICK = (
@@ -228,6 +228,22 @@ def test_deleted_labels_of_pts_are_made_again(trained, capsys):
     options = ["--stage", "branches", "--labels", labels]
     assert train(trained, *options, run="again") == 2 and refused(capsys, "photo1", "run what made the others again")
     assert train_on(trained) == 0 and path.read_bytes() == before
+
+
+def test_a_network_of_pts_says_what_it_was_trained_from(trained):
+    path = trained / "run" / "weights.pt"
+    assert goes_on_from(path.with_name("weights_pts.pt"), path)
+    saved = checkpoint.load(path)
+    saved["state"]["saliency.aspp.0.2.bias"] += 1
+    checkpoint.save(saved, path)
+    assert not goes_on_from(path.with_name("weights_pts.pt"), path)
+
+
+def test_figures_that_cannot_be_put_beside_a_run_are_one_sentence(trained):
+    (trained / "run" / "val").write_text("in the way")
+    summary = {"mAP": {}, "count": {"accuracy": 0.5}, "saliency": None}
+    with pytest.raises(InputError, match="cannot write to the folder"):
+        hparams.write(trained / "run", "weights", summary)
 
 
 def test_a_damaged_network_is_put_together_again(trained):
