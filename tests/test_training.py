@@ -316,7 +316,7 @@ def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     (more / "images").mkdir(parents=True)
     shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
     (more / "labels.csv").write_text("image,classes,count\none.png,cat,0\n")
-    nothing = [*branches_options(more, tmp_path), "--stage", "number", "--init", numbered]
+    nothing = [*branches_options(more, tmp_path / "none"), "--stage", "number", "--init", numbered]
     assert call(train_branches.main, *nothing) == 2
     assert "no photograph has a count" in capsys.readouterr().err
 
