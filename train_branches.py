@@ -50,7 +50,7 @@ from models.opinion import SecondOpinion
 from models.pts import blend
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint, digest, distributed, provenance, visualize
-from utils.cli import InputError, Parser, integer, make_folder, number, run
+from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
@@ -62,14 +62,14 @@ ADDED = ("number", "opinion")  # to a network that is there
 def input_size(text):
     """The value of --size, an input square that the backbones can halve five times; InputError for others."""
     size = int(text) if text.isdecimal() else 0
-    if size < 64 or size % 32:
-        raise InputError(f"--size {text} does not fit the backbones; give a multiple of 32, at least 64")
+    if not 64 <= size <= 4096 or size % 32:
+        raise InputError(f"--size {text} does not fit the backbones; give a multiple of 32, from 64 to 4096")
     return size
 
 
 def group_width(text):
     """The value of --channels, which group normalisation divides by four."""
-    channels = integer(4)(text)
+    channels = integer(4, 4096)(text)
     if channels % 4:
         raise argparse.ArgumentTypeError(f"{text!r} does not fit; give a multiple of 4, for group normalisation")
     return channels
@@ -80,14 +80,14 @@ def get_args_parser():
     run_ = parser.add_argument_group("run")
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs, see README")  # fmt: skip
-    run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of this run")
+    run_.add_argument("--out", type=path_of, default=Path("runs/default"), help="folder of this run")
     run_.add_argument("--stage", choices=("all", *STAGES, *ADDED), default="all",
                       help="one of them alone")  # fmt: skip
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
     net.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME",
                      help=f"one of {', '.join(BACKBONES)}")  # fmt: skip
-    net.add_argument("--backbone-weights", type=Path, help="local ImageNet weights instead of the download")
+    net.add_argument("--backbone-weights", type=path_of, help="local ImageNet weights instead of the download")
     net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
     net.add_argument("--size", type=input_size, default=512, help="input square, pixels")
     net.add_argument("--channels", type=group_width, default=256, help="width of the CA module and the ASPP")
@@ -104,12 +104,13 @@ def get_args_parser():
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
     schedule.add_argument("--epochs", type=integer(1), default=5, help="of each stage that trains")
-    schedule.add_argument("--batch-size", type=integer(1), default=6, help="photographs a step")
-    schedule.add_argument("--lr", type=number(None, above=0), default=0.01,
+    schedule.add_argument("--batch-size", type=integer(1, 2**16), default=6, help="photographs a step")
+    schedule.add_argument("--lr", type=number(None, 1000, above=0), default=0.01,
                           help="initial learning rate of the new layers")  # fmt: skip
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
                           help="adamw moves V in a tenth of the iterations, at an --lr near 0.001")  # fmt: skip
-    schedule.add_argument("--backbone-lr", type=number(0), default=0.1, help="times --lr for the pretrained layers")
+    schedule.add_argument("--backbone-lr", type=number(0, 1000), default=0.1,
+                          help="times --lr for the pretrained layers")  # fmt: skip
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
     schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
@@ -119,19 +120,19 @@ def get_args_parser():
                           help="share of the weights in --init FILE that stays in the result (Eq. 8)")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
-    labels.add_argument("--cam-scales", type=number(None, 8, above=0), nargs="+", default=[1.0, 0.5, 1.5, 2.0],
+    labels.add_argument("--cam-scales", type=number(0.1, 8), nargs="+", default=[1.0, 0.5, 1.5, 2.0],
                         help="sizes of a photograph whose activations are averaged")  # fmt: skip
     labels.add_argument("--plain-cam", action="store_true", help="activations as they are, not spread over likes [IRN]")
-    labels.add_argument("--labels", type=Path, metavar="DIR",
+    labels.add_argument("--labels", type=path_of, metavar="DIR",
                         help="pseudo labels of another run (its labels/) instead of making some")  # fmt: skip
     labels.add_argument("--radius", type=integer(1, 64), default=10,
                         help="of pixel pairs in L_B and L_V, stride-4 pixels")  # fmt: skip
-    labels.add_argument("--lsu-weight", type=number(0), default=0.02, help="of L_su beside L_B and L_V")
-    labels.add_argument("--counted-weight", type=number(0), default=0.1,
+    labels.add_argument("--lsu-weight", type=number(0, 1000), default=0.02, help="of L_su beside L_B and L_V")
+    labels.add_argument("--counted-weight", type=number(0, 1000), default=0.1,
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
     labels.add_argument("--paste", type=number(0, 3), default=0.0,
                         help="objects pasted from other photographs into each; branches only")  # fmt: skip
-    labels.add_argument("--odds", type=number(None), nargs=3, metavar=("S", "OPINION", "PRIOR"),
+    labels.add_argument("--odds", type=number(-100, 100), nargs=3, metavar=("S", "OPINION", "PRIOR"),
                         default=SecondOpinion.ODDS,
                         help="how the stage opinion pools the odds of S and of its own")  # fmt: skip
     add_machine_arguments(parser)
@@ -149,6 +150,9 @@ def main(argv=None):
         raise InputError(f"--refresh {args.refresh} needs the network a training goes on from; give a FILE to --init")
     if args.stage in ADDED and not args.start:
         raise InputError(f"--stage {args.stage} goes on from a network; name its weights.pt with --init")
+    if args.labels and args.stage not in ("all", "branches", "saliency"):
+        raise InputError(f"--stage {args.stage} learns from no pseudo labels of others; leave out --labels")
+    require_place(args)
     device = prepare_machine(args)
     samples = SAMPLES.get(args.stage, usable_samples)(args)
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
@@ -159,19 +163,42 @@ def main(argv=None):
     todo = STAGES[2:] if args.labels else STAGES
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
-        stages[stage](args, samples, device)
+        folder = make_folder(args.out / stage)
+        with checkpoint.alone(folder) if distributed.is_first() else nullcontext():
+            stages[stage](args, samples, device)
         distributed.wait_for_all()
-    if distributed.is_first() and args.stage not in ADDED:
-        assemble(args)
+    if args.stage in ("all", "branches", "saliency"):
+        distributed.from_first(assemble, args)  # what comes next may read it
 
 
 def starting_network(init):
     """The WSIDNet that --init FILE names, None for imagenet and cam; InputError for a file that holds none."""
     if init in ("imagenet", "cam"):
         return None
+    init = path_of(init)
     if not Path(init).is_file():
         raise InputError(f"--init {init}: no such file; give imagenet, cam or the weights.pt of a network")
     return load_weights(init)
+
+
+def origin(args):
+    """The note of OUT/weights.pt, by which it is known again."""
+    return f"train_branches.py --stage {args.stage}" if args.stage in ADDED else "train_branches.py"
+
+
+def require_place(args):
+    """InputError when OUT/weights.pt, which would be overwritten, is the network in --init or another's work, such as
+    a copy or that of a run without what --stage number adds."""
+    path = args.out / "weights.pt"
+    if args.stage in ("cam", "labels") or not path.exists():
+        return
+    try:
+        saved = checkpoint.load(path)
+    except InputError:  # nothing to lose
+        return
+    note = saved.get("note") if isinstance(saved, dict) else None
+    if note != origin(args) or (args.start and path.samefile(path_of(args.init))):
+        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
 
 
 def usable_samples(args):
@@ -241,7 +268,8 @@ def run_stage(args, samples, device, stage, model, dataset, losses, *, inputs, s
         show = partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args))
     distributed.from_first(lambda: provenance.bind(folder, settings_of(args, *SCHEDULE, *settings), inputs()))
     if (folder / "weights.pt").exists():
-        print(f"{stage}: already trained")
+        if distributed.is_first():
+            print(f"{stage}: already trained")
         return
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
@@ -330,8 +358,6 @@ def train_classifier(args, samples, device):
 
 def make_labels(args, samples, device):
     """Stage labels: class activation maps here, the CRF in worker processes, two PNGs per photograph."""
-    if args.labels:
-        raise InputError("--stage labels makes what --labels would read; give one of them")
     folder = make_folder(labels_folder(args))
     model = finished_classifier(args)
     distributed.from_first(bind_labels, args, samples)
@@ -374,8 +400,9 @@ def require_labels(args, samples):
     folder = labels_folder(args)
     missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
     if missing:
-        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; run "
-                         "--stage labels first")  # fmt: skip
+        remedy = "run what made the others again" if args.labels else "run --stage labels first"
+        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; "
+                         f"{remedy}")  # fmt: skip
     own = not args.labels and classifier_file(args).exists()
     distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
     return folder
@@ -540,7 +567,7 @@ def train_number(args, samples, device):
     run_stage(args, samples, device, "number", model, dataset, losses, inputs=inputs)
     if distributed.is_first():
         model.load_state_dict(checkpoint.load(trained)["model"])
-        save_weights(with_parts(net, number=model), args.out / "weights.pt", note="train_branches.py --stage number")
+        save_weights(with_parts(net, number=model), args.out / "weights.pt", note=origin(args))
         print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
 
 
@@ -574,7 +601,7 @@ def fit_opinion(args, samples, device):
         features.append(seen.flatten(1)[:, chosen].t())
         saliency.append(told.flatten()[chosen])
     model.fit(torch.cat(features), torch.cat(saliency))
-    save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note="train_branches.py --stage opinion")
+    save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note=origin(args))
     print(f"{args.init}, with a second opinion on what is salient, is in {args.out / 'weights.pt'}")
 
 
@@ -592,9 +619,12 @@ def assemble(args):
     with an --init FILE that has a network for the number or a second opinion, so do these.
     """
     parts = {"branches": args.out / "branches" / "weights.pt", "saliency": args.out / "saliency" / "weights.pt"}
-    if args.labels and args.labels.parent.parent.name == "pts" and not parts["saliency"].exists():
-        parts["saliency"] = args.labels.parent / "weights.pt"
-    if not all(path.exists() for path in parts.values()):
+    iteration = args.labels and args.labels.resolve().parent
+    if iteration and iteration.parent.name == "pts" and not parts["saliency"].exists():
+        parts["saliency"] = iteration / "weights.pt"
+    missing = [str(path) for path in parts.values() if not path.exists()]
+    if missing:
+        print(f"the network will be in {args.out / 'weights.pt'} when {missing[0]} is there too")
         return
     saved = {name: checkpoint.load(path) for name, path in parts.items()}
     try:
@@ -613,7 +643,7 @@ def assemble(args):
         net = with_parts(net, number=args.start.number)
     if args.start and args.start.opinion:
         net = with_parts(net, opinion=args.start.opinion)
-    save_weights(net, args.out / "weights.pt", note="train_branches.py")
+    save_weights(net, args.out / "weights.pt", note=origin(args))
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 
 

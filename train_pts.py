@@ -28,10 +28,10 @@ from models.counting import told
 from models.enhancement import network_input
 from models.fusion import Fusion
 from models.pts import instance_label, pseudo_label, refresh
-from models.wsid_net import load_weights, save_weights
+from models.wsid_net import digest_of_weights, load_weights, save_weights
 from train_branches import input_size, saliency_losses
 from utils import checkpoint, digest, distributed, provenance, visualize
-from utils.cli import InputError, Parser, integer, make_folder, number, run
+from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
@@ -46,26 +46,27 @@ def get_args_parser():
     run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
                       help="labelled photographs; without classes (PATH@count) they need no pseudo masks")  # fmt: skip
     run_.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="photographs without labels")
-    run_.add_argument("--out", type=Path, default=Path("runs/default"), help="folder of the run to go on from")
+    run_.add_argument("--out", type=path_of, default=Path("runs/default"), help="folder of the run to go on from")
     run_.add_argument("--size", type=input_size, help="input square, pixels; default: that of the run's network")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
     schedule.add_argument("--iters", type=integer(1), default=6, help="iterations R of Algorithm 1")
     schedule.add_argument("--epochs", type=integer(0), default=8, help="epochs E of each iteration; 0 labels alone")
-    schedule.add_argument("--batch-size", type=integer(1), default=6, help="photographs a step")
-    schedule.add_argument("--lr", type=number(None, above=0), default=1e-4, help="at the start of each iteration")
+    schedule.add_argument("--batch-size", type=integer(1, 2**16), default=6, help="photographs a step")
+    schedule.add_argument("--lr", type=number(None, 1000, above=0), default=1e-4, help="at the start of each iteration")
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the saliency branch")
-    schedule.add_argument("--backbone-lr", type=number(0), default=1.0, help="times --lr for the pretrained layers")
+    schedule.add_argument("--backbone-lr", type=number(0, 1000), default=1.0,
+                          help="times --lr for the pretrained layers")  # fmt: skip
     schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
                           help="pretrained levels f1..fN that stay as they are")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
     labels.add_argument("--keep", type=number(0, below=1), default=1 / 3,
                         help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
-    labels.add_argument("--odds", type=number(None), nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
+    labels.add_argument("--odds", type=number(-100, 100), nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
                         help="instead: the odds of both, to these powers, multiply, for first masks made with "
                         "--no-crf; 0.6 1.7 -0.5 fit the bundled network without its second opinion")  # fmt: skip
-    labels.add_argument("--labels", type=Path, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
+    labels.add_argument("--labels", type=path_of, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
     labels.add_argument("--by-class", action="store_true",
                         help="the instances for the branches come apart by their classes first")  # fmt: skip
     labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
@@ -84,29 +85,30 @@ def main(argv=None):
     if not start.exists():
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {args.out} first")
     samples = with_unlabelled(read_samples(args.data), args.unlabelled)
-    net = load_weights(start, device)
+    net, before = load_weights(start, device), digest_of_weights(start)
     net.config = replace(net.config, size=args.size or net.config.size)
     previous = clone(net.saliency.state_dict())
-    for r in range(1, args.iters + 1):
-        folder = make_folder(args.out / "pts" / f"r{r}")
-        distributed.from_first(bind, args, samples, net, previous, folder)
-        finished = folder / "weights.pt"
-        if finished.exists():
-            current = checkpoint.load(finished, device)["model"]
-        else:
-            labelled = make_labels(net, samples, folder, args, device)
-            if args.epochs:
-                train_iteration(net, labelled, folder, args, device, r)
-            current = refresh(previous, net.saliency.state_dict(), r)
-            if distributed.is_first():
-                checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
-            distributed.wait_for_all()
-        net.saliency.load_state_dict(current)
-        previous = clone(current)
-    if not distributed.is_first():
-        return
-    save_weights(net, args.out / "weights_pts.pt", note=f"train_pts.py, {args.iters} iterations")
-    print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
+    with checkpoint.alone(make_folder(args.out / "pts")) if distributed.is_first() else nullcontext():
+        for r in range(1, args.iters + 1):
+            folder = make_folder(args.out / "pts" / f"r{r}")
+            distributed.from_first(bind, args, samples, net, previous, folder)
+            labelled = make_labels(net, samples, folder, args, device)  # of a finished one too: what was deleted
+            finished = folder / "weights.pt"
+            if finished.exists():
+                current = checkpoint.load(finished, device)["model"]
+            else:
+                if args.epochs:
+                    train_iteration(net, labelled, folder, args, device, r)
+                current = refresh(previous, net.saliency.state_dict(), r)
+                if distributed.is_first():
+                    checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
+                distributed.wait_for_all()
+            net.saliency.load_state_dict(current)
+            previous = clone(current)
+    note = f"train_pts.py, {args.iters} iterations"
+    distributed.from_first(save_weights, net, args.out / "weights_pts.pt", note, before)
+    if distributed.is_first():
+        print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 
 
 def with_unlabelled(samples, folders):
@@ -185,7 +187,8 @@ def make_labels(net, samples, folder, args, device):
     found = [sample for sample in samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
     if not found:
         raise InputError(f"the network finds no salient instance in any photograph; train the run {args.out} longer")
-    print(f"{folder.name}: {len(found)} of {len(samples)} photographs show salient instances")
+    if distributed.is_first():
+        print(f"{folder.name}: {len(found)} of {len(samples)} photographs show salient instances")
     return found
 
 

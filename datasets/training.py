@@ -156,7 +156,7 @@ def read_map(path):
     except (OSError, cv2.error):  # the latter for an empty file
         labels = None
     if labels is None:
-        raise InputError(f"the label map {path} is missing or broken; run the labels stage again")
+        raise InputError(f"the label map {path} is missing or broken; delete it and run what made it again")
     return labels
 
 

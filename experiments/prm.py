@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from tqdm import tqdm
 
 from datasets.images import read_image
 from datasets.masks import prediction_records
@@ -24,8 +23,10 @@ from datasets.training import resize, to_tensor
 from models.backbones import BACKBONES
 from models.classifier import Classifier
 from models.fusion import Fusion, instance_masks
+from train_branches import input_size
 from utils import checkpoint
-from utils.cli import InputError, Parser, integer, make_folder, run, select_device
+from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
+from utils.progress import tqdm
 
 PEAK, FOREGROUND = 0.5, 0.3  # shares of the highest response: of a peak [PRM], of the foreground [IRN]
 BLUR = 2.0  # of a gradient, which is noise pixel by pixel, in pixels of the stride-4 grid
@@ -88,12 +89,12 @@ def load_classifier(path, backbone, output_stride):
 
 def get_args_parser():
     parser = Parser(prog="python -m experiments.prm", description=__doc__)
-    parser.add_argument("--classifier", type=Path, required=True, help="cam/weights.pt of a run")
+    parser.add_argument("--classifier", type=path_of, required=True, help="cam/weights.pt of a run")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50", help="that of the classifier")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16)
-    parser.add_argument("--size", type=integer(64), default=512, help="input square, pixels")
+    parser.add_argument("--size", type=input_size, default=512, help="input square, pixels")
     parser.add_argument("--data", required=True, metavar="PATH[@SPLIT]", help="photographs with instance masks")
-    parser.add_argument("--out", type=Path, default=Path("predictions.json"), help="COCO result records")
+    parser.add_argument("--out", type=path_of, default=Path("predictions.json"), help="COCO result records")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     return parser
 

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import train_branches
 import train_pts
-from utils.cli import Parser, integer, make_folder, run
+from utils import distributed
+from utils.cli import Parser, integer, make_folder, path_of, run
+from utils.training import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,6 @@ class Recipe:
     fusion: str = ""
 
 
-LARGEST_SEED = 2**32 - 1
 # After a short training S is too unsure for the background to walk, and scores are best by S alone.
 SHORT = "--fusion doubt=0 share=peak background=0.5 likeness=0"
 NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
@@ -99,11 +100,11 @@ def add_data_arguments(parser, out):
     parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
                         help="more photographs, with a count, for a second cycle")  # fmt: skip
     parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
-    parser.add_argument("--labels", type=Path, metavar="DIR",
+    parser.add_argument("--labels", type=path_of, metavar="DIR",
                         help="pseudo labels of another run; default: a classifier is trained for them")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    parser.add_argument("--out", type=path_of, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
-    parser.add_argument("--workers", type=integer(0), default=2, help="processes that load images and run the CRF")
+    parser.add_argument("--workers", type=integer(0, 256), default=2, help="processes that load images and run the CRF")
 
 
 def stage(args, out, seed, name, *options, data=(), **paths):
@@ -166,7 +167,7 @@ def train_again(recipe, args, out, seed, labels):
     """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
     that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
     start = make_folder(out / "cycle2") / "weights.pt"
-    link(start, out / "weights_pts.pt")
+    distributed.from_first(link, start, out / "weights_pts.pt")
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"

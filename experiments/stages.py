@@ -8,22 +8,21 @@ objects; what is missing with all four true is the fusion's and the grid's.
 """
 
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from scipy import ndimage
-from tqdm import tqdm
 
 from datasets.images import read_image
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from infer import Predictor
 from models.counting import certain
-from utils.cli import InputError, Parser, integer, run, select_device
+from utils.cli import InputError, Parser, integer, path_of, run, select_device
 from utils.metrics import match_instances, summarize
 from utils.predictions import check_size
+from utils.progress import tqdm
 from utils.report import format_table
 
 TRUE = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
@@ -65,7 +64,7 @@ def with_truth(maps, gt, replaced):
 
 def get_args_parser():
     parser = Parser(prog="python -m experiments.stages", description=__doc__)
-    parser.add_argument("--weights", type=Path, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     return parser
@@ -75,7 +74,7 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     predictor = Predictor(args.weights, select_device(args.gpu))
     results, problems = {row: [] for row in ROWS}, []
-    for sample in tqdm(read_ground_truth(args.data, problems.append), unit="img", mininterval=2):
+    for sample in tqdm(read_ground_truth(args.data, problems.append), "stages", unit="img", mininterval=2):
         try:
             image, gt = read_image(sample.path), sample.mask.read()
             check_size(sample.path, image.shape, gt.shape)

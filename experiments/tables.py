@@ -28,7 +28,6 @@ from datasets.images import image_size
 from datasets.sources import read_ground_truth
 from experiments import prm
 from experiments.recipes import (
-    LARGEST_SEED,
     RECIPES,
     add_data_arguments,
     link,
@@ -43,9 +42,10 @@ from experiments.stages import true_saliency
 from models.fusion import Fusion
 from models.inference import bfloat16_pays
 from models.wsid_net import load_weights, save_weights
-from utils import checkpoint, digest
-from utils.cli import InputError, Parser, integer, make_folder, run, select_device
+from utils import checkpoint, digest, distributed
+from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
 from utils.predictions import check_size
+from utils.training import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ def main(argv=None):
 
 def check_arguments(args):
     """InputError for what would only be found after the training, because it is what the rows are measured on."""
+    if distributed.is_launched():
+        raise InputError("the rows are trained and measured in one process; start experiments.tables without torchrun")
     if args.no_pts and ("pts" in args.tables or "cycle" in args.tables):
         raise InputError("--no-pts leaves nothing of the tables pts and cycle; give one of them")
     if "cycle" in args.tables and not args.counted:
@@ -187,7 +189,7 @@ def named_folder(argument):
     name, _, folder = argument.partition("=")
     if not folder:
         raise argparse.ArgumentTypeError(f"{argument} is no NAME=DIR")
-    return name, Path(os.path.expanduser(folder))
+    return name, path_of(folder)
 
 
 def digest_of_truth(source):

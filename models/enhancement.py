@@ -10,6 +10,8 @@ from datasets.training import to_tensor
 from models.attention import conv_block
 from utils.cli import InputError
 
+LARGEST_GRADIENT = 2040  # |dx| + |dy| of cv2.Canny's Sobel filters
+
 
 def parse_canny(text):
     """``auto``, ``none``, ``only`` or ``LOW,HIGH`` as the value of --canny; InputError for anything else."""
@@ -17,8 +19,11 @@ def parse_canny(text):
         return text
     try:
         low, high = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--canny {text} is not understood; use auto, none, only or LOW,HIGH, as in 30,200") from error
+    except ValueError:
+        low = high = np.nan
+    if not 0 <= low <= high <= LARGEST_GRADIENT:
+        raise InputError(f"--canny {text} is not understood; use auto, none, only or LOW,HIGH, from 0 "
+                         f"to {LARGEST_GRADIENT}, as in 30,200")  # fmt: skip
     return f"{low:g},{high:g}"
 
 

@@ -21,7 +21,7 @@ from models import AMP, METHODS, MOST
 from models.counting import certain, told
 from models.enhancement import network_input
 from models.fusion import Fusion, connected_components, fuse, guesses, instance_masks
-from models.wsid_net import load_weights, mirrored, same_branches
+from models.wsid_net import goes_on_from, load_weights, mirrored
 from ops import compiled
 from utils import digest
 from utils.cli import InputError
@@ -38,12 +38,12 @@ DEFAULT_WEIGHTS = (
 def default_weights():
     """The weights used when none are named: those of runs/default, else the bundled ones.
 
-    InputError when those of train_pts.py come from other branches than those that lie beside them now.
+    InputError when those of train_pts.py were not trained from those that lie beside them now.
     """
     for path in DEFAULT_WEIGHTS:
         if path.exists():
             progressive, before = DEFAULT_WEIGHTS[:2]
-            if path == progressive and before.exists() and not same_branches(progressive, before):
+            if path == progressive and before.exists() and not goes_on_from(progressive, before):
                 raise InputError(f"{progressive} was made from another {before.name} than the one beside it; run "
                                  "train_pts.py anew, or name one of them with --weights")  # fmt: skip
             return path

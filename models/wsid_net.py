@@ -105,20 +105,26 @@ def with_parts(net, **parts):
     return whole
 
 
-def save_weights(net, path, note=""):
-    """Write a WSIDNet to ``path`` in half precision, with its configuration, the settings of its fusion, a line on its
-    origin and a digest of its branches, by which ``same_branches`` knows them."""
+def save_weights(net, path, note="", start=None):
+    """Write a WSIDNet to ``path`` in half precision, with its configuration, the settings of its fusion and a line on its
+    origin; start: the ``digest_of_weights`` that it was trained from, for ``goes_on_from``."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
-    branches = digest.of_state({key: value for key, value in state.items() if key.startswith("branches.")})
-    saved = {"config": asdict(net.config), "fusion": asdict(net.fusion), "state": state, "note": note}
-    checkpoint.save(saved | {"branches": branches}, path)
+    saved = {"config": asdict(net.config), "fusion": asdict(net.fusion), "state": state, "note": note, "start": start}
+    checkpoint.save(saved, path)
 
 
-def same_branches(first, second):
-    """Whether two files of ``save_weights`` hold the same branches; True where one of them does not say."""
-    saved = [checkpoint.load(path) for path in (first, second)]
-    noted = [file.get("branches") if isinstance(file, dict) else None for file in saved]
-    return None in noted or noted[0] == noted[1]
+def digest_of_weights(path):
+    """The digest of the weights in a file of ``save_weights``; None for what it did not write."""
+    saved = checkpoint.load(path)
+    return digest.of_state(saved["state"]) if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else None
+
+
+def goes_on_from(path, start):
+    """Whether the network in the file ``path`` was trained from that in the file ``start``; True where it does not
+    say."""
+    saved = checkpoint.load(path)
+    noted = saved.get("start") if isinstance(saved, dict) else None
+    return noted is None or noted == digest_of_weights(start)
 
 
 def load_weights(path, device="cpu"):

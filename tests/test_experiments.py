@@ -21,6 +21,7 @@ from models.classifier import Classifier
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint
 from utils.cli import InputError
+from utils.training import LARGEST_SEED
 
 
 @pytest.fixture
@@ -310,7 +311,8 @@ def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys
 
 @pytest.mark.parametrize(("script", "options"), [
     (recipes, ("quick", "--seed", "-1")), (recipes, ("quick", "--workers", "two")), (recipes, ("quick", "--gpu", "-3")),
-    (prm, ("--classifier", "w", "--data", "d", "--size", "0")),
+    (recipes, ("quick", "--workers", "100000")), (recipes, ("quick", "--seed", str(LARGEST_SEED + 1))),
+    *[(prm, ("--classifier", "w", "--data", "d", "--size", size)) for size in ("0", "100", "10016")],
     (prm, ("--classifier", "w", "--data", "d", "--gpu", "x")),
     (stages, ("--gpu", "-2")), (stages, ("--data", "nowhere", "--gpu", "-1", "--weights", "none.pt")),
 ])  # fmt: skip
@@ -318,6 +320,21 @@ def test_options_out_of_range_are_one_sentence(capsys, script, options):
     assert call(script.main, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_largest_seed_is_one_for_every_script(called, tmp_path):
+    recipes.main(["quick", "--out", str(tmp_path / "out"), "--seed", str(LARGEST_SEED)])
+    assert {args.seed for args in called} == {LARGEST_SEED} and len(called) == 5
+
+
+def test_tables_are_made_by_one_process(called, monkeypatch, capsys):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="without torchrun"):
+        tables.main(["2"])
+    assert not called
 
 
 def test_folders_of_other_options_have_other_names():

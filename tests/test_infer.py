@@ -29,7 +29,7 @@ from datasets.images import read_image
 from datasets.masks import decode_rle, read_instance_mask
 from models import inference
 from models.fusion import Fusion
-from models.wsid_net import NetConfig, WSIDNet, save_weights
+from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
 from utils import checkpoint, lazy, visualize
 from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
@@ -367,10 +367,12 @@ def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     (run_ / "weights.pt").touch()
     assert inference.default_weights().name == "weights.pt"
     net = WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8))
-    for name in ("weights.pt", "weights_pts.pt"):
-        save_weights(net, run_ / name)
+    save_weights(net, run_ / "weights.pt")
+    save_weights(net, run_ / "weights_pts.pt")  # of an earlier version, which does not say
     assert inference.default_weights().name == "weights_pts.pt"
-    next(net.branches.parameters()).add_(1)
+    save_weights(net, run_ / "weights_pts.pt", start=digest_of_weights(run_ / "weights.pt"))
+    assert inference.default_weights().name == "weights_pts.pt"
+    next(net.saliency.parameters()).add_(1)
     save_weights(net, run_ / "weights.pt")
     with pytest.raises(InputError, match="weights_pts.pt was made from another weights.pt"):
         inference.default_weights()

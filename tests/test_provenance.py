@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from datasets.labels import Sample
 from datasets.training import read_map, read_samples
 from models.fusion import Fusion
 from models.inference import Predictor
-from models.wsid_net import load_weights
-from utils import checkpoint, digest, provenance
-from utils.cli import InputError
+from models.wsid_net import goes_on_from, load_weights
+from utils import checkpoint, digest, hparams, provenance
+from utils.cli import InputError, make_folder
 
 QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 1 --channels 16 --radius 4 "
@@ -225,6 +227,86 @@ def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(tra
     assert refused(capsys, "the weights that training starts from changed")
 
 
+@pytest.mark.parametrize("options", [
+    ("--stage", "number"), ("--stage", "opinion"), ("--stage", "saliency"),
+])  # fmt: skip
+def test_the_network_of_another_training_is_not_overwritten(trained, capsys, options):
+    """The one a training goes on from, or a copy of any."""
+    run = make_folder(trained / "copy")
+    for name, source in (("weights.pt", "weights.pt"), ("pts.pt", "weights_pts.pt")):
+        shutil.copy(trained / "run" / source, run / name)
+    before = (run / "weights.pt").read_bytes()
+    options = [*options, *(("--labels", trained / "run" / "labels") if "saliency" in options else ())]
+    assert train(trained, *options, "--init", run / "weights.pt", run="copy") == 2
+    assert refused(capsys, f"{run / 'weights.pt'} would be overwritten", "another --out")
+    shutil.copy(run / "pts.pt", run / "weights.pt")
+    assert train(trained, *options, "--init", trained / "run" / "weights.pt", run="copy") == 2
+    assert refused(capsys, f"{run / 'weights.pt'} would be overwritten")
+    shutil.copy(trained / "run" / "weights.pt", run / "weights.pt")
+    assert (run / "weights.pt").read_bytes() == before and not (run / options[1]).exists()
+
+
+def test_deleted_labels_of_pts_are_made_again(trained, capsys):
+    labels = trained / "run" / "pts" / "r1" / "labels"
+    path = labels / "saliency" / "photo1.png"
+    before = path.read_bytes()
+    path.unlink()
+    options = ["--stage", "branches", "--labels", labels]
+    assert train(trained, *options, run="again") == 2 and refused(capsys, "photo1", "run what made the others again")
+    assert train_on(trained) == 0 and path.read_bytes() == before
+
+
+def test_a_network_of_pts_says_what_it_was_trained_from(trained):
+    path = trained / "run" / "weights.pt"
+    assert goes_on_from(path.with_name("weights_pts.pt"), path)
+    saved = checkpoint.load(path)
+    saved["state"]["saliency.aspp.0.2.bias"] += 1
+    checkpoint.save(saved, path)
+    assert not goes_on_from(path.with_name("weights_pts.pt"), path)
+
+
+def test_figures_that_cannot_be_put_beside_a_run_are_one_sentence(trained):
+    (trained / "run" / "val").write_text("in the way")
+    summary = {"mAP": {}, "count": {"accuracy": 0.5}, "saliency": None}
+    with pytest.raises(InputError, match="cannot write to the folder"):
+        hparams.write(trained / "run", "weights", summary)
+
+
+def test_a_damaged_network_is_put_together_again(trained):
+    path = trained / "run" / "weights.pt"
+    before = load_weights(trained / "run" / "weights.pt").config
+    path.write_bytes(b"damaged")
+    assert train(trained, "--no-crf", "--stage", "saliency") == 0 and load_weights(path).config == before
+
+
+def test_labels_of_pts_are_known_by_a_relative_path_too(trained, monkeypatch):
+    monkeypatch.chdir(trained / "run" / "pts" / "r1")
+    assert train(trained, "--stage", "branches", "--labels", "labels", run="again") == 0
+    load_weights(trained / "again" / "weights.pt")
+
+
+@pytest.mark.parametrize("stage", ["cam", "labels"])
+def test_the_classifier_learns_from_no_pseudo_labels(trained, capsys, stage):
+    assert train(trained, "--stage", stage, "--labels", trained / "run" / "labels", run="other") == 2
+    assert refused(capsys, f"--stage {stage} learns from no pseudo labels", "leave out --labels")
+
+
+HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+@pytest.mark.parametrize("script, stage", [(train, "saliency"), (train_on, "pts")])
+def test_two_trainings_are_not_at_work_in_one_folder(trained, capsys, script, stage):
+    pytest.importorskip("fcntl")
+    options = ["--no-crf", "--stage", stage] if script is train else []
+    command = [sys.executable, "-c", HOLDER, trained / "run" / stage / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert script(trained, *options) == 2
+        assert refused(capsys, f"another process is at work in {trained / 'run' / stage}")
+        other.kill()
+    assert script(trained, *options) == 0
+
+
 def test_photographs_without_labels_leave_the_others_in(trained, capsys):
     """Those that show no known class have no pseudo labels; those of PTS, with a count alone, stay."""
     folder = trained / "data"
@@ -259,25 +341,27 @@ def test_two_processes_settle_what_a_folder_is_before_either_works(trained):
 
 
 def test_what_is_unfinished_may_change(tmp_path):
-    picture = tmp_path / "a.png"
+    picture, folder = tmp_path / "a.png", make_folder(tmp_path / "made")
     checkpoint.save_png(np.zeros((4, 4), np.uint8), picture)
     sample = Sample(picture, classes=(1,))
     for finished in (False, True):
-        provenance.bind(tmp_path, {"size": 64}, photographs=provenance.photographs([sample], "classes"),
+        provenance.bind(folder, {"size": 64}, photographs=provenance.photographs([sample], "classes"),
                         finished=lambda stem, finished=finished: finished)  # fmt: skip
     checkpoint.save_png(np.ones((4, 4), np.uint8), picture)
     now = provenance.photographs([sample], "classes")
-    provenance.bind(tmp_path, {"size": 64}, photographs=now, finished=lambda stem: False)
-    assert provenance.recorded(tmp_path)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
+    provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: False)
+    assert provenance.recorded(folder)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
     checkpoint.save_png(np.full((4, 4), 2, np.uint8), picture)
     with pytest.raises(InputError, match="the picture of a changed"):
         now = provenance.photographs([sample], "classes")
-        provenance.bind(tmp_path, {"size": 64}, photographs=now, finished=lambda stem: True)
+        provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: True)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"lr": 0.1, "images": 6}'])
-def test_a_folder_that_does_not_say_what_from_is_refused(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"lr": 0.1, "images": 6}'), ("weights.pt", ""),
+])  # fmt: skip
+def test_a_folder_that_does_not_say_what_from_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="does not say what the folder was made from"):
         provenance.bind(tmp_path, {"lr": 0.1})
 

@@ -259,7 +259,7 @@ def test_labels_of_another_run(trained, data, tmp_path, capsys):
     assert call(train_branches.main, *command, "--stage", "saliency") == 0
     assert (out / "saliency" / "weights.pt").exists() and not (out / "labels").exists()
     assert call(train_branches.main, *command, "--stage", "labels") == 2
-    assert "give one of them" in capsys.readouterr().err
+    assert "leave out --labels" in capsys.readouterr().err
 
 
 def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, capsys):
@@ -316,7 +316,7 @@ def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     (more / "images").mkdir(parents=True)
     shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
     (more / "labels.csv").write_text("image,classes,count\none.png,cat,0\n")
-    nothing = [*branches_options(more, tmp_path), "--stage", "number", "--init", numbered]
+    nothing = [*branches_options(more, tmp_path / "none"), "--stage", "number", "--init", numbered]
     assert call(train_branches.main, *nothing) == 2
     assert "no photograph has a count" in capsys.readouterr().err
 
@@ -381,13 +381,16 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
         *[([name, value], f"argument {name}: '{value}'") for name, values in {
-            "--epochs": "0 -3 two", "--batch-size": "0 -2", "--lr": "0 -1 nan inf", "--backbone-lr": "-1 nan",
-            "--channels": "0 10 -4", "--radius": "0 65", "--lsu-weight": "-1 nan", "--counted-weight": "-1",
-            "--cam-scales": "0 -1 nan", "--refresh": "1 -0.1", "--paste": "4 nan", "--workers": "-1", "--gpu": "-2",
-            "--accumulate": "0", "--seed": "-1", "--save-seconds": "-1 nan"}.items() for value in values.split()],
-        (["--odds", "nan", "1", "1"], "argument --odds: 'nan'"),
+            "--epochs": "0 -3 two", "--batch-size": "0 -2 1000000000000", "--lr": "0 -1 nan inf 1e308",
+            "--backbone-lr": "-1 nan 1e308", "--channels": "0 10 -4 4000000", "--radius": "0 65",
+            "--lsu-weight": "-1 nan 1e308", "--counted-weight": "-1 1e308", "--cam-scales": "0 -1 nan 1e-9",
+            "--refresh": "1 -0.1", "--paste": "4 nan", "--workers": "-1 100000", "--gpu": "-2",
+            "--accumulate": "0", "--seed": "-1 4294967296", "--save-seconds": "-1 nan",
+        }.items() for value in values.split()],
+        *[(["--odds", "1", value, "1"], f"argument --odds: '{value}'") for value in ("nan", "1e300")],
+        *[([f"--canny={value}"], f"--canny {value}") for value in ("200,30", "nan,5", "-5,30", "30,1e300", "1,2,3")],
         (["--accumulate", "3"], "--accumulate 3 asks for more parts than images"),
-        (["--size", "many"], "--size many"),
+        *[(["--size", value], f"--size {value}") for value in ("many", "32", "10016")],
     ],
 )
 def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words):
@@ -401,8 +404,9 @@ def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words)
     [
         ([], "run train_branches.py"),
         *[([name, value], f"argument {name}: '{value}'") for name, values in {
-            "--iters": "0", "--epochs": "-1", "--batch-size": "0", "--lr": "0 nan", "--backbone-lr": "-1",
-            "--keep": "1 -1 nan", "--workers": "-1", "--gpu": "-2"}.items() for value in values.split()],
+            "--iters": "0", "--epochs": "-1", "--batch-size": "0 1000000000000", "--lr": "0 nan 1e308",
+            "--backbone-lr": "-1 1e308", "--keep": "1 -1 nan", "--workers": "-1 100000",
+            "--gpu": "-2"}.items() for value in values.split()],
         (["--fusion", "sharpness=3"], "--fusion sharpness=3"),
     ],
 )
@@ -410,6 +414,13 @@ def test_bad_settings_of_pts_are_one_sentence(data, tmp_path, capsys, arguments,
     assert call(train_pts.main, *pts_command(data, tmp_path / "empty")[1:], *arguments) == 2
     message = capsys.readouterr().err
     assert words in message and message.startswith("error: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [train_branches, train_pts])
+def test_a_home_folder_is_known_wherever_the_shell_left_it(monkeypatch, tmp_path, script):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = script.get_args_parser().parse_args(["--out=~/run", "--labels=~/labels"])
+    assert (args.out, args.labels) == (tmp_path / "run", tmp_path / "labels")
 
 
 def test_output_folder_must_be_writable(data, tmp_path):

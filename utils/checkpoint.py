@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -48,6 +48,23 @@ def replace(path, write):
                 raise
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextmanager
+def alone(folder):
+    """Within it no other process is in here with the same folder; InputError where one is already.
+
+    What a process that was killed had is free at once.
+    """
+    with open(Path(folder) / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's would last as long as the loader's processes
+            except (BlockingIOError, PermissionError) as error:
+                raise InputError(f"another process is at work in {folder}; wait for it or stop it") from error
+            except OSError:
+                pass  # a file system without locks
+        yield
 
 
 def _own(partial):

@@ -1,7 +1,7 @@
 """TensorBoard's HParams tab: the settings of every run beside what it reaches."""
 
 from utils import provenance
-from utils.cli import InputError
+from utils.cli import InputError, make_folder
 
 
 def settings_of(run):
@@ -27,5 +27,5 @@ def write(run, name, summary):
     if summary["saliency"]:
         figures |= {"saliency MAE": summary["saliency"]["mae"], "saliency max F": summary["saliency"]["max_f"]}
     figures = {key: value for key, value in figures.items() if value is not None}
-    with SummaryWriter(run / "val" / name) as writer:
+    with SummaryWriter(make_folder(run / "val" / name)) as writer:
         writer.add_hparams(settings_of(run), figures, run_name=".")

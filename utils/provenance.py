@@ -23,12 +23,15 @@ def bind(folder, settings, inputs=None, photographs=None, finished=None):
     settings: {name: plain value}; inputs: {what: digest}, ``what`` being words for a message; photographs: as of
     ``photographs``, to be added to those that are noted; finished(stem): whether the folder holds the result of a
     photograph: without one, what is noted of it may change.
-    InputError, naming what differs and what to do, when the folder was made from something else. With several
-    processes, ``distributed.from_first(bind, ...)`` settles it before any of them goes on.
+    InputError, naming what differs and what to do, when the folder was made from something else, or holds something
+    and does not say what that was made from. With several processes, ``distributed.from_first(bind, ...)`` settles it
+    before any of them goes on.
     """
     # As the file will hold it: tuples become lists.
     now = json.loads(json.dumps(dict(zip(KINDS, (settings, inputs or {}, photographs or {}), strict=True))))
     before = recorded(folder)
+    if not before and any(not path.name.startswith(".") for path in Path(folder).iterdir()):
+        raise _untold(folder)
     if before:
         settings = _differences(before["settings"], now["settings"])
         differs = [f"{name} {before['settings'].get(name)} -> {now['settings'].get(name)}" for name in settings]
@@ -52,7 +55,12 @@ def recorded(folder):
             return found
     except (ValueError, TypeError, KeyError):
         pass
-    raise InputError(f"{path} does not say what the folder was made from; delete {folder}, or give another --out")
+    raise _untold(folder)
+
+
+def _untold(folder):
+    path = Path(folder) / FILE
+    return InputError(f"{path} does not say what the folder was made from; delete {folder}, or give another --out")
 
 
 def check(folder, inputs, samples):

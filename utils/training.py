@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows has none
     resource = None
 
+LARGEST_SEED = 2**32 - 1
 WEIGHT_DECAY, GAMMA = 1e-4, 0.9  # [IRN]
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
@@ -57,14 +58,14 @@ def add_machine_arguments(parser, workers="processes that load images and run th
     """The options of a training that do not change what is learned, up to rounding."""
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N SCRIPT ...")
     machine.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
-    machine.add_argument("--workers", type=integer(0), default=2, help=workers)
+    machine.add_argument("--workers", type=integer(0, 256), default=2, help=workers)
     machine.add_argument("--amp", choices=("off", "bf16"), default="off", help="the network in bfloat16")
     machine.add_argument("--accumulate", type=integer(1), default=1, metavar="N",
                          help="compute each batch in N parts, for a GPU that cannot hold it")  # fmt: skip
     machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the network")
     machine.add_argument("--deterministic", action="store_true",
                          help="on a GPU too, the same weights every time, as far as PyTorch can")  # fmt: skip
-    machine.add_argument("--seed", type=integer(0, 10**9), default=0, help="of everything random")
+    machine.add_argument("--seed", type=integer(0, LARGEST_SEED), default=0, help="of everything random")
     machine.add_argument("--save-seconds", type=number(0), default=60, help="time between two checkpoints")
 
 
