@@ -106,8 +106,8 @@ def with_parts(net, **parts):
 
 
 def save_weights(net, path, note="", start=None):
-    """Write a WSIDNet to ``path`` in half precision, with its configuration, the settings of its fusion and a line on its
-    origin; start: the ``digest_of_weights`` that it was trained from, for ``goes_on_from``."""
+    """Write a WSIDNet to ``path`` in half precision, with its configuration, the settings of its fusion and a line on
+    its origin; start: the ``digest_of_weights`` that it was trained from, for ``goes_on_from``."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     saved = {"config": asdict(net.config), "fusion": asdict(net.fusion), "state": state, "note": note, "start": start}
     checkpoint.save(saved, path)
