@@ -34,7 +34,7 @@ from datasets.images import list_images
 from datasets.labels import Notice, fail
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
-from utils import hparams
+from utils import checkpoint, hparams
 from utils.cli import InputError, Parser, integer, number, run, select_device
 from utils.metrics import SaliencyMetrics, match_instances, summarize
 from utils.predictions import check_size, coco_ids, group_records, open_predictions
@@ -264,16 +264,14 @@ def _check_writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); choose another place") from error
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    replaced = path.is_file() or not path.exists()  # by another file, which its folder has to take
+    if path.is_dir() or not os.access(path.parent if replaced else path, os.W_OK):
         raise InputError(f"cannot write {path}; choose the name of a file in a writable folder")
 
 
 def _write(path, text):
-    try:
-        # A file name need not be UTF-8; what is not shows as '?'.
-        path.write_bytes(text.encode("utf-8", "replace"))
-    except OSError as error:
-        raise InputError(f"cannot write {path} ({error.strerror}); choose another place") from error
+    # A file name need not be UTF-8; what is not shows as '?'.
+    checkpoint.replace(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

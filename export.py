@@ -8,6 +8,7 @@ The file runs without this repository: torch.export.load("wsid.pt2").module()(im
 it returns is compared with the network's own answer before the file is named.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -47,21 +48,19 @@ def get_args_parser():
 @torch.no_grad()
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        raise InputError(f"cannot write {args.out}, which is a folder or in none; name a file in a folder that exists")
+    if args.out.exists() and not args.out.is_file() or not args.out.parent.is_dir():
+        raise InputError(f"cannot write {args.out}, which is no file or in no folder; name a file in one that exists")
     # Plain layout: torch.export takes weights that are stored channels last for parts of larger ones, and warns.
     net = Predictor(args.weights).net.to(memory_format=torch.contiguous_format)
     program = export_network(net)
-
-    def write(file):
-        torch.export.save(program, file)
-        file.seek(0)
-        error = difference(net, torch.export.load(file))
-        if not error < BOUND:
-            raise RuntimeError(f"what was exported differs from the network by {error:.1e}; {args.out} is not written")
-        print(f"{args.out} (differs from the network by {error:.1e} at most)")
-
-    checkpoint.replace(args.out, write)
+    whole = io.BytesIO()  # on a disk that is full, torch ends the process
+    torch.export.save(program, whole)
+    whole.seek(0)
+    error = difference(net, torch.export.load(whole))
+    if not error < BOUND:
+        raise RuntimeError(f"what was exported differs from the network by {error:.1e}; {args.out} is not written")
+    checkpoint.replace(args.out, lambda file: file.write(whole.getbuffer()))
+    print(f"{args.out} (differs from the network by {error:.1e} at most)")
 
 
 if __name__ == "__main__":

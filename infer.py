@@ -135,7 +135,11 @@ def infer(args, paths, failed):
     if not distributed.is_first():
         return 0
     failed += wrong
-    saved = results.save(paths)
+    nothing, saved = len(failed) == asked, None
+    try:
+        saved = results.save(paths)
+    except InputError as error:
+        failed.append(error)
     if len(written) > FEW:
         print(f"{args.out}: pictures of {len(written)} photographs")
     else:
@@ -145,7 +149,7 @@ def infer(args, paths, failed):
         print(saved)
     for error in failed:
         print(f"error: {error}", file=sys.stderr)
-    if len(failed) == asked:
+    if nothing:
         return 2
     return 1 if failed else 0
 

@@ -44,7 +44,7 @@ class CocoMask:
         covered leaves a gap in the numbers. InputError for a segmentation that is malformed or of another size,
         and for more than 254 instances.
         """
-        annotations = _annotations(self.file)[self.image_id]
+        annotations = _annotations(self.file, _time_of(self.file))[self.image_id]
         instances = [(_draw(a, self), number) for number, a in enumerate(_instances(annotations), 1)]
         if len(instances) >= VOID:
             raise InputError(f"{self} has more than 254 instances; leave the image out")
@@ -190,9 +190,17 @@ def _report_strays(file, data, report):
 
 
 @lru_cache(maxsize=2)
-def _annotations(file):
-    """{image id: annotations}. Read anew for masks, so that a training does not hold all polygons in memory."""
+def _annotations(file, written):
+    """{image id: annotations} of the file that was ``written`` then. Read anew for masks, so that a training does not
+    hold all polygons in memory."""
     return _by_image(_load(file))
+
+
+def _time_of(file):
+    try:
+        return os.stat(file).st_mtime_ns
+    except OSError:
+        return None  # whoever reads it will say why
 
 
 def _photographs(file, names):
@@ -237,6 +245,8 @@ def _area(annotation, mask):
         return _draw(annotation, mask).sum()
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         raise InputError(f"{mask} has an annotation without an area, a segmentation or a bbox; write its pixels there")
+    if min(box[2:]) < 0:
+        raise InputError(f"{mask} has the bbox {box}, which ends before it begins; write its width and height")
     if 0 < max(box) <= 1:
         raise InputError(f"{mask} has the bbox {box} in shares of the image; write it in pixels")
     return box[2] * box[3]

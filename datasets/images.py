@@ -187,7 +187,7 @@ def _own_results(files):
 def _describe_skipped(source, entries):
     """One sentence about what is passed over in a folder or by a pattern; "" when that is nothing worth a word."""
     folders = sum(os.path.isdir(entry) for entry in entries)
-    files = [entry for entry in sorted(entries) if not os.path.isdir(entry) and entry.name.lower() not in _CLUTTER]
+    files = [entry for entry in sorted(entries) if not os.path.isdir(entry) and not _is_clutter(entry.name.lower())]
     kinds = Counter(_kind_of_entry(file) for file in files)
     several = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
     words = []
@@ -198,6 +198,10 @@ def _describe_skipped(source, entries):
         inner = source if os.path.isdir(source) else source.parent
         words.append(f"{folders} subfolder{'s' * (folders > 1)} skipped, which \"{inner / '**'}\" takes too")
     return "; ".join(words)
+
+
+def _is_clutter(name):
+    return name in _CLUTTER or (name.startswith("finished-") and name.endswith(".jsonl"))  # infer.py's journal
 
 
 def _kind_of_entry(path):

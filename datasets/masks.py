@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pycocotools.mask
 
@@ -11,7 +12,7 @@ from datasets.images import image_size, list_images, load
 from utils.cli import InputError
 
 VOID = 255  # pixels that nobody judged: they count for nothing
-SOFT = 40  # more labels than instance masks have, if most of their pixels are in no 2x2 square of one label
+SOFT = 3  # so many labels that are only lines are no instances
 VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
 
 
@@ -32,16 +33,17 @@ class MaskFile:
         """uint8 [H,W]: 0 background, 1..254 instances, 255 void.
 
         InputError as in ``read_instance_mask``, and for a mask of what is salient that does not part its instances:
-        nothing but void, or greys that are the soft edges of a white area or a saliency map.
+        nothing but void, or mostly labels nowhere 3 pixels wide: soft edges, as resizing makes, or a saliency map.
         """
         labels = read_instance_mask(self.path)
         void, instance = labels == VOID, (labels > 0) & (labels < VOID)
         if void.any() and not instance.any():
             raise InputError(f"{self} shows nothing but void (white, 255); paint its instances in other colours")
-        soft = void.sum() > instance.sum() or len(np.unique(labels)) > SOFT
-        if soft and instance.sum() > 2 * (_in_squares(labels) & instance).sum():
-            raise InputError(f"{self} holds shades of grey, not a label for each instance; paint its instances in "
-                             "plain colours, or number them 1..254")  # fmt: skip
+        numbers = np.unique(labels[instance])
+        thin = np.setdiff1d(numbers, _broad_labels(labels))
+        if 2 * len(thin) > len(numbers) and (len(thin) >= SOFT or void.sum() > instance.sum()):
+            raise InputError(f"{self} holds shades of grey or soft edges, not a label for each instance; paint its "
+                             "instances in plain colours, or number them 1..254")  # fmt: skip
         return labels
 
 
@@ -183,14 +185,10 @@ def _alpha(picture):
     return np.asarray(picture.convert("RGBA").getchannel("A"))
 
 
-def _in_squares(labels):
-    """bool [H,W]: where a pixel lies in a 2x2 square of one label."""
-    square = (labels[:-1, :-1] == labels[1:, :-1]) & (labels[:-1, 1:] == labels[1:, 1:])
-    square &= labels[:-1, :-1] == labels[1:, 1:]
-    inside = np.zeros(labels.shape, bool)
-    for y, x in np.ndindex(2, 2):
-        inside[y : y + square.shape[0], x : x + square.shape[1]] |= square
-    return inside
+def _broad_labels(labels):
+    """The labels that fill a square of 3x3 pixels somewhere, at the rim what of it is inside."""
+    square = np.ones((3, 3), np.uint8)
+    return np.unique(labels[cv2.erode(labels, square) == cv2.dilate(labels, square)])
 
 
 def _labels_of_colours(colours, path):

@@ -131,11 +131,14 @@ def _read(folders, photographs, only, where, name):
 
 def _parse(where):
     try:
-        return ET.fromstring(where.read_bytes())
+        annotation = ET.fromstring(where.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the annotation {where} ({error.strerror}); extract it again") from error
     except (ET.ParseError, ValueError, LookupError) as error:  # the last two for an encoding nobody knows
         raise InputError(f"{where} is not XML ({error}); extract it again") from error
+    if annotation.tag.lower() != "annotation":
+        raise InputError(f"{where} is no annotation of PASCAL VOC but <{annotation.tag}>; export it in that format")
+    return annotation
 
 
 def _count(objects, annotation, path, where):

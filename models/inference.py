@@ -114,10 +114,12 @@ class Predictor:
         for name, value, known in (("method", method, METHODS), ("amp", amp, AMP)):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; give {', '.join(map(repr, known))}")
-        if not isinstance(count, int) or not 0 <= count <= MOST or (count and method != "wsid"):
+        if not isinstance(count, int | np.integer) or not 0 <= count <= MOST or (count and method != "wsid"):
             raise InputError(f'count={count!r} is not understood; give 0 or, with method "wsid", up to {MOST}')
+        if not isinstance(settings, Fusion | list | tuple | None):
+            raise InputError(f"settings={settings!r} are none; give a models.fusion.Fusion, or as in ['power=10']")
         self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.count, self.mirror = torch.device(device), method, count, mirror
+        self.device, self.method, self.count, self.mirror = _usable(device), method, int(count), mirror
         self.net = load_weights(self.weights, self.device)
         self.settings = settings if isinstance(settings, Fusion) else Fusion.of(settings or (), self.net.fusion)
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
@@ -151,6 +153,8 @@ class Predictor:
 
     def predict_batch(self, images, saliencies=None):
         """``predict`` for a list of images, each of its own size, that pass the network together."""
+        if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            raise InputError("predict_batch takes a list of images; put the one into a list, or give it to predict")
         images = [as_rgb(image) for image in images]
         given = [None] * len(images) if saliencies is None else [m if m is None else as_map(m) for m in saliencies]
         if len(given) != len(images):
@@ -227,6 +231,15 @@ class Predictor:
         return Prediction(masks, scores, centroids, np.clip(seen, 0, 1), edges, field)
 
 
+def _usable(device):
+    """The torch.device that ``device`` names; InputError when this machine has none such."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device={device!r} cannot be used ({reason}); give 'cpu', or 'cuda' on a GPU") from error
+
+
 def as_rgb(image):
     """A photograph that a program has in memory, as uint8 RGB [H,W,3] of its size.
 
@@ -236,7 +249,10 @@ def as_rgb(image):
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F", "LAB") or image.mode.startswith("I;"):
             raise InputError(f"the image is of Pillow's mode {image.mode}, whose range is not known; convert it to RGB")
-        image = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        try:  # only here may Pillow read its file
+            image = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"the Pillow image cannot be read ({error}); open it again") from error
     if not isinstance(image, np.ndarray):
         kind = type(image).__name__
         raise InputError(f"the image is of type {kind}; give uint8 RGB [H,W,3], as datasets.images.read_image reads it")

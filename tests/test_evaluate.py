@@ -312,6 +312,10 @@ def test_saved_predictions_with_ids_are_what_pycocotools_takes(coco, model, caps
 
 WHITE = 255 * instance_map((2, 3, 9, 12))
 SALIENCY = cv2.GaussianBlur(np.pad(np.full((30, 30), 250, np.uint8), 20), (0, 0), 6)
+TWO = np.zeros((100, 150), np.uint8)
+cv2.circle(TWO, (40, 40), 25, 1, -1)
+cv2.circle(TWO, (100, 60), 25, 2, -1)
+PAINTED = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[TWO]
 
 
 @pytest.mark.parametrize(("picture", "message"), [
@@ -320,6 +324,9 @@ SALIENCY = cv2.GaussianBlur(np.pad(np.full((30, 30), 250, np.uint8), 20), (0, 0)
     (cv2.resize(WHITE, (200, 120)), "holds shades of grey"),
     (cv2.GaussianBlur(np.kron(WHITE, np.ones((10, 10), np.uint8)), (0, 0), 2), "holds shades of grey"),
     (SALIENCY, "holds shades of grey"),
+    (cv2.resize(120 * TWO, (90, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
+    (cv2.resize(PAINTED, (300, 200), interpolation=cv2.INTER_LINEAR), "holds shades of grey or soft edges"),
+    (cv2.resize(PAINTED, (112, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
 ])  # fmt: skip
 def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture, message):
     for stem in "abc":
@@ -341,7 +348,7 @@ def test_thin_and_many_instances_are_instances(tmp_path):
     many = np.kron(np.arange(150, dtype=np.uint8).reshape(10, 15), np.ones((3, 3), np.uint8))
     thin = np.full((20, 20), 255, np.uint8)
     thin[:, :6], thin[4:9, 10] = 7, 3
-    for labels in (many, thin):
+    for labels in (many, thin, TWO):
         save_mask(tmp_path / "m.png", labels)
         np.testing.assert_array_equal(MaskFile(tmp_path / "m.png").read(), labels)
 

@@ -1,5 +1,6 @@
 """The exported network against the network."""
 
+import os
 import warnings
 
 import pytest
@@ -41,8 +42,9 @@ def test_exported_file_runs_alone(net, tmp_path, capsys):
     assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4) and features.shape[2:] == (8, 8)
 
 
-@pytest.mark.parametrize("out", ["absent/net.pt2", "."])
+@pytest.mark.parametrize("out", ["absent/net.pt2", ".", "pipe"])
 def test_a_place_that_cannot_be_written_to(tmp_path, capsys, out):
+    os.mkfifo(tmp_path / "pipe")
     assert call(export.main, "--out", tmp_path / out) == 2
     assert capsys.readouterr().err.startswith("error: cannot write")
 

@@ -293,9 +293,10 @@ def test_transparent_parts_of_grey_and_palette_masks_are_background(tmp_path):
 def test_masks_are_upright_and_say_their_size(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
-    mask = MaskFile(save(tmp_path / f"a.{suffix}", np.array([[1, 2, 3]], np.uint8), exif=exif))
-    np.testing.assert_array_equal(mask.read(), [[1], [2], [3]])
-    assert mask.size() == (3, 1)
+    labels = np.kron(np.array([[1, 2, 3]], np.uint8), np.ones((3, 3), np.uint8))
+    mask = MaskFile(save(tmp_path / f"a.{suffix}", labels, exif=exif))
+    np.testing.assert_array_equal(mask.read(), labels.T)
+    assert mask.size() == (9, 3)
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.avif", "a.jp2", "a.tif"])

@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.reduction
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -560,7 +561,7 @@ def test_runs_of_two_settings_at_once_are_told(weights, tmp_path, capsys, added)
     photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
     options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "unsure=0")
     added.after[1] = lambda: call(*options, "--count", 2)
-    assert call(*options, "--workers", 1) == 2
+    assert call(*options, "--workers", 1) == 1
     assert "another run with other settings" in capsys.readouterr().err
     assert image_ids(out) and len(list(out.glob("finished-*.jsonl"))) == 1
 
@@ -598,7 +599,10 @@ def test_results_are_no_photographs(weights, tmp_path, capsys, added):
     assert call("--img", photographs, *options) == 0
     there = sorted(path.name for path in photographs.iterdir())
     assert call("--img", photographs, *options) == 0
-    assert call("--img", *photographs.glob("*.png"), *options) == 0
+    capsys.readouterr()
+    assert call("--img", photographs, *options) == 0
+    assert not capsys.readouterr().err
+    assert call("--img", *photographs.iterdir(), *options) == 0
     assert sorted(path.name for path in photographs.iterdir()) == there and sorted(added.stems) == ["p00", "p01"]
     capsys.readouterr()
     other = make_photographs(tmp_path / "other", 1)
@@ -651,11 +655,20 @@ def test_images_that_are_none_are_told(image):
         inference.as_rgb(image)
 
 
-def test_wrong_arguments_of_a_predictor_are_told(weights):
+def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
     for wrong in ({"method": "best"}, {"amp": True}, {"count": -1}, {"count": 1.5}, {"count": 2, "method": "sinks"}):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
             inference.Predictor(weights, **wrong)
-    predictor = inference.Predictor(weights)
+    for wrong in ({"device": "cuda:99"}, {"device": "gpu"}, {"settings": {"power": 3}}):
+        with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
+            inference.Predictor(weights, **wrong)
+    predictor = inference.Predictor(weights, count=np.int64(2))
+    for one in (RGB, Image.fromarray(RGB)):
+        with pytest.raises(InputError, match="a list of images"):
+            predictor.predict_batch(one)
+    (tmp_path / "half.png").write_bytes(cv2.imencode(".png", noise(90, 90))[1].tobytes()[:9000])
+    with Image.open(tmp_path / "half.png") as half, pytest.raises(InputError, match="truncated.*; open it again"):
+        predictor.predict(half)
     for wrong in (np.ones((9, 9)) * 2, np.ones((9, 9), np.uint8), np.full((9, 9), np.nan), np.ones(9), np.ones((0, 9))):
         with pytest.raises(InputError, match="saliency map"):
             predictor.predict(RGB, wrong)
@@ -726,3 +739,57 @@ def test_files_are_whole_whatever_others_left(tmp_path):
     with pytest.raises(InputError, match="shorten"):
         checkpoint.replace(tmp_path / ("n" * 256), lambda file: None)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_takes_no_more_is_told(tmp_path):
+    """Torch itself answers with errors of its own, or ends the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*x.pt"):
+            checkpoint.save({"x": torch.zeros(10_000)}, tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pipes_are_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDWR)
+    checkpoint.save_json([1], tmp_path / "pipe")
+    assert json.loads(os.read(end, 99)) == [1] and (tmp_path / "pipe").is_fifo()
+    os.close(end)
+
+
+def test_what_is_done_is_told_where_predictions_cannot_be_written(weights, tmp_path, capsys):
+    photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
+    replace_file = checkpoint.replace
+
+    def full(path, write):
+        if path.name == "predictions.json":
+            raise checkpoint.cannot_write(path, OSError(28, "No space left on device"))
+        replace_file(path, write)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "replace", full)
+        assert call("--img", photographs, tmp_path / "absent.png", "--weights", weights, "--out", out) == 1
+    said = capsys.readouterr()
+    assert "p00_instances.png" in said.out and "predictions.json" not in said.out
+    assert "predictions.json (No space" in said.err and "absent.png" in said.err
+
+
+def test_links_of_another_name_have_results(weights, tmp_path):
+    photographs = make_photographs(tmp_path / "in", 1)
+    (photographs / "link.png").symlink_to("p00.png")
+    (tmp_path / "p00.png").symlink_to(photographs / "p00.png")
+    out = tmp_path / "out"
+    assert call("--img", photographs, tmp_path / "p00.png", "--weights", weights, "--out", out) == 0
+    assert {path.name for path in out.glob("*_instances.png")} == {"p00_instances.png", "link_instances.png"}
+
+
+def test_files_that_look_like_options(weights, tmp_path, monkeypatch, capsys):
+    Image.fromarray(noise(30, 30)).save(tmp_path / "-x.png")
+    monkeypatch.chdir(tmp_path)
+    assert call("--img", "-x.png", "--weights", weights) == 2
+    assert "write ./-x.png" in capsys.readouterr().err
+    assert call("--img", "./-x.png", "--weights", weights, "--out", "out") == 0

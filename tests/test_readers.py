@@ -129,6 +129,8 @@ def test_voc_splits_and_roots(voc):
         ([voc_object("", 9, 9)], "2007_3.xml has an object without a name"),
         ([voc_object("cat", -9, -9)], "2007_3.xml has a box that ends before it begins"),
         ([VOC_SHARES], "2007_3.xml has a box in shares of the image"),
+        ("<annotations><image><box label='cat'/></image></annotations>", "2007_3.xml is no annotation of PASCAL VOC"),
+        ("<annotation xmlns='a'><object/></annotation>", "2007_3.xml is no annotation of PASCAL VOC"),
         ([voc_object("cat", "nan", 9)], "2007_3.xml has an object whose bndbox/xmax is no number"),
         (["<object><name>cat</name></object>"], "2007_3.xml has an object whose bndbox/xmin is no number"),
         ([voc_object("cat", 9, 9)] * 256, "2007_3.xml has the count 256"),
@@ -474,6 +476,17 @@ def test_coco_area_of_the_bbox(coco):
         annotation.update(area=None, segmentation=[[]], bbox=[1, 1, 10, 10])
     write_coco(coco, data)
     assert [(s.count, s.mask) for s in read_source(coco)] == [(4, None), (1, None), (None, None)]
+    data["annotations"][0]["bbox"] = [11, 11, -10, 10]
+    write_coco(coco, data)
+    assert "image 1 has the bbox [11, 11, -10, 10], which ends before it begins" in refused(read_source, coco)
+
+
+def test_coco_masks_are_those_of_the_file_as_it_is(coco):
+    assert len(np.unique(read_source(coco)[1].mask.read())) == 2
+    data = coco_data()
+    data["annotations"][5]["segmentation"] = rectangle(0, 0, 3, 3)
+    write_coco(coco, data)
+    assert (read_source(coco)[1].mask.read() > 0).sum() == 9
 
 
 def test_coco_a_crowd_is_not_nothing(coco):

@@ -1,6 +1,7 @@
 """Files that are whole or absent, never half: everything is written beside its place and renamed into it."""
 
 import errno
+import io
 import json
 import os
 import sys
@@ -31,11 +32,16 @@ def replace(path, write):
     """Make ``path`` what ``write(file)`` writes to a binary file, whole or, where that raises anything, not at all.
 
     It is written beside its place and renamed. What a process that was killed left there the next one overwrites; of
-    several at once each waits for the one before. InputError when the system refuses.
+    several at once each waits for the one before. A device or a pipe is written to, not replaced. InputError when the
+    system refuses.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name[-60:]}.partial")  # a name may have 255 bytes
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            with open(path, "wb") as file:
+                write(file)
+            return
         with _own(partial) as file:
             try:
                 write(file)
@@ -91,7 +97,9 @@ def cannot_write(path, error):
 
 def save(state, path):
     """torch.save ``state`` to ``path`` atomically."""
-    replace(path, lambda file: torch.save(state, file))
+    whole = io.BytesIO()  # to a disk that is full, torch itself fails with errors that do not say so
+    torch.save(state, whole)
+    replace(path, lambda file: file.write(whole.getbuffer()))
 
 
 def load(path, device="cpu"):
@@ -100,6 +108,8 @@ def load(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"no weights at {path}; check the path") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise InputError(f"cannot read the weights {path} ({error.strerror}); check the path and its rights") from error
     except Exception as error:  # a damaged file shows as any of pickle's, zipfile's and torch's errors
         raise InputError(f"{path} is not a readable weights file; train or copy it again") from error
 

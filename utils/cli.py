@@ -28,6 +28,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except InputError as error:
+            for file in sys.argv[1:] if args is None else args:
+                if file.startswith("-") and os.path.lexists(file):  # as a shell makes it of *
+                    raise InputError(f"the file {file} is taken for an option; write ./{file}") from error
+            raise
+
 
 def integer(least, most=None):
     """The ``type=`` of an option that is a whole number from ``least`` to ``most``, or without an upper end."""

@@ -46,15 +46,19 @@ class Results:
 
         Left out without a word are pictures that this folder's journals say are results.
         """
-        place = {os.path.realpath(path): path for path in paths}
+        place = {(os.path.realpath(path), path.stem): path for path in paths}  # a link of another stem is another
         home = os.path.realpath(self.folder)
-        stems = {stem for journal in self.folder.glob("finished-*.jsonl") for stem in _read(journal)}
-        own = {os.path.join(home, f"{stem}_{kind}.png") for stem in stems for kind in PICTURES + MAPS}
+        journals = list(self.folder.glob("finished-*.jsonl"))
+        stems = {stem for journal in journals for stem in _read(journal)}
+        own = {f"{stem}_{kind}.png" for stem in stems for kind in PICTURES + MAPS}
+        own |= {"predictions.json", *(journal.name for journal in journals)} if journals else set()
+        own = {os.path.join(home, name) for name in own}
+        photographs = {real for real, _ in place} - own
         kept, errors = {}, []
-        for real, path in place.items():
+        for (real, _), path in place.items():
             if real in own and len(place) > 1:
                 continue
-            over = [p for p in self.pictures(path.stem) if os.path.join(home, p.name) in place.keys() - own]
+            over = [p for p in self.pictures(path.stem) if os.path.join(home, p.name) in photographs]
             if path.stem in kept:
                 errors.append(InputError(f"{path} and {kept[path.stem]} would write the same files, and it was left "
                                          "out; rename it or give it another --out"))  # fmt: skip
