@@ -306,10 +306,11 @@ def measure(row, weights, args):
     """
     stems, truth = digest_of_truth(args.val)
     device = select_device(args.gpu)
+    named = {argument.partition("=")[0] for argument in args.fusion}  # the others are those in the weights
     made_from = {
         "weights": digest.of_file(weights),
         "truth": truth,
-        "fusion": sorted(args.fusion),  # beside the settings in the weights
+        "fusion": {name: value for name, value in asdict(Fusion.of(args.fusion)).items() if name in named},
         "options": row.evaluate,
         "maps": digest_of_maps(row.maps, stems) if row.maps else None,
         "classifier": RECIPES[args.recipe].cam if row is PRM else None,

@@ -255,17 +255,18 @@ def test_a_row_is_measured_again_when_what_it_depends_on_differs(measured, val):
     assert measured() == measured() == 1
     assert measured(tables.COMPONENTS) == 2
     assert measured(tables.OURS, "--fusion", "power=2") == measured(tables.OURS, "--fusion", "power=2.0") == 3
+    assert measured(tables.OURS, "--fusion", "power=5") == 4, "the default, but not of every file of weights"
     Path("weights.pt").write_bytes(b"others")
-    assert measured() == 4
+    assert measured() == 5
     repaint(val / "instance_masks" / "a.png", 2)
-    assert measured() == 5, "the same names, another truth"
+    assert measured() == 6, "the same names, another truth"
     repaint(val / "images" / "b.png", 2)
-    assert measured() == 6, "other pixels"
+    assert measured() == 7, "other pixels"
     elsewhere = Path(shutil.copytree(val, "moved"))
-    assert measured(tables.OURS, "--val", elsewhere) == 6, "the same content at another place"
+    assert measured(tables.OURS, "--val", elsewhere) == 7, "the same content at another place"
     for path in elsewhere.rglob("b.png"):
         path.rename(path.with_name("c.png"))
-    assert measured(tables.OURS, "--val", elsewhere) == 7 and measured() == 6
+    assert measured(tables.OURS, "--val", elsewhere) == 8 and measured() == 7
 
 
 def test_maps_of_two_folders_are_two_rows(measured, val):

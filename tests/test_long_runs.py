@@ -145,14 +145,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(samples, tmp_path, monkeypatch
     whole = run_training(samples, tmp_path / "whole")
     written = []
 
-    def save(state, file, real=torch.save):
-        if len(written) == 3:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(state["step"])
-        real(state, file)
+    def half(file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, "save", save)
+    def replace(path, write, real=checkpoint.replace):
+        real(path, write if len(written) < 3 else half)
+        written.append(checkpoint.load(path)["step"])
+
+    monkeypatch.setattr(checkpoint, "replace", replace)
     with pytest.raises(InputError, match="No space left on device"):
         run_training(samples, tmp_path / "full")
     monkeypatch.undo()
