@@ -31,6 +31,7 @@ for name in ("datasets", "models", "ops", "utils"):
 # What a script needs that only says what is wrong with its arguments: torch and all that needs it comes later.
 from models import AMP, METHODS, MOST  # noqa: E402
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, stop_at_once  # noqa: E402
+from utils.lazy import without_collection  # noqa: E402
 
 OFFERS = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
 FEW = 10  # photographs whose results are named one by one
@@ -92,19 +93,20 @@ def main(argv=None):
 
 def infer(args, paths, failed):
     """Find the instances of ``paths``; failed: a list of InputErrors of what was asked for beside them."""
-    from tqdm import tqdm
-
-    from models.inference import Predictor, default_batch_size, default_workers, process
-    from utils import digest, distributed
-    from utils.predictions import coco_ids
-    from utils.results import Results
-
     asked = len(paths) + len(failed)
-    device = distributed.start(args.gpu)
-    predictor = Predictor(
-        args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp,
-        mirror=args.mirror,
-    )  # fmt: skip
+    with without_collection():
+        from tqdm import tqdm
+
+        from models.inference import Predictor, default_batch_size, default_workers, process
+        from utils import digest, distributed
+        from utils.predictions import coco_ids
+        from utils.results import Results
+
+        device = distributed.start(args.gpu)
+        predictor = Predictor(
+            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp,
+            mirror=args.mirror,
+        )  # fmt: skip
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
     results = Results(make_folder(args.out), identity, args.visualize, args.saliency_dir, ids)
