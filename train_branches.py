@@ -398,24 +398,11 @@ def require_labels(args, samples):
     """The folder of the pseudo labels; InputError when a photograph has none, or when they were made from other
     photographs or, in a run that makes its own, by another classifier."""
     folder = labels_folder(args)
-    missing = [sample.stem for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
-    if missing:
-        remedy = "run what made the others again" if args.labels else "run --stage labels first"
-        raise InputError(f"{len(missing)} photographs, such as {missing[0]}, have no pseudo labels in {folder}; "
-                         f"{remedy}")  # fmt: skip
+    remedy = "run what made the others again" if args.labels else "run --stage labels first"
+    pseudo_labels.require(folder, samples, remedy)
     own = not args.labels and classifier_file(args).exists()
     distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
     return folder
-
-
-def label_inputs(folder, samples, *kinds):
-    """Digests of the pseudo labels of the samples, of "classes" and "saliency" those named in ``kinds``."""
-    return {
-        f"a pseudo label ({kind})": digest.of_value(
-            digest.of_files(folder / kind / f"{sample.stem}.png" for sample in samples)
-        )
-        for kind in kinds
-    }
 
 
 def bandwidth(progress, size):
@@ -466,7 +453,7 @@ def train_branches(args, samples, device):
                 "counted_weight", "paste", "refresh")  # fmt: skip
 
     def inputs():
-        found = provenance.inputs_of(samples, "count") | label_inputs(labels, samples, "classes", "saliency")
+        found = provenance.inputs_of(samples, "count") | pseudo_labels.inputs(labels, samples, "classes", "saliency")
         if model.counting:  # it learns from photographs without pseudo labels too
             counted = provenance.photographs(counted_samples(args), "count")
             found["a photograph that the count head learns from"] = digest.of_value(counted)
@@ -531,7 +518,7 @@ def train_saliency(args, samples, device):
     )
 
     def inputs():
-        return provenance.inputs_of(samples) | label_inputs(labels, samples, "saliency") | {START: start}
+        return provenance.inputs_of(samples) | pseudo_labels.inputs(labels, samples, "saliency") | {START: start}
 
     run_stage(
         args, samples, device, "saliency", model, dataset, saliency_losses, inputs=inputs,

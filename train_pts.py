@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from datasets import pseudo_labels
 from datasets.images import list_images
 from datasets.labels import Sample
-from datasets.pseudo_labels import is_done
 from datasets.sources import merge
 from datasets.training import TrainingImages, load_square, read_classes, read_map, read_samples, resize
 from models.counting import told
@@ -139,15 +139,12 @@ def bind(args, samples, net, saliency, folder):
     names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "odds", "by_class")
     settings = {name: getattr(args, name) for name in names} | asdict(args.fusion) | {"size": net.config.size}
     labelled = [sample for sample in samples if sample.classes]
-    without = [sample.stem for sample in labelled if not is_done(first_labels(args), sample.stem)]
-    if without:
-        raise InputError(f"{len(without)} photographs with classes, such as {without[0]}, have no pseudo labels in "
-                         f"{first_labels(args)}; run train_branches.py --stage labels on them")  # fmt: skip
+    pseudo_labels.require(first_labels(args), labelled, "run train_branches.py --stage labels on those with classes")
     provenance.check(first_labels(args), {}, labelled)
-    first = [first_labels(args) / kind / f"{s.stem}.png" for kind in ("saliency", "classes") for s in labelled]
+    first = pseudo_labels.inputs(first_labels(args), labelled, "saliency", "classes")
     others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
     inputs = provenance.inputs_of(samples, "classes", "count") | {
-        "a first pseudo label": digest.of_value(digest.of_files(first)),
+        "a first pseudo label": digest.of_value(first),
         "the network": digest.of_state(others),
         "the saliency branch that the iteration starts from": digest.of_state(saliency),
     }

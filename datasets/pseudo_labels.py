@@ -13,7 +13,7 @@ import numpy as np
 from datasets.crf import refine_labels, refine_saliency
 from datasets.labels import IGNORE
 from datasets.training import load_square, resize
-from utils import checkpoint
+from utils import checkpoint, digest
 from utils.cli import InputError
 
 
@@ -76,6 +76,24 @@ def class_labels(image, cams, classes, thresholds):
 def is_done(folder, stem):
     """Whether both maps of a photograph are written."""
     return all((Path(folder) / kind / f"{stem}.png").exists() for kind in ("saliency", "classes"))
+
+
+def require(folder, samples, remedy):
+    """InputError, which ends in ``remedy``, when a photograph of the Samples has no pseudo labels in ``folder``."""
+    missing = [sample.stem for sample in samples if not is_done(folder, sample.stem)]
+    if missing:
+        some = f"{len(missing)} photographs, such as {missing[0]},"
+        raise InputError(f"{some} have no pseudo labels in {folder}; {remedy}")
+
+
+def inputs(folder, samples, *kinds):
+    """Digests of the pseudo labels of the Samples, {what: digest}: of "classes" and "saliency" those in ``kinds``."""
+    return {
+        f"a pseudo label ({kind})": digest.of_value(
+            digest.of_files(Path(folder) / kind / f"{sample.stem}.png" for sample in samples)
+        )
+        for kind in kinds
+    }
 
 
 def is_untold(folder, stem):
