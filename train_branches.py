@@ -47,7 +47,6 @@ from models.losses import (
     subitizing_loss,
 )
 from models.opinion import SecondOpinion
-from models.pts import blend
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint, digest, distributed, provenance, visualize
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
@@ -116,8 +115,6 @@ def get_args_parser():
     schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
                           help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
                           "weights.pt of a network that goes on, on other data or at another --size")  # fmt: skip
-    schedule.add_argument("--refresh", type=number(0, below=1), default=0.0, metavar="ALPHA",
-                          help="share of the weights in --init FILE that stays in the result (Eq. 8)")  # fmt: skip
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
     labels.add_argument("--cam-scales", type=number(0.1, 8), nargs="+", default=[1.0, 0.5, 1.5, 2.0],
@@ -146,8 +143,6 @@ def main(argv=None):
     args.fusion = Fusion.of(args.fusion, args.start.fusion if args.start else None)
     if args.start:
         args.start.fusion = args.fusion
-    if args.refresh and not args.start:
-        raise InputError(f"--refresh {args.refresh} needs the network a training goes on from; give a FILE to --init")
     if args.stage in ADDED and not args.start:
         raise InputError(f"--stage {args.stage} goes on from a network; name its weights.pt with --init")
     if args.labels and args.stage not in ("all", "branches", "saliency"):
@@ -313,14 +308,6 @@ def same_network(args):
         raise InputError(f"--init {args.init} is a network of other settings ({'; '.join(differs)}); give its own")
 
 
-def refresh(model, part, args):
-    """Model refreshing (Eq. 8) of a branch that went on from the ``part`` of another WSIDNet: ``--refresh`` of that
-    stays. Two trainings err in different places, and between their weights less than at either end [ours]."""
-    if args.refresh:
-        start = getattr(args.start, part).to(next(model.parameters()).device)
-        model.load_state_dict(blend(start.state_dict(), model.state_dict(), args.refresh))
-
-
 def finished_classifier(args):
     """The trained Classifier that the pseudo labels of this run come from; InputError without one."""
     model = Classifier(args.backbone, args.output_stride)
@@ -450,7 +437,7 @@ def train_branches(args, samples, device):
         return terms
 
     settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "counted_weight", "paste", "refresh")  # fmt: skip
+                "counted_weight", "paste")  # fmt: skip
 
     def inputs():
         found = provenance.inputs_of(samples, "count") | pseudo_labels.inputs(labels, samples, "classes", "saliency")
@@ -460,7 +447,6 @@ def train_branches(args, samples, device):
         return found | {START: start}
 
     def finish(model):
-        refresh(model, "branches", args)
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
             model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
         if model.counting:
@@ -522,8 +508,7 @@ def train_saliency(args, samples, device):
 
     run_stage(
         args, samples, device, "saliency", model, dataset, saliency_losses, inputs=inputs,
-        settings=("channels", "refresh"), show=visualize.show_saliency,
-        finish=partial(refresh, part="saliency", args=args),
+        settings=("channels",), show=visualize.show_saliency,
     )  # fmt: skip
 
 

@@ -19,15 +19,12 @@ SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and bel
 def refresh(previous, current, iteration):
     """Model refreshing, Eq. 8: alpha w_{r-1} + (1 - alpha) w_r with alpha = r / (r + 1), from iteration r = 3 on.
 
-    previous, current: state dicts of one network. Returns a new state dict; before r = 3 it equals ``current``.
+    previous, current: state dicts of one network. Returns a new state dict; before r = 3 it equals ``current``, and
+    what is no float always is that of ``current``.
     """
     if iteration <= 2:
         return dict(current)
-    return blend(previous, current, iteration / (iteration + 1))
-
-
-def blend(previous, current, alpha):
-    """alpha w_previous + (1 - alpha) w_current of two state dicts of one network; what is no float is the current's."""
+    alpha = iteration / (iteration + 1)
     return {
         key: alpha * previous[key] + (1 - alpha) * value if value.is_floating_point() else value
         for key, value in current.items()

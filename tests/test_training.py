@@ -20,7 +20,6 @@ import train_pts
 from datasets.labels import Sample
 from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
 from models.fusion import Fusion
-from models.wsid_net import load_weights
 from utils import checkpoint, digest
 from utils.cli import InputError
 
@@ -275,23 +274,6 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     assert "is a network of other settings" in capsys.readouterr().err
 
 
-def test_refreshing_keeps_a_share_of_the_weights_a_network_went_on_from(trained, data, tmp_path):
-    """Eq. 8: the same training, with --refresh 0.25, ends that much nearer to where it began."""
-    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--init", trained / "weights.pt"]
-    for stage in ("branches", "saliency"):
-        ends = []
-        for share in ("0", "0.25"):
-            out = tmp_path / share
-            assert call(train_branches.main, *options, "--stage", stage, "--out", out, "--refresh", share) == 0
-            ends.append(checkpoint.load(out / stage / "weights.pt")["model"])
-        start = getattr(load_weights(trained / "weights.pt"), stage).state_dict()
-        learned = [key for key in start if "counting" not in key and "mean_offset" not in key]
-        assert any(not torch.equal(start[key], ends[0][key]) for key in learned)
-        for key in learned:
-            if start[key].is_floating_point():
-                assert torch.allclose(ends[1][key], 0.25 * start[key] + 0.75 * ends[0][key], atol=1e-6), key
-
-
 def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     """--stage number needs counts alone; the result goes on in every script as any network does."""
     numbered, more = tmp_path / "weights.pt", tmp_path / "more"
@@ -375,7 +357,6 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--size", "100"], "--size 100"),
         (["--canny", "loud"], "--canny loud"),
         (["--init", "imagenett"], "--init imagenett: no such file"),
-        (["--refresh", "0.5"], "a FILE to --init"),
         (["--stage", "labels"], "run --stage cam first"),
         (["--labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
@@ -384,7 +365,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
             "--epochs": "0 -3 two", "--batch-size": "0 -2 1000000000000", "--lr": "0 -1 nan inf 1e308",
             "--backbone-lr": "-1 nan 1e308", "--channels": "0 10 -4 4000000", "--radius": "0 65",
             "--lsu-weight": "-1 nan 1e308", "--counted-weight": "-1 1e308", "--cam-scales": "0 -1 nan 1e-9",
-            "--refresh": "1 -0.1", "--paste": "4 nan", "--workers": "-1 100000", "--gpu": "-2",
+            "--paste": "4 nan", "--workers": "-1 100000", "--gpu": "-2",
             "--accumulate": "0", "--seed": "-1 4294967296", "--save-seconds": "-1 nan",
         }.items() for value in values.split()],
         *[(["--odds", "1", value, "1"], f"argument --odds: '{value}'") for value in ("nan", "1e300")],
