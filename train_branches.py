@@ -127,8 +127,6 @@ def get_args_parser():
     labels.add_argument("--lsu-weight", type=number(0, 1000), default=0.02, help="of L_su beside L_B and L_V")
     labels.add_argument("--counted-weight", type=number(0, 1000), default=0.1,
                         help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
-    labels.add_argument("--paste", type=number(0, 3), default=0.0,
-                        help="objects pasted from other photographs into each; branches only")  # fmt: skip
     labels.add_argument("--odds", type=number(-100, 100), nargs=3, metavar=("S", "OPINION", "PRIOR"),
                         default=SecondOpinion.ODDS,
                         help="how the stage opinion pools the odds of S and of its own")  # fmt: skip
@@ -417,7 +415,7 @@ def train_branches(args, samples, device):
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
     derive = partial(edges_and_instances, canny=args.canny, radius=args.radius)
-    dataset = TrainingImages(samples, args.size, jitter=0.2, paste=args.paste, maps=maps, derive=derive, seed=args.seed)
+    dataset = TrainingImages(samples, args.size, jitter=0.2, maps=maps, derive=derive, seed=args.seed)
 
     def losses(model, batch, progress):
         maps = model(batch["image"], batch["edges"])
@@ -437,7 +435,7 @@ def train_branches(args, samples, device):
         return terms
 
     settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "counted_weight", "paste")  # fmt: skip
+                "counted_weight")  # fmt: skip
 
     def inputs():
         found = provenance.inputs_of(samples, "count") | pseudo_labels.inputs(labels, samples, "classes", "saliency")

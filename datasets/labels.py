@@ -29,7 +29,7 @@ COLUMNS = {  # of labels.csv, and the other names they go by
     "count": ("count", "counts", "number"),
 }
 IGNORE = 255  # in class and instance labels: not known
-MOST_OBJECTS = 250  # instance labels have 8 bits, of which 0 is background, and a training pastes up to three more
+MOST_OBJECTS = 250  # instance labels have 8 bits, of which 0 is background and 255 not known
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from datasets.copy_paste import FIRST, cut_out, paste
 from datasets.images import read_image
 from datasets.sources import merge, read_source
 from utils import distributed
@@ -71,21 +70,18 @@ class TrainingImages(Dataset):
     samples: Samples. size: pixels of the square. crop: the smallest share of each side that a random crop
     keeps (1 = no cropping, which the count label needs). maps: {name: folder} of 8-bit label maps named
     ``<stem>.png``; a name ending in ``_classes`` is resized by nearest neighbour, others are resized
-    smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast. paste: how many objects
-    of other photographs are pasted on average into one with a count, which grows with them (datasets.copy_paste; it
-    needs the maps pseudo_classes and pseudo_saliency). derive: a function of what all this has made, the image as uint8
-    RGB [size,size,3], the maps as they are in items and the count: a dict of arrays more, found by the loader's
-    processes and not by that which trains.
+    smoothly and scaled to 0..1. jitter: relative strength of random brightness and contrast. derive: a function of
+    what all this has made, the image as uint8 RGB [size,size,3], the maps as they are in items and the count: a dict of
+    arrays more, found by the loader's processes and not by that which trains.
 
     Items: dict of "image" float32 [3,size,size] in 0..1, "classes" float32 [20] and "count" float32 scalar (both 0
     where not known: the losses of the count leave 0 out), per map float32 (smooth) or int64 (classes) [size/4,size/4],
     the stride-4 grid that losses compare on, and what ``derive`` makes.
     """
 
-    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, paste=0.0, maps=None, derive=None, seed=0):
+    def __init__(self, samples, size, *, crop=1.0, jitter=0.0, maps=None, derive=None, seed=0):
         self.samples, self.size, self.crop, self.jitter, self.seed = samples, size, crop, jitter, seed
         self.derive = derive
-        self.paste, self.single = paste, [sample for sample in samples if sample.count == 1] if paste else []
         self.maps = {name: Path(folder) for name, folder in (maps or {}).items()}
         self.epoch = 0
 
@@ -111,8 +107,6 @@ class TrainingImages(Dataset):
         image = resize(np.ascontiguousarray(window(read_image(sample.path))), self.size)
         maps = {name: self.read_map(name, sample, window) for name in self.maps}
         count = sample.count or 0
-        if count and self.single:
-            count += self.add_objects(image, maps, rng)
         if self.jitter:
             image = np.clip(image * gain + bias, 0, 255).astype(np.uint8)
         classes = torch.zeros(20)
@@ -123,22 +117,10 @@ class TrainingImages(Dataset):
             arrays |= self.derive(image, arrays, count)
         return item | {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def read_map(self, name, sample, window=np.asarray):
-        """One of the maps of a photograph as uint8 [size,size]."""
+    def read_map(self, name, sample, window):
+        """What ``window`` leaves of one of the maps of a photograph, as uint8 [size,size]."""
         labels = np.ascontiguousarray(window(read_map(self.maps[name] / f"{sample.stem}.png")))
         return _nearest(labels, self.size) if name.endswith("_classes") else resize(labels, self.size)
-
-    def add_objects(self, image, maps, rng):
-        """Paste up to three objects into a photograph and its maps, in place. Returns how many."""
-        names = ("pseudo_classes", "pseudo_saliency")
-        wanted, pasted = min(rng.poisson(self.paste), 3), 0
-        for _ in range(3 * wanted):  # not every object can be cut out, nor has every one a place
-            if pasted == wanted:
-                break
-            other = self.single[rng.integers(len(self.single))]
-            cut = cut_out(load_square(other.path, self.size), *(self.read_map(name, other) for name in names), rng)
-            pasted += bool(cut) and paste(image, *(maps[name] for name in names), cut, FIRST + pasted, rng)
-        return pasted
 
 
 def on_grid(name, labels):

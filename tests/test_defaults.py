@@ -31,7 +31,7 @@ OPTIONS = [
     (train_branches, {"radius": 10, "cam_scales": (1.0, 0.5, 1.5, 2.0), "backbone_lr": 0.1, "freeze": 1}),
     (train_branches, {"output_stride": 16}),
     # Ours: what the results were measured with. Neither the network nor PTS goes beyond the paper by itself.
-    (train_branches, {"lsu_weight": 0.02, "counted_weight": 0.1, "paste": 0, "plain_cam": False}),
+    (train_branches, {"lsu_weight": 0.02, "counted_weight": 0.1, "plain_cam": False}),
     (train_branches, {"odds": (0.65, 0.92, -0.75)}),
     (train_branches, {"no_ca": False, "no_cfm": False, "no_be": False, "no_lsu": False, "no_crf": False}),
     (train_pts, {"keep": 1 / 3, "odds": None, "backbone_lr": 1.0, "freeze": 1, "by_class": False}),

@@ -72,7 +72,7 @@ def test_photographs_are_whole_where_their_number_is_learned(stages):
     """A count label holds for the whole photograph; what is learned of each pixel holds for a part of it too [ours]."""
     for name, crop in (("cam", 0.5), ("branches", 1), ("saliency", 0.7)):
         dataset = stages[name].dataset
-        assert (dataset.crop, dataset.jitter, dataset.size, dataset.paste) == (crop, 0.2, 64, 0)
+        assert (dataset.crop, dataset.jitter, dataset.size) == (crop, 0.2, 64)
 
 
 def test_pseudo_labels_come_of_spread_activations_on_the_grid_of_a_photograph_of_512_pixels(stages):

@@ -25,7 +25,7 @@ from utils.cli import InputError
 
 QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
-    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0 --paste 0.5"
+    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
 ).split()
 PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion unsure=0".split()
 
@@ -365,7 +365,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
             "--epochs": "0 -3 two", "--batch-size": "0 -2 1000000000000", "--lr": "0 -1 nan inf 1e308",
             "--backbone-lr": "-1 nan 1e308", "--channels": "0 10 -4 4000000", "--radius": "0 65",
             "--lsu-weight": "-1 nan 1e308", "--counted-weight": "-1 1e308", "--cam-scales": "0 -1 nan 1e-9",
-            "--paste": "4 nan", "--workers": "-1 100000", "--gpu": "-2",
+            "--workers": "-1 100000", "--gpu": "-2",
             "--accumulate": "0", "--seed": "-1 4294967296", "--save-seconds": "-1 nan",
         }.items() for value in values.split()],
         *[(["--odds", "1", value, "1"], f"argument --odds: '{value}'") for value in ("nan", "1e300")],
