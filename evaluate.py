@@ -75,7 +75,6 @@ def get_args_parser():
     model.add_argument("--method", choices=("wsid", "sinks", "components"),
                        help="as for infer.py, wsid unless another is named; components are the baseline")  # fmt: skip
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
-    model.add_argument("--mirror", action="store_true", default=None, help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument("--log", type=Path, metavar="RUN",
                        help="put the figures into TensorBoard's HParams tab, with this run's settings")  # fmt: skip
@@ -162,7 +161,7 @@ def measure_weights(args, gt_masks, photographs, report):
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
     how = args.method or "wsid"
-    predictor = infer.Predictor(args.weights, device, method=how, settings=args.fusion, mirror=bool(args.mirror))
+    predictor = infer.Predictor(args.weights, device, method=how, settings=args.fusion)
 
     def finish(path, image, prediction):
         try:
@@ -209,7 +208,7 @@ def _check_options(args):
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    of_weights = ("weights", "saliency_dir", "save_pred", "coco_ids", "method", "fusion", "mirror", "log")
+    of_weights = ("weights", "saliency_dir", "save_pred", "coco_ids", "method", "fusion", "log")
     for name in of_weights if args.pred else ("gt", "saliency_pred", "images"):
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"

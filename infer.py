@@ -67,8 +67,6 @@ def get_args_parser():
     method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
                         help="in place of the settings in the weights: those of models.fusion.Fusion, such as power=10 "
                         "background=0.25")  # fmt: skip
-    method.add_argument("--mirror", action="store_true",
-                        help="means over each photograph and its mirror image, in twice the time")  # fmt: skip
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
     machine.add_argument("--gpu", type=integer(-1), default=-1, help="CUDA device; -1 is the CPU")
@@ -104,9 +102,8 @@ def infer(args, paths, failed):
 
         device = distributed.start(args.gpu)
         predictor = Predictor(
-            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp,
-            mirror=args.mirror,
-        )  # fmt: skip
+            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
+        )
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
     results = Results(make_folder(args.out), identity, args.visualize, args.saliency_dir, ids)

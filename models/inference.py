@@ -21,7 +21,7 @@ from models import AMP, METHODS, MOST
 from models.counting import certain, told
 from models.enhancement import network_input
 from models.fusion import Fusion, connected_components, fuse, guesses, instance_masks
-from models.wsid_net import goes_on_from, load_weights, mirrored
+from models.wsid_net import goes_on_from, load_weights
 from ops import compiled
 from utils import digest
 from utils.cli import InputError
@@ -100,8 +100,7 @@ class Predictor:
     "components", the connected components of S: the baseline.
     settings: a models.fusion.Fusion, or what differs from the one in the weights, as NAME=VALUE strings.
     count: the number of objects where it is known; 0 lets the network tell it.
-    amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off". mirror: whether it answers with the mean of a
-    photograph and its mirror image.
+    amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
     Raises InputError when the weights cannot be used, or when another argument is none of these.
 
     ``predict`` and ``predict_batch`` are all most callers need. Their three steps, ``prepare``, ``network`` and
@@ -109,8 +108,7 @@ class Predictor:
     (which a GPU does not allow) it works with a single thread, because torch's others do not survive a fork.
     """
 
-    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, count=0, amp="auto",
-                 mirror=False):  # fmt: skip
+    def __init__(self, weights=None, device="cpu", *, method="wsid", settings=None, count=0, amp="auto"):
         for name, value, known in (("method", method, METHODS), ("amp", amp, AMP)):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; give {', '.join(map(repr, known))}")
@@ -119,7 +117,7 @@ class Predictor:
         if not isinstance(settings, Fusion | list | tuple | None):
             raise InputError(f"settings={settings!r} are none; give a models.fusion.Fusion, or as in ['power=10']")
         self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.count, self.mirror = _usable(device), method, int(count), mirror
+        self.device, self.method, self.count = _usable(device), method, int(count)
         self.net = load_weights(self.weights, self.device)
         self.settings = settings if isinstance(settings, Fusion) else Fusion.of(settings or (), self.net.fusion)
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
@@ -130,7 +128,7 @@ class Predictor:
 
     def __reduce__(self):
         """Sent to another process it is read from its file again: its tensors are more than a pipe hands over."""
-        options = {"method": self.method, "settings": self.settings, "count": self.count, "mirror": self.mirror}
+        options = {"method": self.method, "settings": self.settings, "count": self.count}
         options["amp"] = "bf16" if self.bf16 else "off"
         return partial(Predictor, self.weights.resolve(), self.device, **options), ()
 
@@ -138,7 +136,7 @@ class Predictor:
         """What its answers depend on beside the photographs and the machine, as a plain value."""
         code = [path for part in ("models", "ops", "datasets") for path in sorted((ROOT / part).glob("*.py"))]
         return {
-            "weights": digest.of_file(self.weights), "method": self.method, "count": self.count, "mirror": self.mirror,
+            "weights": digest.of_file(self.weights), "method": self.method, "count": self.count,
             "settings": asdict(self.settings), "bf16": self.bf16, "device": self.device.type,
             "code": digest.of_files(code),
         }  # fmt: skip
@@ -179,7 +177,7 @@ class Predictor:
         self._mind_a_fork()
         image, edges = (self._upload(torch.cat(part)) for part in zip(*inputs, strict=True))
         with self.autocast():
-            maps = mirrored(self.net, image, edges) if self.mirror else self.net(image, edges)
+            maps = self.net(image, edges)
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         return [Maps(*parts, ready) for parts in zip(*(m.float() for m in maps), strict=True)]
 

@@ -83,20 +83,6 @@ class WSIDNet(nn.Module):
         return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares, features
 
 
-def mirrored(net, image, edges):
-    """What the WSIDNet ``net`` tells, as means over the photographs and their mirror images, in twice the time [ours].
-
-    Takes and returns what ``WSIDNet.forward`` does, in float32.
-    """
-    both = net(torch.cat([image, image.flip(-1)]), torch.cat([edges, edges.flip(-1)]))
-    saliency, boundary, offsets, shares, features = both
-    flipped = offsets.flip(-1) * offsets.new_tensor([1, -1]).view(2, 1, 1)  # dx of a mirror image is -dx
-    pairs = (saliency, saliency.flip(-1)), (boundary, boundary.flip(-1)), (offsets, flipped), (shares, shares)
-    pairs += ((features, features.flip(-1)),)
-    count = len(image)
-    return tuple((plain[:count].float() + mirror[count:].float()) / 2 for plain, mirror in pairs)
-
-
 def with_parts(net, **parts):
     """The WSIDNet ``net`` with others of its ``parts``: a NumberNet as number, a SecondOpinion as opinion."""
     whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}), net.fusion)

@@ -183,9 +183,6 @@ MUTATIONS = {
     ("models/branches.py", "test_models.py", "mean_offset"): [
         ("if self.training else offsets - self.mean_offset", ""),
     ],
-    ("models/wsid_net.py", "test_models.py", "mirror"): [
-        ("new_tensor([1, -1])", "new_tensor([1, 1])"),
-    ],
     # ---- progressive training
     ("models/pts.py", "test_stages.py", "algorithm_1"): [
         ("iteration <= 2", "iteration <= 3"),

@@ -605,7 +605,7 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--pred", "p.json"], "--pred needs --gt"),
         (["--pred", "p.json", "--gt", "d", "--weights", "w.pt"], "--weights has no meaning with --pred"),
         (["--pred", "p.json", "--gt", "d", "--save-pred", "q.json"], "--save-pred has no meaning"),
-        (["--pred", "p.json", "--gt", "d", "--mirror"], "--mirror has no meaning with --pred"),
+        (["--pred", "p.json", "--gt", "d", "--fusion", "unsure=0"], "--fusion has no meaning with --pred"),
         (["--data", "d", "--gt", "d"], "--gt has no meaning with --data"),
         (["--data", "d", "--images", "d", "--html", "h.html"], "--images has no meaning with --data"),
         (["--pred", "p.json", "--gt", "d", "--images", "d"], "--images has no meaning without --html"),
@@ -652,8 +652,8 @@ def model(monkeypatch):
     seen = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
-        def __init__(self, weights, device, method="wsid", settings=None, mirror=False):
-            seen.created.append((weights, device.type, method, mirror))
+        def __init__(self, weights, device, method="wsid", settings=None):
+            seen.created.append((weights, device.type, method))
             self.weights = weights or Path("bundled.pt")
 
         def prepare(self, image):
@@ -677,8 +677,8 @@ def model(monkeypatch):
 
 
 def test_weights(folder, model):
-    numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--method", "components", "--mirror")
-    assert model.created == [(Path("w.pt"), "cpu", "components", True)]
+    numbers = measure(folder, "--weights", "w.pt", "--data", folder, "--method", "components")
+    assert model.created == [(Path("w.pt"), "cpu", "components")]
     assert model.maps == {160: None, 80: None, 0: None}
     assert model.batches == [2, 1]
     assert numbers["mAP"]["pooled"] == numbers["mAP"]["per-image"] == {"0.5": 1, "0.7": 1, "0.5:0.95": 1}
@@ -688,7 +688,7 @@ def test_weights(folder, model):
 
 def test_default_weights_and_saved_predictions(folder, model):
     direct = measure(folder, "--data", folder, "--save-pred", folder / "saved" / "p.json")
-    assert model.created == [(None, "cpu", "wsid", False)]
+    assert model.created == [(None, "cpu", "wsid")]
     records = json.loads((folder / "saved" / "p.json").read_text())
     assert [record["image_id"] for record in records] == ["a", "a", "b"]
     again = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")

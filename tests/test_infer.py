@@ -148,18 +148,6 @@ def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
         assert "--count" in capsys.readouterr().err
 
 
-def test_mirror_answers_for_both_images_alike(weights, tmp_path):
-    Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
-    Image.fromarray(noise(64, 64)[:, ::-1]).save(tmp_path / "b.png")
-    options = ["--img", tmp_path, "--weights", weights, "--out", tmp_path / "out", "--visualize", "--amp", "off"]
-    assert call(*options, "--mirror") == 0
-    one, other = (cv2.imread(str(tmp_path / "out" / f"{stem}_saliency.png"), 0).astype(int) for stem in "ab")
-    assert np.abs(one - other[:, ::-1]).max() <= 1 and np.ptp(one) > 0
-    assert call(*options) == 0
-    alone = cv2.imread(str(tmp_path / "out" / "a_saliency.png"), 0).astype(int)
-    assert np.abs(one - alone).max() > 1
-
-
 def test_a_given_saliency_map_replaces_the_branch(weights):
     image, saliency = noise(64, 64), np.zeros((64, 64), np.float32)
     saliency[:, :32] = 1

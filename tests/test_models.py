@@ -15,7 +15,7 @@ from models.counting import CountHead, certain, told
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
 from models.opinion import SecondOpinion
 from models.pts import refresh
-from models.wsid_net import NetConfig, WSIDNet, load_weights, mirrored, save_weights, with_parts
+from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -373,21 +373,6 @@ def test_a_network_pools_its_saliency_with_the_second_opinion():
 def test_a_network_without_the_head_tells_no_number():
     net = WSIDNet(NetConfig(**SMALL, counting=False)).eval()
     assert told(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3]).tolist() == [0, 0]
-
-
-def test_the_mean_over_mirror_images_is_that_of_the_mirror_image():
-    """A mirror image's answer is the mirrored answer, and dx changes its sign."""
-    net = WSIDNet(NetConfig(**SMALL)).eval()
-    image, edges = torch.rand(2, 3, 64, 64), (torch.rand(2, 1, 64, 64) > 0.9).float()
-    with torch.no_grad():
-        saliency, boundary, offsets, shares, features = mirrored(net, image, edges)
-        again = mirrored(net, image.flip(-1), edges.flip(-1))
-        plain, other = net(image, edges), net(image.flip(-1), edges.flip(-1))
-    assert torch.allclose(saliency, (plain[0] + other[0].flip(-1)) / 2, atol=1e-6)
-    assert not torch.allclose(saliency, plain[0], atol=1e-4)
-    expected = saliency.flip(-1), boundary.flip(-1), offsets.flip(-1) * torch.tensor([1, -1]).view(2, 1, 1), shares
-    expected += (features.flip(-1),)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, expected, strict=True))
 
 
 def test_a_number_that_is_known_is_told():
