@@ -1,4 +1,4 @@
-"""Export the network part, S, B, V, the probable number of objects and f3 of a batch of photographs, with torch.export.
+"""Export the network part, S, B, V and the probable number of objects of a batch of photographs, with torch.export.
 
     python export.py --out wsid.pt2                          # the weights infer.py would take
     python export.py --weights runs/mine/weights_pts.pt --out wsid.pt2

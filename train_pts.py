@@ -37,7 +37,7 @@ from utils.progress import tqdm
 from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 # Masks for labels are cut as they were where PTS was measured; what newer ways to cut are worth there is not.
-MEASURED = ("share=peak", "background=0.5", "likeness=0")
+MEASURED = ("share=peak", "background=0.5")
 
 
 def get_args_parser():
@@ -170,10 +170,8 @@ def make_labels(net, samples, folder, args, device):
         for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
             square = load_square(sample.path, net.config.size)
             maps = net(*network_input(square, net.config.canny, device))
-            saliency, boundary, offsets, shares, features = (m[0].float().cpu() for m in maps)
-            maps = [m.numpy() for m in (saliency, boundary, offsets, features)]
-            if not args.fusion.likeness:
-                maps[3] = None  # megabytes that no worker looks at
+            *maps, shares = (m[0].float().cpu() for m in maps)
+            maps = [m.numpy() for m in maps]
             first = first_labels(args) if sample.classes else None
             pool.submit(
                 write_label, labels, sample, square, maps, int(told(shares)), args.fusion, first, args.keep, args.odds,
@@ -201,11 +199,11 @@ def write_label(labels, sample, image, maps, count, settings, first, keep, odds,
     unless these were to part the objects and could not.
 
     What cannot be told is an empty <stem>.none instead; of the saliency, together with the first labels again.
-    maps: as for ``pseudo_label``, arrays, the features perhaps None; first: the folder of its first labels, None where
+    maps: as for ``pseudo_label``, arrays; first: the folder of its first labels, None where
     it has none; keep (0 is Algorithm 1 to the letter) and odds: as for ``pseudo_label``; by_class: as for
     ``instance_label``, where there are several classes.
     """
-    maps = [None if m is None else torch.from_numpy(m) for m in maps]
+    maps = [torch.from_numpy(m) for m in maps]
     size, png = image.shape[0], f"{sample.stem}.png"
     mask = classes = instances = None
     if first:

@@ -32,7 +32,7 @@ from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import select_device
 from utils.results import PICTURES, write_results
 
-OPERATORS = ("converge_centroids", "boundary_affinity", "likeness", "random_walk")
+OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
 
 
 def make_predictor(args, folder, device):

@@ -118,16 +118,6 @@ def sums_over_all_pairs(boundary, field, labels, radius):
     return entropy.sum() + (same * miss).sum()
 
 
-def unfolded_cosines(features, radius):
-    """As local affinities are usually had: every pixel's whole window beside it by F.unfold, then one product."""
-    n, channels, height, width = features.shape
-    side, offsets = 2 * radius - 1, ops.path_offsets(radius)[0]
-    unit = F.normalize(features, dim=1)
-    windows = F.unfold(unit, side, padding=radius - 1).view(n, channels, side * side, height, width)
-    chosen = torch.from_numpy((offsets[:, 0] + radius - 1) * side + offsets[:, 1] + radius - 1).to(features.device)
-    return (windows * unit[:, :, None]).sum(1)[:, chosen].clamp(min=0)
-
-
 def numpy_centroids(field, iterations=300):
     """The 300-step loop over whole arrays that IRN uses, with bilinear sampling."""
     height, width = field.shape[1:]
@@ -285,19 +275,6 @@ def bench_pairs(args, device):
                    {name: partial(gradients, way) for name, way in ways.items()}, args.repeats, device)
 
 
-def bench_likeness(args, device, limits):
-    features = torch.randn(1, 48, 128, 128, generator=torch.Generator().manual_seed(0))
-    features = features.to(device, memory_format=torch.channels_last)  # as infer.py has them
-    print("\nLikeness, radius 5, 48 channels")
-    ours = ops.likeness(features, 5)
-    check("F.unfold against ours", (unfolded_cosines(features, 5) - ours).abs().max().item(), 1e-5)
-    return compare("Likeness 128x128, 48 channels, radius 5", {
-        "ours": lambda: ops.likeness(features, 5),
-        "PyTorch reference": lambda: reference.likeness(F.normalize(features, dim=1), 5),
-        "F.unfold and product": lambda: unfolded_cosines(features, 5)},
-        args.repeats, device, flop=2 * ours.numel() * 48, limits=limits)
-
-
 def bench_centroids(args, device, limits):
     _, offsets, _ = scene(128, 4)
     field = offsets[0].numpy()
@@ -408,7 +385,6 @@ def main():
         rows += bench_dense(args, device)
     rows += bench_affinity(args, device, limits)
     rows += bench_pairs(args, device)
-    rows += bench_likeness(args, device, limits)
     rows += bench_centroids(args, device, limits)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.growth:

@@ -43,7 +43,7 @@ class Recipe:
 
 
 # After a short training S is too unsure for the background to walk, and scores are best by S alone.
-SHORT = "--fusion doubt=0 share=peak background=0.5 likeness=0"
+SHORT = "--fusion doubt=0 share=peak background=0.5"
 NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(

@@ -55,11 +55,10 @@ def true_maps(gt, grid):
 
 
 def with_truth(maps, gt, replaced):
-    """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true; a true B has all the say."""
+    """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true."""
     *values, count = true_maps(gt, maps.saliency.shape)
     true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "shares"), (*values, certain(count)))))
-    maps = maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
-    return maps._replace(features=None) if "B" in replaced else maps
+    return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
 
 
 def get_args_parser():

@@ -70,15 +70,15 @@ class BoundaryCentroidNet(nn.Module):
     def forward(self, image, edges):
         """image: RGB [N,3,H,W] in 0..1; edges: Canny map [N,1,H,W].
 
-        Returns B [N,1,H/4,W/4] in 0..1, V [N,2,H/4,W/4] in stride-4 pixels, the probabilities of 1, 2, ...
-        salient objects [N,MOST] of the CountHead, or None without one, and f3 [N,C_3,H/8,W/8], what a place looks like.
+        Returns B [N,1,H/4,W/4] in 0..1, V [N,2,H/4,W/4] in stride-4 pixels, and the probabilities of 1, 2, ...
+        salient objects [N,MOST] of the CountHead, or None without one.
         """
         grid = tuple(-(-side // 4) for side in image.shape[-2:])
         features = self.backbone(image)
         for_boundary, for_centroid = self.attention(features, grid)
         enhanced = self.enhancement(image, edges) if self.enhancement else ()
         count = self.counting(features) if self.counting else None
-        return self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count, features[2]
+        return self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count
 
 
 class SaliencyNet(nn.Module):

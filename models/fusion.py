@@ -31,7 +31,6 @@ ALLOWED = {
     "region": _one_of("salient", "image"),
     "radius": integer(1, 64),
     "power": number(0.1, 1000),
-    "likeness": number(0, 100),
     "steps": integer(0, 10**5),
     "salient": number(0, below=1),
     "share": _one_of("rival", "peak"),
@@ -48,8 +47,7 @@ class Fusion:
 
     theta: share of a cluster that must be salient (Sec. 3.1.1). sink: |V| below which a pixel is at rest.
     region: "salient" looks for centroids among the salient pixels, "image" everywhere.
-    radius, power, steps: of the random walk (Eq. 9, 10). likeness: the power, in its affinity, of how alike two places
-    look; 0 leaves all to B [paper]. salient: S above which a pixel is salient.
+    radius, power, steps: of the random walk (Eq. 9, 10). salient: S above which a pixel is salient.
     share: what the masks are cut by: an instance's share beside its strongest "rival", another or the background
     [ours], or of its own "peak" [IRN]. background: share below which a pixel is background. smallest: share of the
     image under which an instance is dropped; unsure: score under which it is. doubt: how much doubt about the number of
@@ -61,7 +59,6 @@ class Fusion:
     region: str = "salient"
     radius: int = 5
     power: float = 5.0
-    likeness: float = 2.0
     steps: int = 256
     salient: float = 0.5
     share: str = "rival"
@@ -153,12 +150,12 @@ def counted_clusters(saliency, offsets, count, settings):
     return masks_of(parts, saliency.shape), np.array(centroids).reshape(-1, 2)
 
 
-def fuse(saliency, boundary, offsets, settings, count=0, features=None):
+def fuse(saliency, boundary, offsets, settings, count=0):
     """One soft map per salient instance (Sec. 4.2): clusters of the salient region, and the walk from each.
 
     saliency S and boundary B: [H,W] in 0..1; offsets V: [2,H,W]; all on the stride-4 grid. count: the number of
-    objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does. features: for ``walk``.
-    Returns (maps [n,H,W] of ``walk``, centroids float [n,2]); n may be 0.
+    objects, for ``counted_clusters``; 0 takes the sinks of V for centroids, as the paper does. Returns (maps [n,H,W] of
+    ``walk``, centroids float [n,2]); n may be 0.
     """
     seen = saliency.cpu().numpy()
     if count:
@@ -167,35 +164,18 @@ def fuse(saliency, boundary, offsets, settings, count=0, features=None):
         region = seen > settings.salient if settings.region == "salient" else None
         labels, centroids = find_clusters(offsets, settings.sink, region)
         clusters, centroids = salient_clusters(labels, seen, centroids, settings)
-    return walk(clusters, saliency, boundary, settings, features), centroids
+    return walk(clusters, saliency, boundary, settings), centroids
 
 
-def affinity_of(boundary, settings, features=None):
-    """What the walk goes by between neighbours p and q: H^power = (1 - max B)^power max(0, cos(f(p), f(q)))^likeness.
-
-    B is drawn by pseudo labels and misses contours between what they held together; what two places look like to a
-    pretrained network it knows without any [ours].
-    boundary: B [h,w] in 0..1, stride-4 grid; features: f3 [C,h',w'] on any grid over the same photograph, or None for B
-    alone. Their mean over the photograph is taken away: what is everywhere does not make places alike. Returns H
-    [1,K,h,w] in 0..1, for the pairs of ``ops.path_offsets``.
-    """
-    affinity = ops.boundary_affinity(boundary[None], settings.radius)
-    if features is None or not settings.likeness:
-        return affinity
-    features = features - features.mean((1, 2), keepdim=True)
-    features = F.interpolate(features[None], boundary.shape, mode="bilinear", align_corners=False)
-    return affinity * ops.likeness(features, settings.radius) ** (settings.likeness / settings.power)
-
-
-def walk(clusters, saliency, boundary, settings, features=None):
+def walk(clusters, saliency, boundary, settings):
     """SI_n = M^t vec(SI*_n (1 - B)), SI*_n = S on cluster n (Eq. 10), and how much of a pixel each has.
 
     By a share of its own peak [IRN] a faint instance spreads, and one with a sure part loses the others. So the
     background walks too, from SI*_0 = 1 - S on all that is not salient or in no cluster, and what comes from an
     instance is set beside what comes from there. Beside each other instances are still compared by shares of their
     peaks, or the larger would take the smaller. The lesser of the two shares counts; above one half, both hold [ours].
-    clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid; features: as in
-    ``affinity_of``. Returns the shares [n,H,W] in 0..1, of what ``settings.share`` says, on the device of S.
+    clusters: bool [n,H,W]; saliency S and boundary B: [H,W] in 0..1, all on the stride-4 grid. Returns the shares
+    [n,H,W] in 0..1, of what ``settings.share`` says, on the device of S.
     """
     if not len(clusters):
         return saliency.new_zeros(0, *saliency.shape)
@@ -204,7 +184,7 @@ def walk(clusters, saliency, boundary, settings, features=None):
     if settings.share == "rival":
         outside = ~(inside.any(0) & (saliency > settings.salient))
         start = torch.cat([start, (outside * (1 - saliency))[None]])
-    affinity = affinity_of(boundary, settings, features)
+    affinity = ops.boundary_affinity(boundary[None], settings.radius)
     maps = ops.random_walk((start * (1 - boundary))[None], affinity, settings.radius, settings.power, settings.steps)[0]
     if settings.share == "peak":
         return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)

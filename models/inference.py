@@ -70,16 +70,14 @@ class Prediction:
 class Maps(NamedTuple):
     """What the network says of one photograph, float32 on the stride-4 grid: S [h,w], B [h,w], V [2,h,w].
 
-    shares: the probabilities of 1, 2, ... objects [M], all 0 when the network does not tell their number. features: f3
-    [C_3,h/2,w/2], what its places look like; None lets B alone hold the walk. ready: the CUDA event after which they
-    hold their values, None on the CPU.
+    shares: the probabilities of 1, 2, ... objects [M], all 0 when the network does not tell their number. ready: the
+    CUDA event after which they hold their values, None on the CPU.
     """
 
     saliency: torch.Tensor
     boundary: torch.Tensor
     offsets: torch.Tensor
     shares: torch.Tensor
-    features: torch.Tensor | None = None
     ready: Any = None
 
 
@@ -207,7 +205,6 @@ class Predictor:
         self._mind_a_fork()
         with self._beside_the_network(maps.ready):
             s, b, v = (m.to(self.fusion_device) for m in maps[:3])
-            looks = None if maps.features is None else maps.features.to(self.fusion_device)
             if saliency is not None:
                 given = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(s.device)
                 s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
@@ -217,10 +214,10 @@ class Predictor:
             if self.method == "components":
                 soft, centroids = connected_components(seen, self.settings)
             elif self.method == "sinks":
-                soft, centroids = fuse(s, b, v, self.settings, features=looks)
+                soft, centroids = fuse(s, b, v, self.settings)
             else:
                 shares = certain(self.count) if self.count else maps.shares.cpu()
-                soft, centroids = fuse(s, b, v, self.settings, int(told(shares)), looks)
+                soft, centroids = fuse(s, b, v, self.settings, int(told(shares)))
                 alternatives = guesses(seen, field, shares, self.settings)
             masks, scores, kept = instance_masks(soft, s, size, self.settings, alternatives)
         height, width = size

@@ -34,15 +34,15 @@ def refresh(previous, current, iteration):
 def pseudo_label(image, maps, count, settings, first=None, keep=0.0, odds=None):
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
-    image: uint8 RGB [S,S,3]; maps: saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid, and the
-    features of ``models.fusion.walk``; count: as in ``fuse``.
+    image: uint8 RGB [S,S,3]; maps: saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid; count:
+    as in ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
     know; keep: its share in what the CRF starts from; odds: or the weights of ``pool_odds`` [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
-    saliency, boundary, offsets, features = maps
-    shares, _ = fuse(saliency, boundary, offsets, settings, count, features)
+    saliency, boundary, offsets = maps
+    shares, _ = fuse(saliency, boundary, offsets, settings, count)
     masks, _, _ = instance_masks(shares, saliency, image.shape[:2], settings)
     if not len(masks):
         return None
@@ -89,7 +89,7 @@ def instance_label(label, maps, count, settings, classes=None, by_class=False):
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
     instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
     """
-    _, boundary, offsets, features = maps
+    _, boundary, offsets = maps
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
     region, least = saliency.numpy() > settings.salient, settings.smallest * saliency.numel()
     if by_class:
@@ -102,7 +102,7 @@ def instance_label(label, maps, count, settings, classes=None, by_class=False):
         return None
     # Where the region ends is settled, and a small part has as much of a say as a large one.
     peaks = replace(settings, share="peak")
-    shares = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, peaks, features)
+    shares = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, peaks)
     shares = torch.nn.functional.interpolate(shares[None], label.shape, mode="bilinear")[0]
     nearest = shares.argmax(0).numpy().astype(np.uint8) + 1
     nearest[nearest > count] = IGNORE

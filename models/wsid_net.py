@@ -12,6 +12,9 @@ from models.opinion import SecondOpinion
 from utils import checkpoint, digest
 from utils.cli import InputError
 
+# Names in older files of the settings of the fusion: what each is called now, None where there is no such setting.
+FORMER = {"likeness": None}
+
 
 @dataclass(frozen=True)
 class NetConfig:
@@ -52,7 +55,7 @@ class NetConfig:
 
 
 class WSIDNet(nn.Module):
-    """S, B, V, how many objects there may be and what places look like, of a batch of images.
+    """S, B, V and how many objects there may be, of a batch of images.
 
     fusion: the settings by which instances are made of these, unless others are named.
     """
@@ -69,10 +72,9 @@ class WSIDNet(nn.Module):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
 
         Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the probabilities
-        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number; and f3 of the branches' backbone
-        [N,C_3,h,w], on the stride-8 grid.
+        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number.
         """
-        boundary, offsets, shares, features = self.branches(image, edges)
+        boundary, offsets, shares = self.branches(image, edges)
         if self.number:
             shares = (shares + self.number(image)) / 2
         elif shares is None:
@@ -80,7 +82,7 @@ class WSIDNet(nn.Module):
         saliency = self.saliency.logits(image)
         if self.opinion:
             saliency = self.opinion(image, saliency)
-        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares, features
+        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares
 
 
 def with_parts(net, **parts):
@@ -123,7 +125,9 @@ def load_weights(path, device="cpu"):
         config = NetConfig(**dict(saved)["config"])
         if not all(isinstance(getattr(config, field.name), field.type) for field in fields(config)):
             raise TypeError("settings of other types")
-        net = WSIDNet(config, Fusion(**saved.get("fusion", {})))
+        fusion = {FORMER.get(name, name): value for name, value in saved.get("fusion", {}).items()}
+        fusion.pop(None, None)
+        net = WSIDNet(config, Fusion(**fusion))
         net.load_state_dict(saved["state"])
         # Sums, because they are the quickest way to see every number.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())

@@ -12,13 +12,12 @@ import numbers
 import warnings
 
 import torch
-import torch.nn.functional as F
 
 from . import compiled, reference
 from .reference import path_offsets
 
-__all__ = ["affinity_entropy", "boundary_affinity", "converge_centroids", "displacement_error", "likeness",
-           "pair_counts", "path_offsets", "random_walk"]
+__all__ = ["affinity_entropy", "boundary_affinity", "converge_centroids", "displacement_error", "pair_counts",
+           "path_offsets", "random_walk"]
 
 
 def _check(name, tensor, dims, channels=None):
@@ -174,23 +173,6 @@ def displacement_error(offsets, labels, radius, ignore_index=255):
     _check("offsets", offsets, 4, channels=2)
     labels = _pair_labels(labels, ignore_index, offsets.dtype, offsets)
     return _implementation(offsets).displacement_error(offsets, labels, _check_radius(radius))
-
-
-def likeness(features, radius):
-    """How alike neighbours look: l(p, q) = max(0, cos(f(p), f(q))) of the pairs of ``boundary_affinity`` [ours].
-
-    features: float32 or float64 [N, C, H, W], any length; half precision is computed in float32. radius: integer 1..64.
-    Returns [N, K, H, W] in 0..1, laid out as the affinity; 0 where p + offsets[k] is outside the image, and beside
-    features that are 0 or no numbers. No gradient.
-    Raises ValueError for another shape, type or radius.
-    """
-    (features,) = _full_precision(features)
-    _check("features", features, 4)
-    unit = features.detach()
-    if unit.shape[1]:  # their squares might be too large or too small for a number
-        unit = unit / torch.linalg.vector_norm(unit, math.inf, dim=1, keepdim=True)
-    unit = F.normalize(unit, dim=1)
-    return _implementation(unit).likeness(unit, _check_radius(radius))
 
 
 def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):

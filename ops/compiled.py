@@ -76,10 +76,6 @@ def displacement_error(offsets, labels, radius):
     return torch.ops.wsid.displacement_error(offsets, labels, radius)
 
 
-def likeness(features, radius):
-    return torch.ops.wsid.likeness(features, radius)
-
-
 def random_walk(x, affinity, radius, power, steps, method, tol):
     coefficients = reference.walk_coefficients(steps, method, tol) or ()  # none: step by step
     return torch.ops.wsid.random_walk(x, affinity, radius, power, steps, coefficients)
@@ -135,11 +131,6 @@ if available:
     def _(grad, winner, radius):
         n, _, height, width = grad.shape
         return grad.new_empty(n, height, width)
-
-    @torch.library.register_fake("wsid::likeness")
-    def _(features, radius):
-        n, _, height, width = features.shape
-        return features.new_empty(n, reference.pair_count(radius), height, width)
 
     @torch.library.register_fake("wsid::pair_counts")
     def _(labels, radius):

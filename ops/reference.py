@@ -220,23 +220,6 @@ def displacement_error(offsets, labels, radius):
     return total
 
 
-# ---- likeness ----------------------------------------------------------------------------------------------------
-
-
-def likeness(features, radius):
-    """See ops.likeness, which hands over features of unit length. One product of shifted views per offset."""
-    n, _, height, width = features.shape
-    offsets, _ = path_offsets(radius)
-    result = features.new_zeros(n, len(offsets), height, width)
-    for k, offset in enumerate(offsets):
-        (top, bottom), (left, right) = _windows(offset, height, width)
-        here = features[:, :, top:bottom, left:right]
-        there = features[:, :, top + offset[0] : bottom + offset[0], left + offset[1] : right + offset[1]]
-        product = (here * there).sum(1)
-        result[:, k, top:bottom, left:right] = torch.where(product > 0, product, 0)
-    return result
-
-
 # ---- random walk -------------------------------------------------------------------------------------------------
 
 

@@ -218,7 +218,6 @@ MUTATIONS = {
     ("models/fusion.py", "test_fusion.py", ""): [
         ("inside > settings.theta * size", "inside > 0"),
         ("start * (1 - boundary)", "start"),
-        ("(settings.likeness / settings.power)", "settings.likeness"),
         ("(within - beside)", "within"),
         ("** settings.doubt", "** 0"),
     ],

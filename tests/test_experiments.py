@@ -454,8 +454,7 @@ def test_true_maps_say_what_the_mask_says():
     assert count == 2 and saliency[0].max() == 0 and saliency[2:8, 2:12].min() == 1 and saliency.sum() == 60
     assert offsets[:, 4, 4].tolist() == [0.5, 0] and offsets[:, 4, 12].tolist() == [0.5, -3], "centres of the two"
     assert boundary[2:8, 7].min() == 1 and boundary[3:7, 3:6].max() == 0, "between the two, not inside"
-    maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor([0.2, 0.3, 0.5]), torch.rand(3, 5, 8))
+    maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor([0.2, 0.3, 0.5]))
     replaced = stages.with_truth(maps, gt, "ST")
     assert replaced.shares.tolist() == [0, 1] and torch.equal(replaced.boundary, maps.boundary)
     assert np.array_equal(replaced.saliency.numpy(), saliency) and stages.with_truth(maps, gt, "") == maps
-    assert replaced.features is maps.features and stages.with_truth(maps, gt, "B").features is None

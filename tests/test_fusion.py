@@ -13,7 +13,6 @@ from datasets.crf import crf, refine_labels, refine_saliency
 from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models.fusion import (
     Fusion,
-    affinity_of,
     connected_components,
     expected_iou,
     find_clusters,
@@ -104,7 +103,6 @@ ENDS = {
     "sink": ((1e-6, 1000), (0, -1, 1e200)),
     "radius": ((1, 64), (0, 65, 2.5)),
     "power": ((0.1, 1000), (0, -3, 1e-3)),
-    "likeness": ((0, 100), (-1, 101)),
     "steps": ((0, 10**5), (-1, 1.5, 10**9)),
     "salient": ((0, 0.999), (-0.1, 1)),
     "background": ((0, 0.999), (-0.1, 1)),
@@ -124,12 +122,11 @@ def test_settings_out_of_their_range_are_refused_and_the_ends_of_it_work(name):
         with pytest.raises(InputError, match=words):
             replace(Fusion(), **{name: value})
     saliency, boundary, offsets = (part[..., 8:26, 10:40] for part in scene()[:3])
-    features = torch.randn(5, 9, 15, generator=torch.Generator().manual_seed(0))
     for value in right:
         settings = Fusion.of([f"{name}={value}"])
         assert settings == Fusion(**{name: value}) and type(getattr(settings, name)) is type(getattr(Fusion(), name))
         for count in (0, 2):
-            maps, centroids = fuse(saliency, boundary, offsets, settings, count, features)
+            maps, centroids = fuse(saliency, boundary, offsets, settings, count)
             assert len(maps) == len(centroids) and maps.isfinite().all()
             options = guesses(saliency.numpy(), offsets.numpy(), [0.5, 0.5], settings)
             masks, scores, _ = instance_masks(maps, saliency, (72, 120), settings, options)
@@ -244,7 +241,6 @@ def test_saliency_mask_takes_the_maximum_over_classes():
 
 def test_pseudo_label_is_the_union_of_instances():
     *maps, truth = scene()
-    maps.append(torch.ones(3, 16, 24))  # features that tell nothing apart
     image = np.full((128, 192, 3), 60, np.uint8)
     union = truth.any(0).repeat(4, 0).repeat(4, 1)
     image[union] = 180
@@ -294,30 +290,6 @@ def test_the_shares_are_of_what_walks_to_a_pixel():
     assert walk(truth[:0], saliency, boundary, settings).shape == (0, 32, 48)
 
 
-def test_what_looks_alike_stays_together_where_b_misses_a_contour():
-    """Two objects side by side, no boundary between them, and a bad guess of which pixels are whose."""
-    saliency, boundary = torch.full((32, 48), 0.05), torch.zeros(32, 48)
-    saliency[4:28, 4:44] = 0.9
-    truth = np.zeros((2, 32, 48), bool)
-    truth[0, 4:28, 4:24] = truth[1, 4:28, 24:44] = True
-    clusters = truth.copy()
-    clusters[:, 4:28, 20:24] = clusters[::-1, 4:28, 20:24]
-    looks = torch.zeros(3, 32, 48)
-    looks[0], looks[1, truth[0]], looks[2, truth[1]] = 5, 1, 1
-    alone, informed = (
-        walk(clusters, saliency, boundary, Fusion(), features).numpy().argmax(0) for features in (None, looks))
-    right = [[iou(found[salient] == k, truth[k][salient]) for k in (0, 1)] for found in (alone, informed)
-             for salient in [truth.any(0)]]
-    assert min(right[1]) > 0.95 > max(right[0])
-    without = affinity_of(boundary, Fusion(likeness=0), looks)
-    assert torch.equal(without, affinity_of(boundary, Fusion())) and torch.equal(without, ops.boundary_affinity(
-        boundary[None], 5))
-    small = torch.nn.functional.avg_pool2d(looks, 2)
-    assert affinity_of(boundary, Fusion(), small).shape == without.shape, "features on the stride-8 grid"
-    halved = affinity_of(boundary, Fusion(likeness=1.0), looks) ** 5
-    assert torch.allclose(halved, ops.likeness((looks - looks.mean((1, 2), keepdim=True))[None], 5), atol=1e-6)
-
-
 def test_a_faint_object_does_not_spread_where_no_boundary_holds_it():
     saliency = torch.zeros(32, 48)
     saliency[8:24, 12:36] = 0.55
@@ -353,7 +325,7 @@ def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere()
     boundary[6] = 1
     yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
     offsets = torch.stack([8 - yy, torch.where(xx < 12, 10, 14) - xx])
-    maps = None, boundary, offsets, None
+    maps = None, boundary, offsets
     rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
     classes = np.full((64, 96), 255, np.uint8)
     classes[rider], classes[horse] = 15, 13
@@ -380,7 +352,7 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     boundary[:, 12] = 1
     yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
     offsets = torch.stack([8 - yy, torch.where(xx < 12, 6, 17) - xx])
-    maps = None, boundary, offsets, None
+    maps = None, boundary, offsets
     classes = np.zeros((64, 96), np.uint8)
     classes[16:48, 8:46], classes[20:24, 10:14] = 7, 9
     found = instance_label(label, maps, 2, Fusion(), classes)
@@ -395,18 +367,3 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
     assert instance_label(speck, maps, 1, Fusion()) is not None
     assert instance_label(speck, maps, 2, Fusion(smallest=0.3)) is None, "not two of that size"
-
-
-def test_the_affinity_is_that_of_b_times_a_power_of_the_cosine_of_the_features():
-    """README: H^power = (1 - max B)^power cos^likeness, for features without their mean, pair by pair."""
-    generator = torch.Generator().manual_seed(0)
-    features, boundary = torch.randn(4, 6, 7, generator=generator), torch.rand(6, 7, generator=generator)
-    settings = Fusion(radius=3, power=4.0, likeness=2.0)
-    walked = affinity_of(boundary, settings, features)[0] ** settings.power
-    centred = (features - features.mean((1, 2), keepdim=True)).numpy()
-    offsets, paths = ops.path_offsets(3)
-    for k, ((dy, dx), path) in enumerate(zip(offsets.tolist(), paths, strict=True)):
-        p, q = centred[:, 2, 3], centred[:, 2 + dy, 3 + dx]
-        cosine = p @ q / np.linalg.norm(p) / np.linalg.norm(q)
-        highest = max(boundary[2 + y, 3 + x].item() for y, x in path.tolist())
-        assert walked[k, 2, 3].item() == pytest.approx((1 - highest) ** 4 * max(cosine, 0) ** 2, abs=1e-5)

@@ -103,7 +103,7 @@ def one_object():
     boundary[3:13, 3:13] = 1
     boundary[inside] = 0
     offsets = torch.stack([7.5 - yy, 7.5 - xx]) * inside
-    return (saliency, boundary, offsets, None), np.repeat(np.repeat(inside.numpy(), 4, 0), 4, 1)
+    return (saliency, boundary, offsets), np.repeat(np.repeat(inside.numpy(), 4, 0), 4, 1)
 
 
 @pytest.mark.parametrize("keep", [0, 1 / 3])
@@ -130,10 +130,10 @@ def test_the_crf_of_pts_starts_from_the_product_of_odds(monkeypatch):
 
 def test_only_known_classes_contradict_an_instance():
     """Most of it is of no class that the labels know: that is no reason to doubt the rest."""
-    (_, boundary, offsets, _), inside = one_object()
+    (_, boundary, offsets), inside = one_object()
     classes = np.zeros((64, 64), np.uint8)
     classes[16:28, 16:48], classes[28:32, 16:48] = 1, 5
-    found = pts.instance_label(np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets, None), 1,
+    found = pts.instance_label(np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets), 1,
                                Fusion(), classes)  # fmt: skip
     assert (found[18:26, 18:46] == 1).all() and (found[29:31, 18:46] == 255).all() and (found[34:46, 18:46] == 1).all()
 

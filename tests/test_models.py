@@ -13,6 +13,7 @@ from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
 from models.counting import CountHead, certain, told
 from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
+from models.fusion import Fusion
 from models.opinion import SecondOpinion
 from models.pts import refresh
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
@@ -245,6 +246,19 @@ def test_weights_travel_whole(tmp_path):
     checkpoint.save(saved, tmp_path / "other.pt")
     with pytest.raises(InputError, match="other.pt does not hold"):
         load_weights(tmp_path / "other.pt")
+
+
+def test_weights_with_a_setting_that_is_no_more_are_read(tmp_path):
+    net = WSIDNet(NetConfig(**SMALL), Fusion(power=7.0)).eval()
+    save_weights(net, tmp_path / "weights.pt")
+    saved = checkpoint.load(tmp_path / "weights.pt")
+    saved["fusion"]["likeness"] = 2.0
+    checkpoint.save(saved, tmp_path / "older.pt")
+    assert load_weights(tmp_path / "older.pt").fusion == net.fusion
+    saved["fusion"]["strength"] = 2.0
+    checkpoint.save(saved, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="odd.pt does not hold"):
+        load_weights(tmp_path / "odd.pt")
 
 
 def test_weights_cannot_run_code(tmp_path):

@@ -356,42 +356,6 @@ def test_pairs_keep_nothing_per_pair(implementation):
     assert sum(t.numel() for t in saved) == 5 * labels.numel(), "the two maps and, twice, the labels"
 
 
-# ---- likeness ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
-@pytest.mark.parametrize("channels, radius, height, width",
-                         [(5, 5, 9, 12), (1, 3, 4, 5), (7, 10, 6, 41), (3, 5, 1, 20), (3, 5, 20, 1), (2, 1, 3, 3)])
-def test_likeness_against_cosines(channels, radius, height, width, dtype, atol):
-    features = torch.randn(2, channels, height, width, generator=generator(), dtype=torch.float64)
-    likeness = ops.likeness(features.to(dtype), radius)
-    assert likeness.dtype == dtype and likeness.shape[1] == reference.pair_count(radius)
-    for k, (dy, dx) in enumerate(ops.path_offsets(radius)[0].tolist()):
-        expected = torch.zeros(2, height, width, dtype=torch.float64)
-        for y in range(height - dy):
-            for x in range(max(0, -dx), width - max(0, dx)):
-                pair = features[:, :, y, x], features[:, :, y + dy, x + dx]
-                expected[:, y, x] = torch.cosine_similarity(*pair).clamp(min=0)
-        assert torch.allclose(likeness[:, k].double(), expected, rtol=0, atol=atol)
-
-
-def test_likeness_knows_no_length_and_nothing_of_what_says_nothing():
-    features = torch.randn(1, 6, 8, 9, generator=generator())
-    likeness = ops.likeness(features, 3)
-    assert torch.allclose(ops.likeness(7 * features, 3), likeness, atol=1e-6)
-    assert torch.allclose(ops.likeness(torch.ones(1, 6, 2, 2), 2)[0, 0, :, 0], torch.ones(2))
-    for size in (1e-44, 1e-30, 1e30, 3e37):
-        assert torch.allclose(ops.likeness(features * size, 3), likeness, atol=1e-5 if size > 1e-40 else 0.3)
-    for value in (0.0, math.nan, math.inf):
-        broken = features.clone()
-        broken[0, :, 4, 4] = value
-        found = ops.likeness(broken, 3)
-        assert (found[0, :, 4, 4] == 0).all() and found.isfinite().all() and found.sum() > 0
-    assert not ops.likeness(torch.zeros(2, 0, 4, 5), 5).any()
-    assert ops.likeness(features.half(), 3).dtype == torch.float32
-    assert torch.allclose(ops.likeness(features.to(memory_format=torch.channels_last), 3), likeness, atol=1e-6)
-
-
 # ---- random walk -------------------------------------------------------------------------------------------------
 
 
@@ -556,8 +520,6 @@ WALK = {"radius": 5, "power": 10, "steps": 5}
     lambda: ops.affinity_entropy(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
     lambda: ops.displacement_error(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
     lambda: ops.displacement_error(torch.zeros(2, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
-    lambda: ops.likeness(torch.zeros(3, 4, 4), 5),
-    lambda: ops.likeness(torch.zeros(1, 3, 4, 4), 65),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 5), 5, 10, 5),
     lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
@@ -589,7 +551,7 @@ def test_maps_too_large_for_their_indices_are_refused(implementation, height, wi
     labels = large(dtype=torch.int64)
     for call in (lambda: ops.converge_centroids(large(2)), lambda: ops.boundary_affinity(large(), 3),
                  lambda: ops.pair_counts(labels, 3), lambda: ops.affinity_entropy(large(), labels, 3),
-                 lambda: ops.displacement_error(large(2), labels, 3), lambda: ops.likeness(large(4), 3),
+                 lambda: ops.displacement_error(large(2), labels, 3),
                  lambda: ops.random_walk(large(1), large(12), 3, 5, 2)):  # fmt: skip
         with pytest.raises(ValueError, match="pixels"):
             call()
@@ -602,7 +564,6 @@ def test_maps_too_large_for_their_indices_are_refused(implementation, height, wi
                  lambda: inner.affinity_entropy_backward(large(2), large(), large(), 3),
                  lambda: inner.displacement_error(large(2), large(), 3),
                  lambda: inner.displacement_error_backward(large(), large(2), large(), 3),
-                 lambda: inner.likeness(large(4), 3),
                  lambda: inner.random_walk(large(1), large(12), 3, 5.0, 2, [])):  # fmt: skip
         with pytest.raises(RuntimeError, match="pixels"):
             call()
@@ -648,8 +609,6 @@ def test_compiled_equals_reference(device, dtype):
             (found * weight.to(device)).sum().backward()
             (plain_sums * weight).sum().backward()
             assert torch.allclose(leaves[0].grad.cpu(), leaves[1].grad, rtol=tol, atol=tol)
-        likeness = reference.likeness(torch.nn.functional.normalize(x.cpu(), dim=1), radius)
-        assert torch.allclose(ops.likeness(x, radius).cpu(), likeness, rtol=0, atol=1e-6)
         assert torch.allclose(leaf.grad.cpu(), expected, rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-11)
         for method in ("power", "chebyshev"):
             for power in (10, 2.5):
@@ -658,13 +617,13 @@ def test_compiled_equals_reference(device, dtype):
                 assert (result - expected).abs().max() < (3e-5 if dtype == torch.float32 else 1e-11)
 
 
-def everything(boundary, labels, field, x, features, radius):
+def everything(boundary, labels, field, x, radius):
     """What all operators make of these, gradients too, by name."""
     leaf, leaf_field = boundary.clone().requires_grad_(), field.clone().requires_grad_()
     affinity, entropy = ops.boundary_affinity(leaf, radius), ops.affinity_entropy(leaf, labels, radius)
     error = ops.displacement_error(leaf_field, labels, radius)
     found = {"affinity": affinity, "entropy": entropy, "error": error, "counts": ops.pair_counts(labels, radius),
-             "likeness": ops.likeness(features, radius), "centroids": ops.converge_centroids(field, 20)}  # fmt: skip
+             "centroids": ops.converge_centroids(field, 20)}  # fmt: skip
     for method in ("power", "chebyshev"):
         found[f"walk by {method}"] = ops.random_walk(x, affinity, radius, 5, 20, method)
     for name, of, to in (("affinity", affinity, leaf), ("entropy", entropy, leaf), ("error", error, leaf_field)):
@@ -685,17 +644,16 @@ def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, heig
         boundary = draws.get(name, rand(2, height, width)).to(dtype)
         field = (3 * torch.randn(2, 2, height, width, generator=generator())).to(dtype)
         x = rand(2, 2, height, width, seed=1, dtype=dtype)
-        features = torch.randn(2, 3, height, width, generator=generator()).to(dtype)
         if name in ("nan", "inf"):
             boundary, field, x = boundary.clone(), field.clone(), x.clone()
-            for maps in (boundary, field, x, features):
+            for maps in (boundary, field, x):
                 maps[..., -1, -1] = math.nan if name == "nan" else math.inf
                 maps[0, ..., 0, 0] = -math.inf if name == "inf" else maps[0, ..., 0, 0]
-        found = everything(boundary, labels, field, x, features, radius)
+        found = everything(boundary, labels, field, x, radius)
         with monkeypatch.context() as patch:
             patch.setattr(compiled, "has_kernels", lambda device_type: False)
             patch.setattr(ops, "_warn_not_built", lambda: None)
-            expected = everything(boundary, labels, field, x, features, radius)
+            expected = everything(boundary, labels, field, x, radius)
         for what, value in found.items():
             plain, case = expected[what], f"{what}, {name}"
             if what in ("affinity", "counts", "centroids"):
@@ -726,7 +684,6 @@ def test_opcheck(device):
         check(torch.ops.wsid.affinity_entropy_backward.default, (both, boundary, labels, 3))
         check(torch.ops.wsid.displacement_error.default, (field.clone().requires_grad_(), labels, 3))
         check(torch.ops.wsid.displacement_error_backward.default, (one, field, labels, 3))
-        check(torch.ops.wsid.likeness.default, (x, 3))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
 
@@ -766,8 +723,8 @@ def test_thread_count_does_not_matter():
             entropy = ops.affinity_entropy(leaf, labels, 10)
             (ops.displacement_error(leaf_field, labels, 10).sum() + entropy.sum()).backward()
             walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
-            results.append([ops.converge_centroids(field), affinity, ops.likeness(x, 10), leaf.grad,
-                            entropy, leaf_field.grad, ops.pair_counts(labels, 10), *walks])
+            results.append([ops.converge_centroids(field), affinity, leaf.grad, entropy, leaf_field.grad,
+                            ops.pair_counts(labels, 10), *walks])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results))

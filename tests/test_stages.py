@@ -133,7 +133,7 @@ def branch_terms(stages):
     """A function of the progress of a training: the losses of ``two_objects``."""
     boundary, offsets, batch = two_objects(stages["branches"].dataset.derive)
     return lambda progress: terms_of(
-        stages["branches"], lambda image, edges: (boundary, offsets, None, None), batch, progress
+        stages["branches"], lambda image, edges: (boundary, offsets, None), batch, progress
     )
 
 
@@ -190,7 +190,7 @@ class Pointing(torch.nn.Module):
 
     def forward(self, image, edges):
         assert not self.training
-        return None, image[:, :2].mean((2, 3), keepdim=True) - self.centroid.mean_offset, None, None
+        return None, image[:, :2].mean((2, 3), keepdim=True) - self.centroid.mean_offset, None
 
 
 def test_the_mean_offset_is_that_of_the_photographs(photographs):

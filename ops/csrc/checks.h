@@ -47,15 +47,6 @@ inline std::tuple<at::Tensor, at::Tensor> affinity_outputs(const at::Tensor& b, 
   return {affinity, winner};
 }
 
-// What likeness fills for features [N, C, H, W].
-inline at::Tensor likeness_output(const at::Tensor& features, int64_t radius) {
-  TORCH_CHECK(features.dim() == 4, "features must be [N, C, H, W]");
-  check_size(features);
-  check_radius(radius);
-  return at::empty({features.size(0), int64_t(half_plane(radius).size()), features.size(2), features.size(3)},
-                   features.options());
-}
-
 inline void check_gradient(const at::Tensor& grad, const at::Tensor& winner, int64_t radius) {
   check_radius(radius);
   TORCH_CHECK(grad.dim() == 4 && grad.size(1) == int64_t(half_plane(radius).size()) && grad.sizes() == winner.sizes() &&

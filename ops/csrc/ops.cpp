@@ -8,7 +8,6 @@ TORCH_LIBRARY(wsid, m) {
   m.def("converge_centroids(Tensor offsets, int max_iters, float tol) -> Tensor");
   m.def("boundary_affinity(Tensor boundary, int radius, bool with_winner) -> (Tensor, Tensor)");
   m.def("boundary_affinity_backward(Tensor grad, Tensor winner, int radius) -> Tensor");
-  m.def("likeness(Tensor features, int radius) -> Tensor");
   m.def("pair_counts(Tensor labels, int radius) -> Tensor");
   m.def("affinity_entropy(Tensor boundary, Tensor labels, int radius) -> Tensor");
   m.def("affinity_entropy_backward(Tensor grad, Tensor boundary, Tensor labels, int radius) -> Tensor");
