@@ -34,18 +34,20 @@ from datasets.images import list_images
 from datasets.labels import Notice, fail
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
-from utils import checkpoint, hparams
+from engine import hparams
+from engine.metrics import SaliencyMetrics, match_instances, summarize
+from engine.predictions import check_size, coco_ids, group_records, open_predictions
+from engine.report import format_page, format_table
+from models import METHODS
+from utils import checkpoint
 from utils.cli import InputError, Parser, integer, number, run, select_device
-from utils.metrics import SaliencyMetrics, match_instances, summarize
-from utils.predictions import check_size, coco_ids, group_records, open_predictions
-from utils.report import format_page, format_table
 
 NAMED = 20  # images that could not be measured; of more the number is told
 
 
 @dataclass
 class Method:
-    """A row of the table. found: {stem: load} of utils.predictions; results: {stem: ImageResult} of every mask file
+    """A row of the table. found: {stem: load} of engine.predictions; results: {stem: ImageResult} of every mask file
     that could be measured."""
 
     name: str
@@ -54,7 +56,7 @@ class Method:
     saliency: SaliencyMetrics = field(default_factory=SaliencyMetrics)
 
     def summary(self, count_threshold):
-        """The numbers of utils.metrics.summarize."""
+        """The numbers of engine.metrics.summarize."""
         measured = self.saliency if self.saliency.summary()["images"] else None
         return summarize(list(self.results.values()), measured, count_threshold)
 
@@ -65,29 +67,54 @@ def get_args_parser():
     files.add_argument("--pred", nargs="+", action="extend", metavar="[NAME=]PATH", help="files or folders, see above")
     files.add_argument("--gt", metavar="PATH[@SPLIT]", help="instance masks: 0, 1..N, 255 void; all count")
     files.add_argument("--saliency-pred", type=Path, metavar="DIR", help="saliency maps, one per mask")
-    files.add_argument("--images", type=Path, metavar="DIR",
-                       help="photographs for --html; without it images/ beside --gt, else grey")  # fmt: skip
+    files.add_argument(
+        "--images", type=Path, metavar="DIR", help="photographs for --html; without it images/ beside --gt, else grey"
+    )
 
     model = parser.add_argument_group("evaluate weights")
     model.add_argument("--data", metavar="PATH[@SPLIT]", help="photographs with instance masks, see README")
     model.add_argument("--weights", type=Path, metavar="FILE", help="without it those infer.py takes")
     model.add_argument("--gpu", type=integer(-1), default=-1, metavar="N", help="CUDA device, -1 for the CPU")
-    model.add_argument("--method", choices=("wsid", "sinks", "components"),
-                       help="as for infer.py, wsid unless another is named; components are the baseline")  # fmt: skip
+    model.add_argument(
+        "--method",
+        choices=METHODS,
+        help="as for infer.py, wsid unless another is named; components are the baseline",
+    )
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
     model.add_argument("--saliency-dir", type=Path, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
-    model.add_argument("--log", type=Path, metavar="RUN",
-                       help="put the figures into TensorBoard's HParams tab, with this run's settings")  # fmt: skip
+    model.add_argument(
+        "--log",
+        type=Path,
+        metavar="RUN",
+        help="put the figures into TensorBoard's HParams tab, with this run's settings",
+    )
     model.add_argument("--save-pred", type=Path, metavar="FILE", help="write the predictions as COCO results")
-    model.add_argument("--coco-ids", type=Path, metavar="FILE",
-                       help="with --save-pred: image ids of this COCO annotation file in place of stems")  # fmt: skip
+    model.add_argument(
+        "--coco-ids",
+        type=Path,
+        metavar="FILE",
+        help="with --save-pred: image ids of this COCO annotation file in place of stems",
+    )
 
-    parser.add_argument("--count-threshold", type=number(None), default=0.0, metavar="T",
-                        help="count, and draw, predictions scoring at least T")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE",
-                        help="write all numbers, as fractions; of several methods under their names")  # fmt: skip
-    parser.add_argument("--html", type=Path, metavar="FILE",
-                        help="write one page with the table, the curves, the best and the worst images")  # fmt: skip
+    parser.add_argument(
+        "--count-threshold",
+        type=number(None),
+        default=0.0,
+        metavar="T",
+        help="count, and draw, predictions scoring at least T",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all numbers, as fractions; of several methods under their names",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write one page with the table, the curves, the best and the worst images",
+    )
     return parser
 
 

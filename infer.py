@@ -29,7 +29,7 @@ for name in ("datasets", "models", "ops", "utils"):
         )
 
 # What a script needs that only says what is wrong with its arguments: torch and all that needs it comes later.
-from models import AMP, METHODS, MOST  # noqa: E402
+from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, stop_at_once  # noqa: E402
 from utils.lazy import without_collection  # noqa: E402
 
@@ -38,10 +38,10 @@ FEW = 10  # photographs whose results are named one by one
 
 
 def __getattr__(name):
-    """``infer.Predictor`` and the rest of models.inference, imported when asked for."""
+    """``infer.Predictor`` and the rest of engine.inference, imported when asked for."""
     if name not in OFFERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from models import inference
+    from engine import inference
 
     return getattr(inference, name)
 
@@ -49,34 +49,68 @@ def __getattr__(name):
 def get_args_parser():
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("--img", nargs="+", action="extend", required=True, type=path_of, metavar="PATH",
-                       help="photographs, folders of them, or globs")  # fmt: skip
+    files.add_argument(
+        "--img",
+        nargs="+",
+        action="extend",
+        required=True,
+        type=path_of,
+        metavar="PATH",
+        help="photographs, folders of them, or globs",
+    )
     files.add_argument("--out", type=path_of, default=Path("output"), help="folder for the results")
     files.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
-    files.add_argument("--saliency-dir", type=path_of,
-                       help="<stem>.png maps that replace the saliency branch (Table 6)")  # fmt: skip
-    files.add_argument("--coco-ids", type=path_of, metavar="FILE",
-                       help="image_id is that of this COCO annotation file, not the photograph's stem")  # fmt: skip
+    files.add_argument(
+        "--saliency-dir", type=path_of, help="<stem>.png maps that replace the saliency branch (Table 6)"
+    )
+    files.add_argument(
+        "--coco-ids",
+        type=path_of,
+        metavar="FILE",
+        help="image_id is that of this COCO annotation file, not the photograph's stem",
+    )
     files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", choices=METHODS, default="wsid",
-                        help="how instances are told apart; components of S are the baseline")  # fmt: skip
-    method.add_argument("--count", type=integer(0, MOST), default=0, metavar="N",
-                        help="the number of objects, where you know it; 0: the network tells it")  # fmt: skip
-    method.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="in place of the settings in the weights: those of models.fusion.Fusion, such as power=10 "
-                        "background=0.25")  # fmt: skip
+    method.add_argument(
+        "--method",
+        choices=METHODS,
+        default="wsid",
+        help="how instances are told apart; components of S are the baseline",
+    )
+    method.add_argument(
+        "--count",
+        type=integer(0, MAX_INSTANCES),
+        default=0,
+        metavar="N",
+        help="the number of objects, where you know it; 0: the network tells it",
+    )
+    method.add_argument(
+        "--fusion",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="in place of the settings in the weights: those of models.fusion.FusionConfig, such as power=10 "
+        "mask_thresh=0.25",
+    )
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
     machine.add_argument("--gpu", type=integer(-1), default=-1, help="CUDA device; -1 is the CPU")
-    machine.add_argument("--batch-size", type=integer(1, 4096),
-                         help="photographs per pass; default: 16 on a GPU, 2 on the CPU")  # fmt: skip
-    machine.add_argument("--workers", type=integer(1, 256),
-                         help="threads that load photographs, and as many that fuse and write; default: as many as "
-                         "torch uses, at most 4")  # fmt: skip
-    machine.add_argument("--amp", choices=AMP, default="auto",
-                         help="the network in bfloat16: where the machine is fast at it, always, never")  # fmt: skip
+    machine.add_argument(
+        "--batch-size", type=integer(1, 4096), help="photographs per pass; default: 16 on a GPU, 2 on the CPU"
+    )
+    machine.add_argument(
+        "--workers",
+        type=integer(1, 256),
+        help="threads that load photographs, and as many that fuse and write; default: as many as "
+        "torch uses, at most 4",
+    )
+    machine.add_argument(
+        "--amp",
+        choices=AMP,
+        default="auto",
+        help="the network in bfloat16: where the machine is fast at it, always, never",
+    )
     return parser
 
 
@@ -95,10 +129,10 @@ def infer(args, paths, failed):
     with without_collection():
         from tqdm import tqdm
 
-        from models.inference import Predictor, default_batch_size, default_workers, process
+        from engine.inference import Predictor, default_batch_size, default_workers, process
+        from engine.predictions import coco_ids
+        from engine.results import Results
         from utils import digest, distributed
-        from utils.predictions import coco_ids
-        from utils.results import Results
 
         device = distributed.start(args.gpu)
         predictor = Predictor(
@@ -111,13 +145,15 @@ def infer(args, paths, failed):
     failed += clashes
     if ids:
         ids([path.stem for path in paths])  # what is wrong is told before the work
-    own = distributed.mine(paths)
+    own = distributed.shard(paths)
     todo = results.unfinished(own)
     if distributed.is_first():
         print(f"weights: {predictor.weights}")
     if len(todo) < len(own):
-        print(f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
-              "do them again")  # fmt: skip
+        print(
+            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
+            "do them again"
+        )
     batch_size = args.batch_size or default_batch_size(device)
     found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
     written, wrong = [], []

@@ -37,8 +37,10 @@ def cuda_toolkit(version):
     for nvcc in filter(None, (*homes[:2], shutil.which("nvcc"), homes[2])):
         if not version or not Path(nvcc).exists():
             continue
-        asked = [subprocess.run([nvcc, *how], capture_output=True, text=True)
-                 for how in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])]  # fmt: skip
+        asked = [
+            subprocess.run([nvcc, *how], capture_output=True, text=True)
+            for how in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])
+        ]
         top = re.search(r"^#\$ TOP=(.+)$", asked[1].stderr, re.MULTILINE)
         folder = Path(top[1].strip() if top else Path(nvcc).parents[1]).resolve()
         whole = (folder / "include/cuda_runtime.h").exists() and any(folder.glob("lib*/libcudart.so"))
@@ -67,8 +69,10 @@ def operators():
     elif force == "1":
         if not torch.version.cuda:
             sys.exit("FORCE_CUDA=1 was given, but this PyTorch is built without CUDA; install one with it")
-        sys.exit(f"FORCE_CUDA=1 was given, but there is no toolkit for a PyTorch of CUDA {torch.version.cuda}; set "
-                 "CUDA_HOME to a folder of that major version that holds bin/nvcc, include/ and lib64/libcudart.so")
+        sys.exit(
+            f"FORCE_CUDA=1 was given, but there is no toolkit for a PyTorch of CUDA {torch.version.cuda}; set "
+            "CUDA_HOME to a folder of that major version that holds bin/nvcc, include/ and lib64/libcudart.so"
+        )
     if found := compiler():
         os.environ.setdefault("CXX", found[0])  # for compiling and for linking
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -77,8 +81,10 @@ def operators():
         def build_extensions(self):
             if not found:
                 looked_for = os.environ.get("CXX") or "c++, g++ or clang++"
-                sys.exit(f"there is no C++ compiler ({looked_for}): install one, as with apt install g++, and build "
-                         "again; without it the operators run in plain PyTorch, slower")
+                sys.exit(
+                    f"there is no C++ compiler ({looked_for}): install one, as with apt install g++, and build "
+                    "again; without it the operators run in plain PyTorch, slower"
+                )
             (extension,) = self.extensions
             if not takes(found, "-fopenmp"):
                 print(f"{found[0]} builds nothing with -fopenmp: the operators will run in one thread", file=sys.stderr)
@@ -108,8 +114,14 @@ def operators():
         flags["nvcc"] = ["-O3", "-fmad=false"]
         sources, kind = sources + files["cu"], CUDAExtension
     headers = [*files["h"], *files["cuh"], *files["inl"]]
-    extension = kind("wsid_ops._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"], depends=headers,
-                     define_macros=[("WSID_TORCH", torch.__version__)])  # fmt: skip
+    extension = kind(
+        "wsid_ops._C",
+        sources,
+        extra_compile_args=flags,
+        extra_link_args=["-fopenmp"],
+        depends=headers,
+        define_macros=[("WSID_TORCH", torch.__version__)],
+    )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 

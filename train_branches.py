@@ -22,37 +22,31 @@ import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets import pseudo_labels
-from datasets.training import (
-    TrainingImages,
-    load_square,
-    pseudo_maps_can_be_made,
-    read_samples,
-    to_tensor,
-    with_classes,
-)
+from datasets.training import TrainingImages, pseudo_maps_can_be_made, read_samples, with_classes
+from datasets.transforms import canny_edges, load_square, network_input, parse_canny, to_tensor
+from engine import cam_labels, visualize
+from engine.trainer import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 from models.attention import MutualAttention
 from models.backbones import BACKBONES, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import CAM_SIZE, Classifier, activations
-from models.counting import CountHead, counted_instances
-from models.enhancement import canny_edges, network_input, parse_canny
-from models.fusion import Fusion
+from models.count_head import CountHead
+from models.fusion import FusionConfig
+from models.grouping import split_labels_by_count
 from models.losses import (
     boundary_loss,
     centroid_loss,
-    counted_centroid_loss,
+    centroid_target_loss,
+    count_loss,
     divisors,
-    number_loss,
     subitizing_loss,
 )
-from models.opinion import SecondOpinion
+from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
-from utils import checkpoint, digest, distributed, provenance, visualize
+from utils import checkpoint, digest, distributed, provenance
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
-from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 STAGES = ("cam", "labels", "branches", "saliency")
 ADDED = ("number", "opinion")  # to a network that is there
@@ -77,15 +71,16 @@ def group_width(text):
 def get_args_parser():
     parser = Parser(description=__doc__)
     run_ = parser.add_argument_group("run")
-    run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
-                      help="labelled photographs, see README")  # fmt: skip
+    run_.add_argument(
+        "--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs, see README"
+    )
     run_.add_argument("--out", type=path_of, default=Path("runs/default"), help="folder of this run")
-    run_.add_argument("--stage", choices=("all", *STAGES, *ADDED), default="all",
-                      help="one of them alone")  # fmt: skip
+    run_.add_argument("--stage", choices=("all", *STAGES, *ADDED), default="all", help="one of them alone")
 
     net = parser.add_argument_group("network and its ablations (Tables 2-5)")
-    net.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME",
-                     help=f"one of {', '.join(BACKBONES)}")  # fmt: skip
+    net.add_argument(
+        "--backbone", choices=BACKBONES, default="resnet50", metavar="NAME", help=f"one of {', '.join(BACKBONES)}"
+    )
     net.add_argument("--backbone-weights", type=path_of, help="local ImageNet weights instead of the download")
     net.add_argument("--output-stride", type=int, choices=(8, 16, 32), default=16, help="of the backbones")
     net.add_argument("--size", type=input_size, default=512, help="input square, pixels")
@@ -96,40 +91,80 @@ def get_args_parser():
     net.add_argument("--no-be", action="store_true", help="without boundary enhancement")
     net.add_argument("--canny", default="auto", help="edges of the BE module: auto, none, only or LOW,HIGH")
     net.add_argument("--no-lsu", action="store_true", help="without the centroid-based subitizing loss")
-    net.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
-                     help="settings of models.fusion.Fusion that the network's file gets; default: those of --init "
-                     "FILE, else the ones there")  # fmt: skip
+    net.add_argument(
+        "--fusion",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of models.fusion.FusionConfig that the network's file gets; default: those of --init "
+        "FILE, else the ones there",
+    )
     net.add_argument("--no-crf", action="store_true", help="saliency pseudo masks without the CRF (Table 7)")
 
     schedule = parser.add_argument_group("schedule (Sec. 4.1)")
     schedule.add_argument("--epochs", type=integer(1), default=5, help="of each stage that trains")
     schedule.add_argument("--batch-size", type=integer(1, 2**16), default=6, help="photographs a step")
-    schedule.add_argument("--lr", type=number(None, 1000, above=0), default=0.01,
-                          help="initial learning rate of the new layers")  # fmt: skip
-    schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd",
-                          help="adamw moves V in a tenth of the iterations, at an --lr near 0.001")  # fmt: skip
-    schedule.add_argument("--backbone-lr", type=number(0, 1000), default=0.1,
-                          help="times --lr for the pretrained layers")  # fmt: skip
-    schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
-                          help="pretrained levels f1..fN that stay as they are")  # fmt: skip
-    schedule.add_argument("--init", default="imagenet", metavar="imagenet|cam|FILE",
-                          help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
-                          "weights.pt of a network that goes on, on other data or at another --size")  # fmt: skip
+    schedule.add_argument(
+        "--lr", type=number(None, 1000, above=0), default=0.01, help="initial learning rate of the new layers"
+    )
+    schedule.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="sgd",
+        help="adamw moves V in a tenth of the iterations, at an --lr near 0.001",
+    )
+    schedule.add_argument(
+        "--backbone-lr", type=number(0, 1000), default=0.1, help="times --lr for the pretrained layers"
+    )
+    schedule.add_argument(
+        "--freeze",
+        type=int,
+        choices=range(6),
+        default=1,
+        metavar="N",
+        help="pretrained levels f1..fN that stay as they are",
+    )
+    schedule.add_argument(
+        "--init",
+        default="imagenet",
+        metavar="imagenet|cam|FILE",
+        help="start the branches from ImageNet, from the CAM classifier's backbone, or from the "
+        "weights.pt of a network that goes on, on other data or at another --size",
+    )
 
     labels = parser.add_argument_group("pseudo labels (Sec. 4.2)")
-    labels.add_argument("--cam-scales", type=number(0.1, 8), nargs="+", default=[1.0, 0.5, 1.5, 2.0],
-                        help="sizes of a photograph whose activations are averaged")  # fmt: skip
+    labels.add_argument(
+        "--cam-scales",
+        type=number(0.1, 8),
+        nargs="+",
+        default=[1.0, 0.5, 1.5, 2.0],
+        help="sizes of a photograph whose activations are averaged",
+    )
     labels.add_argument("--plain-cam", action="store_true", help="activations as they are, not spread over likes [IRN]")
-    labels.add_argument("--labels", type=path_of, metavar="DIR",
-                        help="pseudo labels of another run (its labels/) instead of making some")  # fmt: skip
-    labels.add_argument("--radius", type=integer(1, 64), default=10,
-                        help="of pixel pairs in L_B and L_V, stride-4 pixels")  # fmt: skip
+    labels.add_argument(
+        "--labels",
+        type=path_of,
+        metavar="DIR",
+        help="pseudo labels of another run (its labels/) instead of making some",
+    )
+    labels.add_argument(
+        "--radius", type=integer(1, 64), default=10, help="of pixel pairs in L_B and L_V, stride-4 pixels"
+    )
     labels.add_argument("--lsu-weight", type=number(0, 1000), default=0.02, help="of L_su beside L_B and L_V")
-    labels.add_argument("--counted-weight", type=number(0, 1000), default=0.1,
-                        help="of the centroids of counted instances; 0 is the paper's L_su alone")  # fmt: skip
-    labels.add_argument("--odds", type=number(-100, 100), nargs=3, metavar=("S", "OPINION", "PRIOR"),
-                        default=SecondOpinion.ODDS,
-                        help="how the stage opinion pools the odds of S and of its own")  # fmt: skip
+    labels.add_argument(
+        "--counted-weight",
+        type=number(0, 1000),
+        default=0.1,
+        help="of the centroids of counted instances; 0 is the paper's L_su alone",
+    )
+    labels.add_argument(
+        "--odds",
+        type=number(-100, 100),
+        nargs=3,
+        metavar=("S", "OPINION", "PRIOR"),
+        default=SaliencyPrior.ODDS,
+        help="how the stage opinion pools the odds of S and of its own",
+    )
     add_machine_arguments(parser)
     return parser
 
@@ -138,7 +173,7 @@ def main(argv=None):
     args = get_args_parser().parse_args(argv)
     args.canny = parse_canny(args.canny)
     args.start = starting_network(args.init)
-    args.fusion = Fusion.of(args.fusion, args.start.fusion if args.start else None)
+    args.fusion = FusionConfig.of(args.fusion, args.start.fusion if args.start else None)
     if args.start:
         args.start.fusion = args.fusion
     if args.stage in ADDED and not args.start:
@@ -151,8 +186,14 @@ def main(argv=None):
     if args.stage in ("all", "branches") and not args.no_lsu and not any(sample.count for sample in samples):
         raise InputError("no photograph has a count; name a source in --data that has them, or give --no-lsu")
     make_folder(args.out)
-    stages = {"cam": train_classifier, "labels": make_labels, "branches": train_branches, "saliency": train_saliency,
-              "number": train_number, "opinion": fit_opinion}  # fmt: skip
+    stages = {
+        "cam": train_classifier,
+        "labels": make_labels,
+        "branches": train_branches,
+        "saliency": train_saliency,
+        "number": train_count_net,
+        "opinion": fit_saliency_prior,
+    }
     todo = STAGES[2:] if args.labels else STAGES
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
@@ -203,8 +244,8 @@ def usable_samples(args):
         samples = [
             sample
             for sample in found
-            if pseudo_labels.is_done(args.labels, sample.stem)
-            or (pseudo_maps_can_be_made(sample) and not pseudo_labels.is_untold(args.labels, sample.stem))
+            if cam_labels.is_done(args.labels, sample.stem)
+            or (pseudo_maps_can_be_made(sample) and not cam_labels.is_untold(args.labels, sample.stem))
         ]
         if not samples:
             raise InputError(f"{args.labels} has pseudo labels of no photograph in --data; check both")
@@ -214,7 +255,7 @@ def usable_samples(args):
     return samples
 
 
-def counted_samples(args):
+def samples_with_count(args):
     """The Samples of --data with a count of at least one; InputError when there are none."""
     samples = [sample for sample in read_samples(args.data) if sample.count]
     if not samples:
@@ -227,16 +268,22 @@ def any_samples(args):
     return read_samples(args.data)
 
 
-SAMPLES = {"number": counted_samples, "opinion": any_samples}  # of the others: usable_samples
+SAMPLES = {"number": samples_with_count, "opinion": any_samples}  # of the others: usable_samples
 
 
 def net_config(args):
     """The NetConfig that the ablation switches describe."""
     return NetConfig(
-        backbone=args.backbone, output_stride=args.output_stride, size=args.size, channels=args.channels,
-        mixing=not (args.no_ca or args.no_cfm), attention="none" if args.no_ca else args.ma,
-        enhancement=not args.no_be, canny=args.canny, counting=not args.no_lsu,
-    )  # fmt: skip
+        backbone=args.backbone,
+        output_stride=args.output_stride,
+        size=args.size,
+        channels=args.channels,
+        mixing=not (args.no_ca or args.no_cfm),
+        attention="none" if args.no_ca else args.ma,
+        enhancement=not args.no_be,
+        canny=args.canny,
+        count_head=not args.no_lsu,
+    )
 
 
 def settings_of(args, *names):
@@ -266,9 +313,16 @@ def run_stage(args, samples, device, stage, model, dataset, losses, *, inputs, s
         return
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
-            model.to(device), dataset, losses, schedule, folder=folder, device=device, writer=writer, show=show,
+            model.to(device),
+            dataset,
+            losses,
+            schedule,
+            folder=folder,
+            device=device,
+            writer=writer,
+            show=show,
             name=stage,
-        )  # fmt: skip
+        )
     if distributed.is_first():
         if finish:
             finish(model)
@@ -300,8 +354,11 @@ def same_network(args):
     It may be trained on at another --size, and the parts that are added later are not the branches'.
     """
     now, before = (asdict(config) for config in (net_config(args), args.start.config))
-    differs = [f"{name} {before[name]} -> {now[name]}" for name in now
-               if now[name] != before[name] and name not in ("size", "number", "opinion")]  # fmt: skip
+    differs = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if now[name] != before[name] and name not in ("size", "number", "opinion")
+    ]
     if differs:
         raise InputError(f"--init {args.init} is a network of other settings ({'; '.join(differs)}); give its own")
 
@@ -349,23 +406,29 @@ def make_labels(args, samples, device):
     model.to(device).eval()
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
-    samples = distributed.mine(samples)
-    todo = [sample for sample in samples if not pseudo_labels.is_done(folder, sample.stem)]
-    thresholds = pseudo_labels.PLAIN if args.plain_cam else pseudo_labels.SPREAD
+    samples = distributed.shard(samples)
+    todo = [sample for sample in samples if not cam_labels.is_done(folder, sample.stem)]
+    thresholds = cam_labels.PLAIN if args.plain_cam else cam_labels.SPREAD
     with WorkerPool(args.workers) as pool:
         for sample in tqdm(todo, desc="labels", initial=len(samples) - len(todo), total=len(samples), mininterval=2):
             image = to_tensor(load_square(sample.path, CAM_SIZE))[None].to(device)
             cams = activations(model, image, sample.classes, args)[0].cpu().numpy()
             pool.submit(
-                pseudo_labels.write_pseudo_labels, folder, sample, cams, sample.classes, args.size, thresholds,
+                cam_labels.write_pseudo_labels,
+                folder,
+                sample,
+                cams,
+                sample.classes,
+                args.size,
+                thresholds,
                 not args.no_crf,
-            )  # fmt: skip
+            )
 
 
 def bind_labels(args, samples):
     """The folder of this run's pseudo labels belongs to its classifier and, one by one, to the photographs."""
     notes = provenance.photographs(samples, "classes")  # of any photographs: more can be added
-    finished = partial(pseudo_labels.is_done, labels_folder(args))
+    finished = partial(cam_labels.is_done, labels_folder(args))
     provenance.bind(labels_folder(args), settings_of(args, *LABELS), classifier_input(args), notes, finished)
 
 
@@ -384,7 +447,7 @@ def require_labels(args, samples):
     photographs or, in a run that makes its own, by another classifier."""
     folder = labels_folder(args)
     remedy = "run what made the others again" if args.labels else "run --stage labels first"
-    pseudo_labels.require(folder, samples, remedy)
+    cam_labels.require(folder, samples, remedy)
     own = not args.labels and classifier_file(args).exists()
     distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
     return folder
@@ -401,7 +464,7 @@ def bandwidth(progress, size):
 def edges_and_instances(image, maps, count, canny, radius):
     """What else the branches need of a photograph: its edges, its counted instances on the stride-4 grid, and what
     their losses divide by."""
-    instances = counted_instances(maps["pseudo_classes"], count)
+    instances = split_labels_by_count(maps["pseudo_classes"], count)
     labels = (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
     by = divisors(*(torch.from_numpy(label)[None] for label in labels), radius)
     return {"edges": canny_edges(image, mode=canny)[None], "instances": instances, "divisors": by[0].numpy()}
@@ -410,7 +473,7 @@ def edges_and_instances(image, maps, count, canny, radius):
 def train_branches(args, samples, device):
     """Stage branches: the boundary and the centroid branch together, L_B + L_V + L_su (Sec. 3.1, 3.2, 4.2)."""
     labels = require_labels(args, samples)
-    model = net_config(args).boundary_centroid_net()
+    model = net_config(args).build_branches()
     start = initialize(model, "branches", args)
     # No cropping: the count label holds for whole photographs.
     maps = {"pseudo_classes": labels / "classes", "pseudo_saliency": labels / "saliency"}
@@ -431,29 +494,48 @@ def train_branches(args, samples, device):
             width = bandwidth(progress, args.size)
             count = subitizing_loss(offsets, salient, batch["count"], width, seed=seed, speaking=speaking[0])
             terms["subitizing"] = args.lsu_weight * count
-            terms["counted"] = args.counted_weight * counted_centroid_loss(offsets, batch["instances"], number[0])
+            terms["counted"] = args.counted_weight * centroid_target_loss(offsets, batch["instances"], number[0])
         return terms
 
-    settings = ("channels", "no_ca", "no_cfm", "ma", "no_be", "canny", "no_lsu", "radius", "lsu_weight",
-                "counted_weight")  # fmt: skip
+    settings = (
+        "channels",
+        "no_ca",
+        "no_cfm",
+        "ma",
+        "no_be",
+        "canny",
+        "no_lsu",
+        "radius",
+        "lsu_weight",
+        "counted_weight",
+    )
 
     def inputs():
-        found = provenance.inputs_of(samples, "count") | pseudo_labels.inputs(labels, samples, "classes", "saliency")
-        if model.counting:  # it learns from photographs without pseudo labels too
-            counted = provenance.photographs(counted_samples(args), "count")
+        found = provenance.inputs_of(samples, "count") | cam_labels.inputs(labels, samples, "classes", "saliency")
+        if model.count_head:  # it learns from photographs without pseudo labels too
+            counted = provenance.photographs(samples_with_count(args), "count")
             found["a photograph that the count head learns from"] = digest.of_value(counted)
         return found | {START: start}
 
     def finish(model):
         if args.no_lsu or not args.counted_weight:  # counted instances have settled V's constant
             model.centroid.mean_offset.copy_(mean_offset(model, samples, args, device))
-        if model.counting:
-            fit_count(model, counted_samples(args), args, device)  # those too whose instances no label tells
+        if model.count_head:
+            fit_count(model, samples_with_count(args), args, device)  # those too whose instances no label tells
 
     run_stage(
-        args, samples, device, "branches", model, dataset, losses, inputs=inputs, settings=settings,
-        show=visualize.show_branches, finish=finish,
-    )  # fmt: skip
+        args,
+        samples,
+        device,
+        "branches",
+        model,
+        dataset,
+        losses,
+        inputs=inputs,
+        settings=settings,
+        show=visualize.show_branches,
+        finish=finish,
+    )
 
 
 def some_of(samples):
@@ -479,7 +561,7 @@ def fit_count(model, samples, args, device):
     """Teach the count head the count labels of the samples, which all have one."""
     model.eval()
     pooled = pooled_features(model.backbone, samples, args, device)
-    model.counting.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
+    model.count_head.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
 
 
 @torch.no_grad()
@@ -495,41 +577,49 @@ def pooled_features(backbone, samples, args, device):
 def train_saliency(args, samples, device):
     """Stage saliency: binary cross entropy on the saliency pseudo masks (Sec. 3)."""
     labels = require_labels(args, samples)
-    model = net_config(args).saliency_net()
+    model = net_config(args).build_saliency()
     start = initialize(model, "saliency", args)
     dataset = TrainingImages(
         samples, args.size, crop=0.7, jitter=0.2, maps={"pseudo_saliency": labels / "saliency"}, seed=args.seed
     )
 
     def inputs():
-        return provenance.inputs_of(samples) | pseudo_labels.inputs(labels, samples, "saliency") | {START: start}
+        return provenance.inputs_of(samples) | cam_labels.inputs(labels, samples, "saliency") | {START: start}
 
     run_stage(
-        args, samples, device, "saliency", model, dataset, saliency_losses, inputs=inputs,
-        settings=("channels",), show=visualize.show_saliency,
-    )  # fmt: skip
+        args,
+        samples,
+        device,
+        "saliency",
+        model,
+        dataset,
+        saliency_losses,
+        inputs=inputs,
+        settings=("channels",),
+        show=visualize.show_saliency,
+    )
 
 
-def train_number(args, samples, device):
-    """Stage number: how many objects there are, from the count labels alone (models.counting.NumberNet).
+def train_count_net(args, samples, device):
+    """Stage number: how many objects there are, from the count labels alone (models.count_head.CountNet).
 
     It starts from the branches' backbone of the network in --init, which with it becomes OUT/weights.pt.
     """
     net = args.start
-    if not net.config.counting:
+    if not net.config.count_head:
         raise InputError(f"{args.init} was trained with --no-lsu and tells no number; name a network that does")
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
-    model = replace(net.config, number=args.size).number_net()
+    model = replace(net.config, count_net=args.size).build_count_net()
     model.backbone.load_state_dict(net.branches.backbone.state_dict())
     model.backbone.freeze(args.freeze)
     trained = args.out / "number" / "weights.pt"
     if not trained.exists():
-        model.to(device).eval().counting.standardise(pooled_features(model.backbone, some_of(samples), args, device))
+        model.to(device).eval().counting.standardize(pooled_features(model.backbone, some_of(samples), args, device))
     # Crops that leave nearly everything: an object that is cut off counts.
     dataset = TrainingImages(samples, args.size, crop=0.9, jitter=0.2, seed=args.seed)
 
     def losses(model, batch, progress):
-        return {"number": number_loss(model.counting.logits(model.features(batch["image"])), batch["count"])}
+        return {"number": count_loss(model.count_head.logits(model.features(batch["image"])), batch["count"])}
 
     def inputs():
         return provenance.inputs_of(samples, "count") | {START: digest.of_state(net.state_dict())}
@@ -545,8 +635,8 @@ CELLS, MOST_CELLS = 64, 200_000  # of each photograph that the second opinion le
 
 
 @torch.no_grad()
-def fit_opinion(args, samples, device):
-    """Stage opinion: a linear layer on a backbone as ImageNet left it learns what S says (models.opinion).
+def fit_saliency_prior(args, samples, device):
+    """Stage opinion: a linear layer on a backbone as ImageNet left it learns what S says (models.saliency_prior).
 
     The photographs need no labels. The network in --init with it becomes OUT/weights.pt.
     """
@@ -554,12 +644,12 @@ def fit_opinion(args, samples, device):
         return
     net = args.start.to(device)
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
-    model = replace(net.config, opinion=args.size).second_opinion()
+    model = replace(net.config, saliency_prior=args.size).build_saliency_prior()
     load_pretrained(model.backbone, args.backbone_weights)
     inputs = {START: digest.of_state(net.state_dict()), "the backbone": digest.of_state(model.backbone.state_dict())}
     settings = settings_of(args, "seed", "odds")
     provenance.bind(make_folder(args.out / "opinion"), settings, inputs | provenance.inputs_of(samples))
-    model.odds.copy_(torch.tensor(args.odds))
+    model.weights.copy_(torch.tensor(args.odds))
     model.to(device).eval()
     cells = max(1, min(CELLS, MOST_CELLS // len(samples)))
     generator, features, saliency = torch.Generator().manual_seed(args.seed), [], []
@@ -571,7 +661,7 @@ def fit_opinion(args, samples, device):
         features.append(seen.flatten(1)[:, chosen].t())
         saliency.append(told.flatten()[chosen])
     model.fit(torch.cat(features), torch.cat(saliency))
-    save_weights(with_parts(net, opinion=model), args.out / "weights.pt", note=origin(args))
+    save_weights(with_parts(net, saliency_prior=model), args.out / "weights.pt", note=origin(args))
     print(f"{args.init}, with a second opinion on what is salient, is in {args.out / 'weights.pt'}")
 
 
@@ -599,20 +689,25 @@ def assemble(args):
     saved = {name: checkpoint.load(path) for name, path in parts.items()}
     try:
         configs = {name: part["config"] for name, part in saved.items()}
-        differs = [f"{key} {configs['branches'][key]} and {configs['saliency'][key]}" for key in SaliencyNet.SETTINGS
-                   if configs["branches"][key] != configs["saliency"][key]]  # fmt: skip
+        differs = [
+            f"{key} {configs['branches'][key]} and {configs['saliency'][key]}"
+            for key in SaliencyNet.SETTINGS
+            if configs["branches"][key] != configs["saliency"][key]
+        ]
         if differs:
-            raise InputError(f"{parts['branches']} and {parts['saliency']} do not go together ({'; '.join(differs)}); "
-                             "train one of them anew with the settings of the other")  # fmt: skip
+            raise InputError(
+                f"{parts['branches']} and {parts['saliency']} do not go together ({'; '.join(differs)}); "
+                "train one of them anew with the settings of the other"
+            )
         net = WSIDNet(NetConfig(**configs["branches"]), args.fusion)
         for name, part in saved.items():
             getattr(net, name).load_state_dict(part["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{args.out} holds parts of an earlier version of this program; train it anew") from error
-    if args.start and args.start.number and net.config.counting:
-        net = with_parts(net, number=args.start.number)
-    if args.start and args.start.opinion:
-        net = with_parts(net, opinion=args.start.opinion)
+    if args.start and args.start.count_net and net.config.count_head:
+        net = with_parts(net, count_net=args.start.count_net)
+    if args.start and args.start.saliency_prior:
+        net = with_parts(net, saliency_prior=args.start.saliency_prior)
     save_weights(net, args.out / "weights.pt", note=origin(args))
     print(f"the network is in {args.out / 'weights.pt'}; try it: python infer.py --img samples")
 

@@ -19,32 +19,37 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets import pseudo_labels
 from datasets.images import list_images
 from datasets.labels import Sample
 from datasets.sources import merge
-from datasets.training import TrainingImages, load_square, read_classes, read_map, read_samples, resize
-from models.counting import told
-from models.enhancement import network_input
-from models.fusion import Fusion
-from models.pts import instance_label, pseudo_label, refresh
+from datasets.training import TrainingImages, read_classes, read_map, read_samples
+from datasets.transforms import load_square, network_input, resize
+from engine import cam_labels, visualize
+from engine.pts import instance_label, pseudo_label, refresh
+from engine.trainer import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
+from models.count_head import expected_count
+from models.fusion import FusionConfig
 from models.wsid_net import digest_of_weights, load_weights, save_weights
 from train_branches import input_size, saliency_losses
-from utils import checkpoint, digest, distributed, provenance, visualize
+from utils import checkpoint, digest, distributed, provenance
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
-from utils.training import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
 
 # Masks for labels are cut as they were where PTS was measured; what newer ways to cut are worth there is not.
-MEASURED = ("share=peak", "background=0.5")
+MEASURED = ("mask_rule=peak", "mask_thresh=0.5")
 
 
 def get_args_parser():
     parser = Parser(description=__doc__)
     run_ = parser.add_argument_group("run")
-    run_.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]",
-                      help="labelled photographs; without classes (PATH@count) they need no pseudo masks")  # fmt: skip
+    run_.add_argument(
+        "--data",
+        nargs="+",
+        default=["data"],
+        metavar="PATH[@SPLIT]",
+        help="labelled photographs; without classes (PATH@count) they need no pseudo masks",
+    )
     run_.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="photographs without labels")
     run_.add_argument("--out", type=path_of, default=Path("runs/default"), help="folder of the run to go on from")
     run_.add_argument("--size", type=input_size, help="input square, pixels; default: that of the run's network")
@@ -55,29 +60,47 @@ def get_args_parser():
     schedule.add_argument("--batch-size", type=integer(1, 2**16), default=6, help="photographs a step")
     schedule.add_argument("--lr", type=number(None, 1000, above=0), default=1e-4, help="at the start of each iteration")
     schedule.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of the saliency branch")
-    schedule.add_argument("--backbone-lr", type=number(0, 1000), default=1.0,
-                          help="times --lr for the pretrained layers")  # fmt: skip
-    schedule.add_argument("--freeze", type=int, choices=range(6), default=1, metavar="N",
-                          help="pretrained levels f1..fN that stay as they are")  # fmt: skip
+    schedule.add_argument(
+        "--backbone-lr", type=number(0, 1000), default=1.0, help="times --lr for the pretrained layers"
+    )
+    schedule.add_argument(
+        "--freeze",
+        type=int,
+        choices=range(6),
+        default=1,
+        metavar="N",
+        help="pretrained levels f1..fN that stay as they are",
+    )
 
     labels = parser.add_argument_group("pseudo labels (Sec. 3.4.1)")
-    labels.add_argument("--keep", type=number(0, below=1), default=1 / 3,
-                        help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1")  # fmt: skip
-    labels.add_argument("--odds", type=number(-100, 100), nargs=3, metavar=("NETWORK", "FIRST", "PRIOR"),
-                        help="instead: the odds of both, to these powers, multiply, for first masks made with "
-                        "--no-crf; 0.6 1.7 -0.5 fit the bundled network without its second opinion")  # fmt: skip
+    labels.add_argument(
+        "--keep",
+        type=number(0, below=1),
+        default=1 / 3,
+        help="share of a photograph's first pseudo mask in its new ones; 0 is Algorithm 1",
+    )
+    labels.add_argument(
+        "--odds",
+        type=number(-100, 100),
+        nargs=3,
+        metavar=("NETWORK", "FIRST", "PRIOR"),
+        help="instead: the odds of both, to these powers, multiply, for first masks made with "
+        "--no-crf; 0.6 1.7 -0.5 fit the bundled network without its second opinion",
+    )
     labels.add_argument("--labels", type=path_of, metavar="DIR", help="of the first pseudo masks; default OUT/labels")
-    labels.add_argument("--by-class", action="store_true",
-                        help="the instances for the branches come apart by their classes first")  # fmt: skip
-    labels.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE",
-                        help=f"as for infer.py, but {' '.join(MEASURED)}")  # fmt: skip
+    labels.add_argument(
+        "--by-class", action="store_true", help="the instances for the branches come apart by their classes first"
+    )
+    labels.add_argument(
+        "--fusion", nargs="+", default=[], metavar="NAME=VALUE", help=f"as for infer.py, but {' '.join(MEASURED)}"
+    )
     add_machine_arguments(parser, "processes that load images, fuse and run the CRF")
     return parser
 
 
 def main(argv=None):
     args = get_args_parser().parse_args(argv)
-    args.fusion = Fusion.of([*MEASURED, *args.fusion])
+    args.fusion = FusionConfig.of([*MEASURED, *args.fusion])
     if args.odds:
         require_unrefined(first_labels(args))
     device = prepare_machine(args)
@@ -139,9 +162,9 @@ def bind(args, samples, net, saliency, folder):
     names = ("epochs", "batch_size", "lr", "optimizer", "backbone_lr", "freeze", "seed", "keep", "odds", "by_class")
     settings = {name: getattr(args, name) for name in names} | asdict(args.fusion) | {"size": net.config.size}
     labelled = [sample for sample in samples if sample.classes]
-    pseudo_labels.require(first_labels(args), labelled, "run train_branches.py --stage labels on those with classes")
+    cam_labels.require(first_labels(args), labelled, "run train_branches.py --stage labels on those with classes")
     provenance.check(first_labels(args), {}, labelled)
-    first = pseudo_labels.inputs(first_labels(args), labelled, "saliency", "classes")
+    first = cam_labels.inputs(first_labels(args), labelled, "saliency", "classes")
     others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
     inputs = provenance.inputs_of(samples, "classes", "count") | {
         "a first pseudo label": digest.of_value(first),
@@ -163,7 +186,7 @@ def make_labels(net, samples, folder, args, device):
     labels = folder / "labels"
     for kind in ("saliency", "classes"):
         make_folder(labels / kind)
-    own = distributed.mine(samples)
+    own = distributed.shard(samples)
     todo = [sample for sample in own if not is_tried(labels, sample)]
     with WorkerPool(args.workers) as pool, torch.no_grad():
         done = len(own) - len(todo)
@@ -174,9 +197,18 @@ def make_labels(net, samples, folder, args, device):
             maps = [m.numpy() for m in maps]
             first = first_labels(args) if sample.classes else None
             pool.submit(
-                write_label, labels, sample, square, maps, int(told(shares)), args.fusion, first, args.keep, args.odds,
+                write_label,
+                labels,
+                sample,
+                square,
+                maps,
+                int(expected_count(shares)),
+                args.fusion,
+                first,
+                args.keep,
+                args.odds,
                 args.by_class,
-            )  # fmt: skip
+            )
     distributed.wait_for_all()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
@@ -232,13 +264,25 @@ def train_iteration(net, samples, folder, args, device, r):
     maps = {"pseudo_saliency": folder / "labels" / "saliency"}
     dataset = TrainingImages(samples, net.config.size, crop=0.7, jitter=0.2, maps=maps, seed=args.seed + r)
     schedule = Schedule.of(args)
-    show = partial(visualize.show_saliency, samples=samples[:8], args=argparse.Namespace(size=net.config.size),
-                   device=device, labels=folder / "labels")  # fmt: skip
+    show = partial(
+        visualize.show_saliency,
+        samples=samples[:8],
+        args=argparse.Namespace(size=net.config.size),
+        device=device,
+        labels=folder / "labels",
+    )
     with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
         train(
-            net.saliency, dataset, saliency_losses, schedule, folder=folder, device=device, writer=writer, show=show,
+            net.saliency,
+            dataset,
+            saliency_losses,
+            schedule,
+            folder=folder,
+            device=device,
+            writer=writer,
+            show=show,
             name="pts",
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from measure import CPU, check, compare, device_name, peak_memory, record, synch
 
 import ops
 from datasets.images import list_images, read_image
-from models import AMP, inference
+from engine import inference
+from engine.results import PICTURES, write_results
+from models import AMP
 from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import select_device
-from utils.results import PICTURES, write_results
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
 
@@ -68,9 +69,15 @@ def bench_attention(args, device):
     print("\nCross-layer feature mixing")
     # Convolutions on CUDA round their inputs to TF32.
     check("folded against literal", max((a - b).abs().max().item() for a, b in pairs), 1e-4 if device == CPU else 5e-2)
-    return compare("Cross-layer feature mixing 128x128, 256 channels", {
-        "folded": lambda: mixing(features, (128, 128)),
-        "literal (Fig. 7)": lambda: mixing.forward_literal(features, (128, 128))}, args.repeats, device)
+    return compare(
+        "Cross-layer feature mixing 128x128, 256 channels",
+        {
+            "folded": lambda: mixing(features, (128, 128)),
+            "literal (Fig. 7)": lambda: mixing.forward_literal(features, (128, 128)),
+        },
+        args.repeats,
+        device,
+    )
 
 
 def check_batch(predictor, images, trained):
@@ -85,8 +92,10 @@ def check_batch(predictor, images, trained):
         check(name, ((a - b).abs().max() / b.abs().max()).item(), bound)
     if not trained:
         return
-    differ = [(a.masks.any(0) != b.masks.any(0)).mean() for a, b in zip(
-        predictor.predict_batch(images), map(predictor.predict, images))]
+    differ = [
+        (a.masks.any(0) != b.masks.any(0)).mean()
+        for a, b in zip(predictor.predict_batch(images), map(predictor.predict, images))
+    ]
     check("share of pixels that change", max(differ), 0.1 if predictor.bf16 else 0.01)
 
 

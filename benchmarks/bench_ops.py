@@ -173,8 +173,13 @@ def bench_walk(args, device, limits):
     matrix = transition_entries(affinity[0], 5, 10)
     exact = torch.from_numpy(scipy_walk(matrix, x[0].double().numpy(), 256))
     single = matrix.astype(np.float32)
-    csr = torch.sparse_csr_tensor(torch.from_numpy(single.indptr), torch.from_numpy(single.indices),
-                                  torch.from_numpy(single.data), matrix.shape, device=device)
+    csr = torch.sparse_csr_tensor(
+        torch.from_numpy(single.indptr),
+        torch.from_numpy(single.indices),
+        torch.from_numpy(single.data),
+        matrix.shape,
+        device=device,
+    )
     print("\nRandom walk, 256 steps, against a float64 matrix")
     xd, ad, first = x.to(device), affinity.to(device), x[0].numpy()
     walk = {m: ops.random_walk(xd, ad, 5, 10, 256, m)[0].cpu() for m in ("power", "chebyshev")}
@@ -190,10 +195,17 @@ def bench_walk(args, device, limits):
         "ours, power": lambda: ops.random_walk(xd, ad, 5, 10, 256, "power"),
         "PyTorch reference, auto": lambda: reference.random_walk(xd, ad, 5, 10, 256),
         "torch.sparse CSR (matrix given)": lambda: torch_csr_walk(csr, xd[0], 256),
-        "scipy CSR (matrix given)": lambda: scipy_walk(single, first, 256)}
+        "scipy CSR (matrix given)": lambda: scipy_walk(single, first, 256),
+    }
     flop = 2 * (2 * 34 + 1) * 128 * 128 * 4 * terms
-    rows = compare(f"Random walk 128x128, 4 instances, radius 5, 256 steps ({terms} terms)", contenders,
-                   args.repeats, device, flop=flop, limits=limits)
+    rows = compare(
+        f"Random walk 128x128, 4 instances, radius 5, 256 steps ({terms} terms)",
+        contenders,
+        args.repeats,
+        device,
+        flop=flop,
+        limits=limits,
+    )
     if device.type == "cuda":
         queued = timed(lambda: [ops.random_walk(xd, ad, 5, 10, 256) for _ in range(30)], device) / 30
         print(f"  ours, 30 walks queued one after another: {queued:.3f} ms each")
@@ -216,9 +228,12 @@ def bench_dense(args, device):
     error = (squared().T.reshape(x[0].shape) - ops.random_walk(x, affinity, 5, 10, 256)[0]).abs().max().item()
     print(f"\nDense matrix, squared 8 times, at {size}x{size}")
     check("dense against ours", error, 1e-3)
-    return compare(f"Random walk {size}x{size}, 4 instances, radius 5, 256 steps", {
-        "ours, auto (Chebyshev)": lambda: ops.random_walk(x, affinity, 5, 10, 256), "dense, squared 8 times": squared},
-        min(args.repeats, 3), device)
+    return compare(
+        f"Random walk {size}x{size}, 4 instances, radius 5, 256 steps",
+        {"ours, auto (Chebyshev)": lambda: ops.random_walk(x, affinity, 5, 10, 256), "dense, squared 8 times": squared},
+        min(args.repeats, 3),
+        device,
+    )
 
 
 def bench_affinity(args, device, limits):
@@ -239,11 +254,18 @@ def bench_affinity(args, device, limits):
 
         entries = inner.numel() // inner[0, 0].numel() * 128 * 128
         what = "forward+backward" if train else "forward"
-        rows += compare(f"Affinity 128x128, radius {radius}, batch {batch}, {what}", {
-            "ours": partial(run, ops.boundary_affinity, radius),
-            "PyTorch reference": partial(run, reference.boundary_affinity, radius),
-            "gather-and-max (IRN, cropped)": partial(run, gather)},
-            args.repeats, device, moved=entries * (4 + 10 * train) + boundary.numel() * (4 + 4 * train), limits=limits)
+        rows += compare(
+            f"Affinity 128x128, radius {radius}, batch {batch}, {what}",
+            {
+                "ours": partial(run, ops.boundary_affinity, radius),
+                "PyTorch reference": partial(run, reference.boundary_affinity, radius),
+                "gather-and-max (IRN, cropped)": partial(run, gather),
+            },
+            args.repeats,
+            device,
+            moved=entries * (4 + 10 * train) + boundary.numel() * (4 + 4 * train),
+            limits=limits,
+        )
     return rows
 
 
@@ -255,13 +277,14 @@ def bench_pairs(args, device):
 
     def summed(operators):
         of = labels if operators is ops else torch.where(labels == 255, torch.nan, labels.float())
-        entropy = operators.affinity_entropy(boundary, of, radius)
-        return entropy.sum() + operators.displacement_error(field, of, radius).sum()
+        entropy = operators.boundary_pair_loss(boundary, of, radius)
+        return entropy.sum() + operators.displacement_pair_loss(field, of, radius).sum()
 
     ways = {
         "ours": lambda: summed(ops),
         "PyTorch reference": lambda: summed(reference),
-        "all pairs at once (IRN)": lambda: sums_over_all_pairs(boundary, field, labels, radius)}
+        "all pairs at once (IRN)": lambda: sums_over_all_pairs(boundary, field, labels, radius),
+    }
 
     def gradients(way):
         return torch.autograd.grad(way(), (boundary, field))
@@ -271,8 +294,12 @@ def bench_pairs(args, device):
     for name in list(ways)[1:]:
         error = max((g - o).abs().max().item() / o.abs().max().item() for g, o in zip(gradients(ways[name]), ours))
         check(f"{name}, gradients against ours", error, 1e-3)
-    return compare("Sums of L_B and L_V 128x128, radius 10, batch 6, forward+backward",
-                   {name: partial(gradients, way) for name, way in ways.items()}, args.repeats, device)
+    return compare(
+        "Sums of L_B and L_V 128x128, radius 10, batch 6, forward+backward",
+        {name: partial(gradients, way) for name, way in ways.items()},
+        args.repeats,
+        device,
+    )
 
 
 def bench_centroids(args, device, limits):
@@ -285,11 +312,17 @@ def bench_centroids(args, device, limits):
     close = np.mean(np.abs(numpy_centroids(field) - ours.numpy()).max(0) < 0.05)
     check("share of pixels where the NumPy loop differs", 1 - close, 0.02)
     offsets = offsets.to(device)
-    return compare("Centroids 128x128", {
-        "ours": lambda: ops.converge_centroids(offsets),
-        "PyTorch reference": lambda: reference.converge_centroids(offsets),
-        "NumPy loop, 300 steps": lambda: numpy_centroids(field),
-        "map_coordinates, 300 steps": lambda: scipy_centroids(field)}, min(args.repeats, 5), device)
+    return compare(
+        "Centroids 128x128",
+        {
+            "ours": lambda: ops.converge_centroids(offsets),
+            "PyTorch reference": lambda: reference.converge_centroids(offsets),
+            "NumPy loop, 300 steps": lambda: numpy_centroids(field),
+            "map_coordinates, 300 steps": lambda: scipy_centroids(field),
+        },
+        min(args.repeats, 5),
+        device,
+    )
 
 
 def growth(args, device):
@@ -354,14 +387,20 @@ def plot(rows, path):
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
             parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}"/>' for x, y in dots]
             times, shift = 2 ** curve[-1], -4 if curve[-1] == max(c[-1] for c in curves) else 12
-            parts.append(f'<text x="{left + 137}" y="{dots[-1][1] + shift:.0f}" fill="{colour}">'
-                         f'{times:.{0 if times > 9.5 else 1}f}x</text>')  # fmt: skip
-        parts += [f'<text x="{left + across * x:.0f}" y="{top + 135}" text-anchor="middle">{value:g}</text>'
-                  for x, value in zip(xs, values)]  # fmt: skip
+            parts.append(
+                f'<text x="{left + 137}" y="{dots[-1][1] + shift:.0f}" fill="{colour}">'
+                f"{times:.{0 if times > 9.5 else 1}f}x</text>"
+            )
+        parts += [
+            f'<text x="{left + across * x:.0f}" y="{top + 135}" text-anchor="middle">{value:g}</text>'
+            for x, value in zip(xs, values)
+        ]
     rows_high = (len(cases) + 3) // 4 * high + 20
-    path.write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
-                    f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
-                    f'{"".join(parts)}</svg>\n')
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
+        f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(parts)}</svg>\n"
+    )
 
 
 def main():

@@ -72,11 +72,14 @@ def record(case, contender, times, *, ratio=None, memory=None, count=None):
     """One row of the tables on disk. times: ms; ratio: to ours, or a share; memory: MiB; count: photographs a call."""
     median = statistics.median(times)
     return {
-        "case": case, "contender": contender, "median_ms": round(median, 3), "best_ms": round(min(times), 3),
+        "case": case,
+        "contender": contender,
+        "median_ms": round(median, 3),
+        "best_ms": round(min(times), 3),
         "ratio": None if ratio is None else round(ratio, 3),
         "peak_mib": None if memory is None or math.isnan(memory) else round(memory, 1),
         "per_second": None if count is None else round(1e3 * count / median, 2),
-    }  # fmt: skip
+    }
 
 
 def compare(title, contenders, repeats, device, flop=0, moved=0, limits=None, count=None):

@@ -96,8 +96,9 @@ def _inspect(sample, deep):
     if deep and isinstance(sample.mask, MaskFile):  # 0 and 255 are no instances; COCO may have nothing but crowds
         count_instances(sample.path, sample)
     if mask != size:
-        raise InputError(f"{sample.path} is {size[0]} x {size[1]} but its mask {sample.mask} {mask[0]} x {mask[1]}; "
-                         "make them equal")  # fmt: skip
+        raise InputError(
+            f"{sample.path} is {size[0]} x {size[1]} but its mask {sample.mask} {mask[0]} x {mask[1]}; make them equal"
+        )
 
 
 def _tally(pairs):

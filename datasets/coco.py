@@ -182,8 +182,10 @@ def _report_strays(file, data, report):
     strays = [_id(annotation["image_id"]) for annotation in data["annotations"]]
     strays = [number for number in strays if number not in images]
     if strays:
-        text = (f"{len(strays)} of {len(data['annotations'])} annotations in {file} belong to no image (image_id "
-                f"{strays[0]}); write the id of an image there or remove them")  # fmt: skip
+        text = (
+            f"{len(strays)} of {len(data['annotations'])} annotations in {file} belong to no image (image_id "
+            f"{strays[0]}); write the id of an image there or remove them"
+        )
         if len(strays) == len(data["annotations"]):
             raise InputError(text)
         report(Notice(text))
@@ -213,8 +215,10 @@ def _photographs(file, names):
     found = next((folder for folder in folders if any(os.path.isfile(folder.folder / name) for name in some)), None)
     found = found or next((folder for folder in folders if any(map(folder.has, some))), None)
     if found is None:
-        raise InputError(f"the photographs of {file}, such as {names[0]}, are in none of "
-                         f"{', '.join(str(folder.folder) for folder in folders)}; put them into one")  # fmt: skip
+        raise InputError(
+            f"the photographs of {file}, such as {names[0]}, are in none of "
+            f"{', '.join(str(folder.folder) for folder in folders)}; put them into one"
+        )
     return found
 
 

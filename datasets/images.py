@@ -16,10 +16,37 @@ from datasets import pixels
 from utils.cli import InputError
 
 SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif",
-    ".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc", ".ppm", ".pgm", ".pbm",
-    ".pnm", ".pfm", ".ico",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".png",
+    ".apng",
+    ".bmp",
+    ".dib",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".avif",
+    ".avifs",
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jp2",
+    ".j2k",
+    ".jpx",
+    ".jpf",
+    ".j2c",
+    ".jpc",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".pfm",
+    ".ico",
+)
 # The decoders that may touch a user's file. HEIC comes with pillow-heif, where that is installed.
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO")
 READ = "JPEG, PNG, WebP, TIFF, GIF, BMP, AVIF, HEIC, JPEG 2000, PPM or ICO"
@@ -49,17 +76,43 @@ _UPRIGHT = {  # EXIF orientation -> what makes the picture upright
 }
 _SIDEWAYS = (5, 6, 7, 8)  # those that exchange height and width
 _KINDS = (  # what a file is by the bytes at an offset, for the sentence that says why it is not read
-    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"), (4, b"ftypavi", "AVIF"),
-    (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (4, b"ftypmsf1", "HEIC"), (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"), (4, b"ftypcrx", "camera raw"), (0, b"FUJIFILM", "camera raw"),
-    (0, b"IIU\0", "camera raw"), (0, b"IIRO", "camera raw"), (4, b"ftyp", "video"), (8, b"AVI ", "video"),
-    (0, b"8BPS", "Photoshop"), (0, b"gimp xcf", "GIMP"), (0, b"qoif", "QOI"), (0, b"%PDF", "PDF"),
-    (0, b"%!PS", "PostScript"), (0, b"v/1\x01", "OpenEXR"), (0, b"#?RAD", "Radiance HDR"), (0, b"PF\n", "colour PFM"),
-    (0, b"<svg", "SVG"), (0, b"<?xml", "XML or SVG"),
-    (0, b"<!doctype", "HTML"), (0, b"<html", "HTML"), (0, b"PK\x03\x04", "zip"), (0, b"\x1f\x8b", "gzip"),
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG", "PNG"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (0, b"MM\0+", "TIFF"),
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WebP"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphe", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (4, b"ftypmsf1", "HEIC"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (4, b"ftypcrx", "camera raw"),
+    (0, b"FUJIFILM", "camera raw"),
+    (0, b"IIU\0", "camera raw"),
+    (0, b"IIRO", "camera raw"),
+    (4, b"ftyp", "video"),
+    (8, b"AVI ", "video"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"gimp xcf", "GIMP"),
+    (0, b"qoif", "QOI"),
+    (0, b"%PDF", "PDF"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"v/1\x01", "OpenEXR"),
+    (0, b"#?RAD", "Radiance HDR"),
+    (0, b"PF\n", "colour PFM"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML or SVG"),
+    (0, b"<!doctype", "HTML"),
+    (0, b"<html", "HTML"),
+    (0, b"PK\x03\x04", "zip"),
+    (0, b"\x1f\x8b", "gzip"),
     (0, b"version https://git-lfs", "Git LFS pointer"),
-)  # fmt: skip
+)
 
 
 class _Unidentified(InputError):
@@ -196,7 +249,7 @@ def _describe_skipped(source, entries):
         words.append(f"{len(files)} file{'s' * (len(files) > 1)} skipped: {several}{more}")
     if folders and "**" not in source.parts:
         inner = source if os.path.isdir(source) else source.parent
-        words.append(f"{folders} subfolder{'s' * (folders > 1)} skipped, which \"{inner / '**'}\" takes too")
+        words.append(f'{folders} subfolder{"s" * (folders > 1)} skipped, which "{inner / "**"}" takes too')
     return "; ".join(words)
 
 
@@ -269,8 +322,10 @@ def _leave_thumbnails(path, picture):
             page += 1
             picture.seek(page)
     except Exception as error:  # EOFError behind the last page; whatever else for one that Pillow cannot read
-        raise InputError(f"{path} holds a preview and no picture that is read, as raw files of cameras do; develop it "
-                         "to JPEG or TIFF") from error  # fmt: skip
+        raise InputError(
+            f"{path} holds a preview and no picture that is read, as raw files of cameras do; develop it "
+            "to JPEG or TIFF"
+        ) from error
 
 
 def _check_size(path, width, height):
@@ -344,20 +399,25 @@ def _unidentified(path):
         return InputError(f"{path} is no image but a pointer of Git LFS; get the image with git lfs pull")
     if kind and kind in READ:
         samples = f" {pixels.describe(tags)}" if (tags := pixels.tiff_tags(path)) else ""
-        return _Unidentified(f"{path} is a {kind} file{samples} that is damaged or of a kind that is not read; save it "
-                             "again as 8-bit PNG or JPEG")  # fmt: skip
+        return _Unidentified(
+            f"{path} is a {kind} file{samples} that is damaged or of a kind that is not read; save it "
+            "again as 8-bit PNG or JPEG"
+        )
     looks = f" (it looks like {kind})" if kind else ""
     return InputError(f"{path} is not an image that can be read{looks}; save it as JPEG or PNG")
 
 
 def _too_large(path, size):
-    return InputError(f"the image {path} is too large ({size}); reduce it to at most {MAX_PIXELS // 1_000_000} "
-                      f"megapixels and {MAX_SIDE} pixels a side")  # fmt: skip
+    return InputError(
+        f"the image {path} is too large ({size}); reduce it to at most {MAX_PIXELS // 1_000_000} "
+        f"megapixels and {MAX_SIDE} pixels a side"
+    )
 
 
 def _damaged(path, error):
     if "MAX_TEXT" in str(error):
-        return InputError(f"the image {path} holds more than {MAX_TEXT >> 20} MiB of text beside its pixels; save it "
-                          "again without")  # fmt: skip
+        return InputError(
+            f"the image {path} holds more than {MAX_TEXT >> 20} MiB of text beside its pixels; save it again without"
+        )
     reason = " ".join(str(error).split())  # in one line
     return InputError(f"the image {path} is truncated or damaged ({reason}); copy it again or leave it out")

@@ -16,11 +16,27 @@ from utils import distributed
 from utils.cli import InputError
 
 VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle",
-    "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person",
-    "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
 CLASS_INDEX = {name: index for index, name in enumerate(VOC_CLASSES)}
 COCO_NAMES = {"airplane": "aeroplane", "motorcycle": "motorbike", "couch": "sofa", "tv": "tvmonitor"}
 COLUMNS = {  # of labels.csv, and the other names they go by
@@ -83,8 +99,10 @@ def collect(entries, read, report):
         try:
             sample = read(where, entry)
             if (sample.count or 0) > MOST_OBJECTS:
-                raise InputError(f"{where} has the count {sample.count}; at most {MOST_OBJECTS} objects can be told "
-                                 "apart, so correct it or leave the photograph out")  # fmt: skip
+                raise InputError(
+                    f"{where} has the count {sample.count}; at most {MOST_OBJECTS} objects can be told "
+                    "apart, so correct it or leave the photograph out"
+                )
             if sample.stem in first:
                 raise InputError(f"{where} names {sample.stem} again, after {first[sample.stem]}; rename or remove one")
         except InputError as error:
@@ -195,9 +213,11 @@ def _rows(table, report, only):
     text = text[said.end() :] if said else text  # its line end stays, and so do the numbers of the lines
     names = {name for names in COLUMNS.values() for name in names}
     first = text.strip().splitlines()[:1] or [""]
-    delimiter = said[1] if said else max(
-        ",;\t|", key=lambda mark: sum(name.strip(' "').lower() in names for name in first[0].split(mark))
-    )  # fmt: skip
+    delimiter = (
+        said[1]
+        if said
+        else max(",;\t|", key=lambda mark: sum(name.strip(' "').lower() in names for name in first[0].split(mark)))
+    )
     # Strict: a quote that is never closed would swallow the rows behind it.
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=delimiter != "\t", strict=True
@@ -230,8 +250,12 @@ def _columns(header, where, report, only):
         raise InputError(f"{where} lacks the column {' and '.join(missing)}; its header must be {','.join(COLUMNS)}")
     others = [name for place, name in enumerate(header) if name and place not in places.values()]
     if missing and others and not only:
-        report(Notice(f"{where} has no column {missing[0]}, which is then not known (not read: {', '.join(others)}); "
-                      f"its header should be {','.join(COLUMNS)}"))  # fmt: skip
+        report(
+            Notice(
+                f"{where} has no column {missing[0]}, which is then not known (not read: {', '.join(others)}); "
+                f"its header should be {','.join(COLUMNS)}"
+            )
+        )
     return places
 
 

@@ -42,8 +42,10 @@ class MaskFile:
         numbers = np.unique(labels[instance])
         thin = np.setdiff1d(numbers, _broad_labels(labels))
         if 2 * len(thin) > len(numbers) and (len(thin) >= SOFT or void.sum() > instance.sum()):
-            raise InputError(f"{self} holds shades of grey or soft edges, not a label for each instance; paint its "
-                             "instances in plain colours, or number them 1..254")  # fmt: skip
+            raise InputError(
+                f"{self} holds shades of grey or soft edges, not a label for each instance; paint its "
+                "instances in plain colours, or number them 1..254"
+            )
         return labels
 
 

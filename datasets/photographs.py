@@ -57,8 +57,10 @@ class Photographs:
         names, stems = self._files(path.parent)
         found = names.get(_key(path.name)) or (stems.get(_key(path.name)) if _stem(path.name) == path.name else None)
         if found and len(found) > 1:
-            raise InputError(f"{where} names {path.name}, which may be {' or '.join(file.name for file in found)}; "
-                             "write the whole name")  # fmt: skip
+            raise InputError(
+                f"{where} names {path.name}, which may be {' or '.join(file.name for file in found)}; "
+                "write the whole name"
+            )
         return found[0] if found else None
 
     def _files(self, folder):

@@ -34,8 +34,12 @@ def read_photographs(folder, report=fail, only=None):
     inside = folder / "images" if (folder / "images").is_dir() else folder
     others = [other for other in {folder, *folders_in(folder), *folders_in(inside)} - {inside} if _holds_images(other)]
     if others:
-        report(Notice(f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
-                      "name the folders one by one"))  # fmt: skip
+        report(
+            Notice(
+                f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
+                "name the folders one by one"
+            )
+        )
     return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
 
 
@@ -207,13 +211,17 @@ def _join(first, second, origin, name):
         for key in sorted(known[0] & known[1]):
             a, b = getattr(first, key), getattr(second, key)
             if a != b:
-                raise InputError(f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
-                                 f"{_known(key, b)}); take only @classes or @count from one of them")  # fmt: skip
+                raise InputError(
+                    f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
+                    f"{_known(key, b)}); take only @classes or @count from one of them"
+                )
     elif not known[1]:
         raise Notice(f"{second.path} is left out, as {first.path} shares its name; rename one of them")
     elif not known[0] or known[0] & known[1]:
-        raise InputError(f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
-                         "from one source and @count from the other if they are one photograph")  # fmt: skip
+        raise InputError(
+            f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
+            "from one source and @count from the other if they are one photograph"
+        )
     elif image_size(first.path) != image_size(second.path):
         raise InputError(f"{first.path} and {second.path} share a name but not a size; rename one of them")
     joined = replace(first, **{key: getattr(second, key) for key in known[1]})

@@ -27,8 +27,10 @@ def unread_labels(path, stems):
     if not found:
         return []
     more = f" and {len(found) - 1} more files" if found[1:] else ""
-    return [f"{found[0]}{more} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or "
-            "move the files away"]  # fmt: skip
+    return [
+        f"{found[0]}{more} may hold labels, which are not read; export labels.csv, COCO's JSON or VOC's XML, or "
+        "move the files away"
+    ]
 
 
 def folders_in(path):

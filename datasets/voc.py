@@ -74,8 +74,12 @@ def read_voc(folder, report=fail, only=None, split=None):
         annotations = {path.stem: path for path in _xml_files(folders.annotations)}
         entries = [(annotations.pop(path.stem, path), path.name) for path in list_images(folders.photographs)]
         if annotations:
-            report(Notice(f"{len(annotations)} annotations in {folders.annotations}, such as {min(annotations)}.xml, "
-                          f"belong to no photograph in {folders.photographs}; add it or remove them"))  # fmt: skip
+            report(
+                Notice(
+                    f"{len(annotations)} annotations in {folders.annotations}, such as {min(annotations)}.xml, "
+                    f"belong to no photograph in {folders.photographs}; add it or remove them"
+                )
+            )
     else:
         entries = [(folders.annotations / f"{_without_suffix(name)}.xml", name) for name in names]
     return collect(entries, partial(_read, folders, photographs, only), report)

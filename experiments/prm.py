@@ -19,10 +19,10 @@ from scipy import ndimage
 from datasets.images import read_image
 from datasets.masks import prediction_records
 from datasets.sources import read_ground_truth
-from datasets.training import resize, to_tensor
+from datasets.transforms import resize, to_tensor
 from models.backbones import BACKBONES
 from models.classifier import Classifier
-from models.fusion import Fusion, instance_masks
+from models.fusion import FusionConfig, instance_masks
 from train_branches import input_size
 from utils import checkpoint
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
@@ -72,7 +72,7 @@ def find_instances(classifier, image, size, device):
     foreground = response > FOREGROUND
     parts = [foreground & (owner == n) for n in range(len(maps))]
     soft = torch.stack(parts).float() if parts else maps.float()
-    return instance_masks(soft, response, image.shape[:2], Fusion(background=0.5))[:2]
+    return instance_masks(soft, response, image.shape[:2], FusionConfig(mask_thresh=0.5))[:2]
 
 
 def load_classifier(path, backbone, output_stride):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import train_branches
 import train_pts
+from engine.trainer import LARGEST_SEED
 from utils import distributed
 from utils.cli import Parser, integer, make_folder, path_of, run
-from utils.training import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Recipe:
     pts: str
     rounds: tuple[int, int]
     again: str
-    number: str
+    count_net: str
     fusion: str = ""
 
 
 # After a short training S is too unsure for the background to walk, and scores are best by S alone.
-SHORT = "--fusion doubt=0 share=peak background=0.5"
+SHORT = "--fusion grouping=count count_aware_scores=0 mask_rule=peak mask_thresh=0.5"
 NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
 RECIPES = {
     "paper": Recipe(
@@ -57,7 +57,7 @@ RECIPES = {
         pts="",
         rounds=(6, 8),
         again="",
-        number=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
+        count_net=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
     ),
     "cpu": Recipe(  # its second cycle's network labels what the bundled weights learn from
         cam="--backbone tf_efficientnet_lite2 --size 320",
@@ -70,7 +70,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
         rounds=(2, 1),
         again="--epochs 3",
-        number=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
+        count_net=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
         fusion=SHORT,
     ),
     "quick": Recipe(  # minutes, to see that everything runs
@@ -84,7 +84,7 @@ RECIPES = {
         pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
         rounds=(2, 1),
         again="",
-        number=f"--size 128 --batch-size 8 {NUMBER_SCHEDULE}",
+        count_net=f"--size 128 --batch-size 8 {NUMBER_SCHEDULE}",
         fusion=SHORT,
     ),
 }
@@ -95,13 +95,27 @@ RECIPES["lite2"] = replace(RECIPES["cpu"], network="--backbone tf_efficientnet_l
 def add_data_arguments(parser, out):
     """The options that every experiment has: where the photographs are, where results go, on what to compute."""
     parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
-    parser.add_argument("--cam-data", nargs="*", default=[], metavar="PATH[@SPLIT]",
-                        help="more photographs with class labels, for the classifier alone")  # fmt: skip
-    parser.add_argument("--counted", nargs="*", default=[], metavar="PATH@count",
-                        help="more photographs, with a count, for a second cycle")  # fmt: skip
+    parser.add_argument(
+        "--cam-data",
+        nargs="*",
+        default=[],
+        metavar="PATH[@SPLIT]",
+        help="more photographs with class labels, for the classifier alone",
+    )
+    parser.add_argument(
+        "--counted",
+        nargs="*",
+        default=[],
+        metavar="PATH@count",
+        help="more photographs, with a count, for a second cycle",
+    )
     parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
-    parser.add_argument("--labels", type=path_of, metavar="DIR",
-                        help="pseudo labels of another run; default: a classifier is trained for them")  # fmt: skip
+    parser.add_argument(
+        "--labels",
+        type=path_of,
+        metavar="DIR",
+        help="pseudo labels of another run; default: a classifier is trained for them",
+    )
     parser.add_argument("--out", type=path_of, default=Path(out), help="folder of the runs")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     parser.add_argument("--workers", type=integer(0, 256), default=2, help="processes that load images and run the CRF")
@@ -112,9 +126,24 @@ def stage(args, out, seed, name, *options, data=(), **paths):
     --labels and --init."""
     given = [argument for option, path in paths.items() for argument in (f"--{option}", str(path))]
     train_branches.main(
-        ["--data", *args.data, *data, "--out", str(out), "--gpu", str(args.gpu), "--workers", str(args.workers),
-         "--seed", str(seed), "--stage", name, *" ".join(options).split(), *given]
-    )  # fmt: skip
+        [
+            "--data",
+            *args.data,
+            *data,
+            "--out",
+            str(out),
+            "--gpu",
+            str(args.gpu),
+            "--workers",
+            str(args.workers),
+            "--seed",
+            str(seed),
+            "--stage",
+            name,
+            *" ".join(options).split(),
+            *given,
+        ]
+    )
 
 
 def train_labels(recipe, args, out, seed, more=""):
@@ -126,8 +155,18 @@ def train_labels(recipe, args, out, seed, more=""):
 
 def train_saliency(recipe, args, out, seed, labels, epochs, more=""):
     """The saliency branch on the pseudo masks in ``labels``, for ``epochs``; ``more`` as in ``train_both_branches``."""
-    stage(args, out, seed, "saliency", recipe.network, recipe.saliency, f"--epochs {epochs}", more,
-          recipe.fusion, labels=labels)  # fmt: skip
+    stage(
+        args,
+        out,
+        seed,
+        "saliency",
+        recipe.network,
+        recipe.saliency,
+        f"--epochs {epochs}",
+        more,
+        recipe.fusion,
+        labels=labels,
+    )
 
 
 def train_both_branches(recipe, args, out, seed, labels, more=""):
@@ -140,17 +179,36 @@ def train_progressively(recipe, args, out, seed, labels, data=()):
     """PTS on the network in ``out``, with more photographs in ``data``. Returns out/weights_pts.pt."""
     iterations, epochs = recipe.rounds
     train_pts.main(
-        ["--data", *args.data, *data, "--unlabelled", *args.unlabelled, "--out", str(out), "--gpu", str(args.gpu),
-         "--workers", str(args.workers), "--seed", str(seed), "--labels", str(labels), "--iters", str(iterations),
-         "--epochs", str(epochs), *recipe.pts.split()]
-    )  # fmt: skip
+        [
+            "--data",
+            *args.data,
+            *data,
+            "--unlabelled",
+            *args.unlabelled,
+            "--out",
+            str(out),
+            "--gpu",
+            str(args.gpu),
+            "--workers",
+            str(args.workers),
+            "--seed",
+            str(seed),
+            "--labels",
+            str(labels),
+            "--iters",
+            str(iterations),
+            "--epochs",
+            str(epochs),
+            *recipe.pts.split(),
+        ]
+    )
     return out / "weights_pts.pt"
 
 
-def train_number(recipe, args, out, seed, start, data=()):
+def train_count_net(recipe, args, out, seed, start, data=()):
     """A network for the number of objects, added to that in the file ``start`` [ours]; ``data``: more photographs.
     Returns the file of both."""
-    stage(args, out, seed, "number", recipe.number, data=data, init=start)
+    stage(args, out, seed, "number", recipe.count_net, data=data, init=start)
     return out / "weights.pt"
 
 
@@ -171,8 +229,18 @@ def train_again(recipe, args, out, seed, labels):
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"
-    stage(args, out / "final", seed, "branches", recipe.network, recipe.branches, recipe.again, recipe.fusion,
-          data=args.counted, labels=instances)  # fmt: skip
+    stage(
+        args,
+        out / "final",
+        seed,
+        "branches",
+        recipe.network,
+        recipe.branches,
+        recipe.again,
+        recipe.fusion,
+        data=args.counted,
+        labels=instances,
+    )
     return out / "final" / "weights.pt"
 
 

@@ -26,26 +26,26 @@ import numpy as np
 import evaluate
 from datasets.images import image_size
 from datasets.sources import read_ground_truth
+from engine.inference import bfloat16_pays
+from engine.predictions import check_size
+from engine.trainer import LARGEST_SEED
 from experiments import prm
+from experiments.oracle_study import true_saliency
 from experiments.recipes import (
     RECIPES,
     add_data_arguments,
     link,
     train_again,
     train_both_branches,
+    train_count_net,
     train_labels,
-    train_number,
     train_progressively,
     train_saliency,
 )
-from experiments.stages import true_saliency
-from models.fusion import Fusion
-from models.inference import bfloat16_pays
+from models.fusion import FusionConfig
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint, digest, distributed
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
-from utils.predictions import check_size
-from utils.training import LARGEST_SEED
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Row:
 
 
 OURS = Row("ours", (68.3, 51.7))
-NUMBER = Row("ours, and a network for the number", number=True)
+NUMBER = Row("ours, and a network for the number", count_net=True)
 COMPONENTS = Row("connected components of our saliency map", evaluate=("--method", "components"))
-AGAIN = Row("ours, a second cycle and a network for the number", number=True, again=True)
+AGAIN = Row("ours, a second cycle and a network for the number", count_net=True, again=True)
 PTS_ITERATIONS = 6  # of the table "pts", whatever the recipe has
 IRN = "--no-ca --no-be --no-lsu"
 PRM = Row("PRM, adapted", (49.6, 31.2), pts=False)
@@ -128,12 +128,19 @@ def get_args_parser():
     parser.add_argument("--recipe", choices=RECIPES, default="paper", help="schedule of all stages")
     add_data_arguments(parser, "runs/tables")
     parser.add_argument("--val", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
-    parser.add_argument("--seeds", type=integer(0, LARGEST_SEED), nargs="+", default=[0],
-                        help="the table shows the mean over them")  # fmt: skip
+    parser.add_argument(
+        "--seeds", type=integer(0, LARGEST_SEED), nargs="+", default=[0], help="the table shows the mean over them"
+    )
     parser.add_argument("--no-pts", action="store_true", help="all rows without PTS, in half the time")
     parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
-    parser.add_argument("--saliency-dir", nargs="*", type=named_folder, default=[], metavar="NAME=DIR",
-                        help="saliency maps of other methods, a row each in Tables 1 and 6")  # fmt: skip
+    parser.add_argument(
+        "--saliency-dir",
+        nargs="*",
+        type=named_folder,
+        default=[],
+        metavar="NAME=DIR",
+        help="saliency maps of other methods, a row each in Tables 1 and 6",
+    )
     return parser
 
 
@@ -175,7 +182,7 @@ def check_arguments(args):
     for option, values in (("--seeds", args.seeds), ("--saliency-dir", names)):
         if len(set(values)) < len(values):
             raise InputError(f"{option} names {max(values, key=values.count)} twice; give each another")
-    Fusion.of(args.fusion)
+    FusionConfig.of(args.fusion)
     try:
         stems, _ = digest_of_truth(args.val)
     except InputError as error:
@@ -257,9 +264,9 @@ def train_row(row, recipe, args, seed):
         weights = train_progressively(recipe, args, out, seed, labels)
     if row.again:
         weights = train_again(recipe, args, out, seed, labels)
-    if row.number:
+    if row.count_net:
         more = args.counted if row.again else ()
-        weights = train_number(recipe, args, weights.parent / "number", seed, weights, more)
+        weights = train_count_net(recipe, args, weights.parent / "number", seed, weights, more)
     return weights
 
 
@@ -299,7 +306,7 @@ def draw_iterations(measured, path):
 
 
 def measure(row, weights, args):
-    """The numbers of utils.metrics.summarize for ``weights`` on --val.
+    """The numbers of engine.metrics.summarize for ``weights`` on --val.
 
     They are kept beside the weights, under the digest of all that they depend on. InputError where a photograph cannot
     be measured.
@@ -310,7 +317,7 @@ def measure(row, weights, args):
     made_from = {
         "weights": digest.of_file(weights),
         "truth": truth,
-        "fusion": {name: value for name, value in asdict(Fusion.of(args.fusion)).items() if name in named},
+        "fusion": {name: value for name, value in asdict(FusionConfig.of(args.fusion)).items() if name in named},
         "options": row.evaluate,
         "maps": digest_of_maps(row.maps, stems) if row.maps else None,
         "classifier": RECIPES[args.recipe].cam if row is PRM else None,
@@ -325,8 +332,19 @@ def measure(row, weights, args):
         failed = 0
         if row is PRM:
             found = weights.with_name("predictions.json")
-            failed = prm.main(["--classifier", str(weights), "--data", args.val, "--gpu", str(args.gpu), "--out",
-                               str(found), *RECIPES[args.recipe].cam.split()])  # fmt: skip
+            failed = prm.main(
+                [
+                    "--classifier",
+                    str(weights),
+                    "--data",
+                    args.val,
+                    "--gpu",
+                    str(args.gpu),
+                    "--out",
+                    str(found),
+                    *RECIPES[args.recipe].cam.split(),
+                ]
+            )
             given = ["--pred", str(found), "--gt", args.val]
         # What cannot be measured they have named; the figures of the rest are not those of --val.
         if failed or evaluate.main([*given, "--json", str(unfinished)]):
@@ -339,10 +357,17 @@ def format_table(table, measured, args):
     """measured: {Row: [summary of each seed]}. Returns Markdown: the mean over seeds, and ± half their range."""
     maps = [f"{name}={folder}" for name, folder in args.saliency_dir]
     options = {
-        "recipe": [args.recipe], "data": args.data, "cam-data": args.cam_data, "counted": args.counted,
-        "unlabelled": args.unlabelled, "labels": [args.labels] if args.labels else [], "val": [args.val],
-        "seeds": args.seeds, "fusion": args.fusion, "saliency-dir": maps,
-    }  # fmt: skip
+        "recipe": [args.recipe],
+        "data": args.data,
+        "cam-data": args.cam_data,
+        "counted": args.counted,
+        "unlabelled": args.unlabelled,
+        "labels": [args.labels] if args.labels else [],
+        "val": [args.val],
+        "seeds": args.seeds,
+        "fusion": args.fusion,
+        "saliency-dir": maps,
+    }
     words = [word for name, values in options.items() if values for word in (f"--{name}", *values)]
     command = shlex.join(["python", "-m", "experiments.tables", table, *map(str, words)])
     command += " --no-pts" if args.no_pts else ""

@@ -6,7 +6,7 @@ from torch import nn
 
 from models.attention import CrossLayerAttention, conv_block
 from models.backbones import Backbone
-from models.counting import CountHead
+from models.count_head import CountHead
 from models.enhancement import BoundaryEnhancement
 
 
@@ -57,27 +57,37 @@ class BoundaryCentroidNet(nn.Module):
     tells the number of objects (CountHead).
     """
 
-    def __init__(self, backbone, output_stride=16, channels=256, *, mixing=True, attention="parallel",
-                 enhancement=True, canny="auto", counting=True):  # fmt: skip
+    def __init__(
+        self,
+        backbone,
+        output_stride=16,
+        channels=256,
+        *,
+        mixing=True,
+        attention="parallel",
+        enhancement=True,
+        canny="auto",
+        count_head=True,
+    ):
         super().__init__()
         self.backbone = Backbone(backbone, output_stride)
         self.attention = CrossLayerAttention(self.backbone.channels, channels, mixing=mixing, attention=attention)
         self.enhancement = BoundaryEnhancement(canny=canny) if enhancement else None
         self.boundary = BoundaryBranch(channels, 32 if enhancement else 0)
         self.centroid = CentroidBranch(channels)
-        self.counting = CountHead(sum(self.backbone.channels[3:])) if counting else None
+        self.count_head = CountHead(sum(self.backbone.channels[3:])) if count_head else None
 
     def forward(self, image, edges):
         """image: RGB [N,3,H,W] in 0..1; edges: Canny map [N,1,H,W].
 
         Returns B [N,1,H/4,W/4] in 0..1, V [N,2,H/4,W/4] in stride-4 pixels, and the probabilities of 1, 2, ...
-        salient objects [N,MOST] of the CountHead, or None without one.
+        salient objects [N,MAX_COUNT] of the CountHead, or None without one.
         """
         grid = tuple(-(-side // 4) for side in image.shape[-2:])
         features = self.backbone(image)
         for_boundary, for_centroid = self.attention(features, grid)
         enhanced = self.enhancement(image, edges) if self.enhancement else ()
-        count = self.counting(features) if self.counting else None
+        count = self.count_head(features) if self.count_head else None
         return self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count
 
 

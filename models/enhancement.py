@@ -1,52 +1,10 @@
 """Boundary enhancement: edges of the image itself for the boundary branch (Sec. 3.2.1, Fig. 4)."""
 
-import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.training import to_tensor
 from models.attention import conv_block
-from utils.cli import InputError
-
-LARGEST_GRADIENT = 2040  # |dx| + |dy| of cv2.Canny's Sobel filters
-
-
-def parse_canny(text):
-    """``auto``, ``none``, ``only`` or ``LOW,HIGH`` as the value of --canny; InputError for anything else."""
-    if text in ("auto", "none", "only"):
-        return text
-    try:
-        low, high = (float(part) for part in text.split(","))
-    except ValueError:
-        low = high = np.nan
-    if not 0 <= low <= high <= LARGEST_GRADIENT:
-        raise InputError(f"--canny {text} is not understood; use auto, none, only or LOW,HIGH, from 0 "
-                         f"to {LARGEST_GRADIENT}, as in 30,200")  # fmt: skip
-    return f"{low:g},{high:g}"
-
-
-def canny_edges(image, mode="auto"):
-    """Canny edge map of a photograph at the network's input size (Table 4, Table 5).
-
-    image: uint8 RGB [H,W,3]. mode: "auto" (and "only") takes (1 -/+ 0.33) x the median of the grey image,
-    clipped to 0..255; "LOW,HIGH" takes these; "none" gives no edges. Returns float32 [H,W] of 0 and 1.
-    """
-    if mode == "none":
-        return np.zeros(image.shape[:2], np.float32)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    if mode in ("auto", "only"):
-        low, high = np.clip(np.median(grey) * np.array([0.67, 1.33]), 0, 255)
-    else:
-        low, high = (float(part) for part in mode.split(","))
-    return (cv2.Canny(grey, low, high) > 0).astype(np.float32)
-
-
-def network_input(image, canny, device):
-    """One square photograph as the networks take it: uint8 RGB [S,S,3] -> ([1,3,S,S] in 0..1, edges [1,1,S,S])."""
-    edges = torch.from_numpy(canny_edges(image, canny))
-    return to_tensor(image)[None].to(device), edges[None, None].to(device)
 
 
 class ResidualBlock(nn.Module):

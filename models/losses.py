@@ -5,14 +5,14 @@ import torch.nn.functional as F
 
 import ops
 from datasets.labels import IGNORE
-from models.counting import MOST
+from models.count_head import MAX_COUNT
 
 
 def divisors(labels, salient, counts, instances, radius):
     """What the losses of the branches divide their sums by, as labels alone tell it.
 
     labels, radius: as for ``boundary_loss``; salient, counts: as for ``subitizing_loss``; instances: as for
-    ``counted_centroid_loss``. Returns float32 [N,5], of each image: pairs in the background, pairs of one object, pairs
+    ``centroid_target_loss``. Returns float32 [N,5], of each image: pairs in the background, pairs of one object, pairs
     of different labels; 1 where L_su speaks; instances. A batch that is computed in parts, or by several processes,
     has the gradient of the whole where every part divides by the mean of these over the images of all parts: each loss
     takes it, [3], [] or [], in the place of what it else finds for the images it is given.
@@ -45,7 +45,7 @@ def boundary_loss(boundary, labels, radius, pairs=None):
     L_B = (L+ + L-) / 2 with L+ = 1/2 mean_bg -log(a + 1e-5) + 1/2 mean_fg -log(a + 1e-5) and
     L- = mean_neg -log(1 + 1e-5 - a).
     """
-    together, apart = ops.affinity_entropy(boundary[:, 0], labels, radius, IGNORE).unbind(1)
+    together, apart = ops.boundary_pair_loss(boundary[:, 0], labels, radius, IGNORE).unbind(1)
     background, foreground, different = len(labels) * _mean_pairs(labels, radius, pairs) + 1e-5
     positive = (together * (labels == 0)).sum() / background + (together * (labels > 0)).sum() / foreground
     return (positive / 2 + apart.sum() / different) / 2
@@ -62,7 +62,7 @@ def centroid_loss(offsets, labels, radius, pairs=None):
     which should equal q - p in the foreground and 0 in the background:
     L_V = (sum_fg |delta - (q - p)| / 2 #fg + sum_bg |delta| / 2 #bg) / 2.
     """
-    errors = ops.displacement_error(offsets, labels, radius, IGNORE)
+    errors = ops.displacement_pair_loss(offsets, labels, radius, IGNORE)
     background, foreground, _ = 2 * len(labels) * _mean_pairs(labels, radius, pairs) + 1e-5
     return ((errors * (labels > 0)).sum() / foreground + (errors * (labels == 0)).sum() / background) / 2
 
@@ -106,20 +106,20 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0, 
     return (losses * speaks).sum() / (len(salient) * speaking).clamp(min=1e-5)
 
 
-def number_loss(logits, counts):
+def count_loss(logits, counts):
     """Cross entropy of the number that is told, with a tenth of each label spread over all numbers [ours].
 
-    logits: [N,MOST] of a CountHead; counts: T [N], 1 or more, of which those above MOST are MOST. Returns a scalar.
+    logits: [N,MAX_COUNT] of a CountHead; counts: T [N], 1 or more, clipped at MAX_COUNT. Returns a scalar.
     """
-    return F.cross_entropy(logits.float(), counts.long().clamp(max=MOST) - 1, label_smoothing=0.1)
+    return F.cross_entropy(logits.float(), counts.long().clamp(max=MAX_COUNT) - 1, label_smoothing=0.1)
 
 
-def counted_centroid_loss(offsets, instances, number=None):
+def centroid_target_loss(offsets, instances, number=None):
     """What the count label says about V at once: every pixel of a counted instance points to its centre [ours].
 
     L_V moves an object's rim first and its inside last, which takes thousands of iterations, and it holds touching
     objects of one class together; these targets reach every pixel and part them. offsets: V [N,2,H,W] in stride-4
-    pixels; instances: int64 [N,H,W] in 0..255, 0 elsewhere (``models.counting.counted_instances``); number: [], of
+    pixels; instances: int64 [N,H,W] in 0..255, 0 elsewhere (``models.grouping.split_labels_by_count``); number: [], of
     instances on average in an image, by default in these. Returns the mean over all instances of the mean
     |V(p) - (c - p)|_1 over their pixels; 0 when there are none.
     """

@@ -1,19 +1,52 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and the file they travel in (Fig. 2)."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from models.branches import BoundaryCentroidNet, SaliencyNet
-from models.counting import MOST, NumberNet
-from models.fusion import Fusion
-from models.opinion import SecondOpinion
+from models.count_head import MAX_COUNT, CountNet
+from models.fusion import FusionConfig
+from models.saliency_prior import SaliencyPrior
 from utils import checkpoint, digest
 from utils.cli import InputError
 
-# Names in older files of the settings of the fusion: what each is called now, None where there is no such setting.
-FORMER = {"likeness": None}
+# Names in files of earlier versions: what each is called now, None where it is gone.
+FORMER_CONFIG = {"counting": "count_head", "number": "count_net", "opinion": "saliency_prior"}
+FORMER_FUSION = {
+    "sink": "sink_thresh",
+    "region": "centroid_region",
+    "salient": "saliency_thresh",
+    "share": "mask_rule",
+    "background": "mask_thresh",
+    "smallest": "min_area",
+    "unsure": "min_score",
+    "doubt": "count_aware_scores",
+    "likeness": None,
+}
+FORMER_KEYS = {
+    "number.counting.": "count_net.count_head.",
+    "number.": "count_net.",
+    "branches.counting.": "branches.count_head.",
+    "opinion.odds": "saliency_prior.weights",
+    "opinion.": "saliency_prior.",
+}
+
+
+class NetOutput(NamedTuple):
+    """The maps of a batch of N photographs, on the stride-4 grid [H,W] of the input square.
+
+    saliency: S [N,H,W] and boundary: B [N,H,W], both in 0..1. offsets: V [N,2,H,W], (dy, dx) in pixels of the grid.
+    count_probs: [N,MAX_COUNT], the probabilities of 1, 2, ... salient objects, the last one of MAX_COUNT or more; all 0
+    for a network without a count head.
+    """
+
+    saliency: torch.Tensor
+    boundary: torch.Tensor
+    offsets: torch.Tensor
+    count_probs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -22,8 +55,8 @@ class NetConfig:
 
     size: the input square in pixels. channels: width of the CA module and the ASPP. mixing: the CFM unit;
     attention: the MA unit, "parallel", "s-c", "c-s" or "none"; enhancement: the BE module; canny: its edges.
-    counting: whether it tells the number of objects, by a head on the branches' backbone. number: and a NumberNet that
-    looks at a square of so many pixels, the mean of both; opinion: whether a SecondOpinion on S does; 0 without.
+    counting: whether it tells the number of objects, by a head on the branches' backbone. number: and a CountNet that
+    looks at a square of so many pixels, the mean of both; opinion: whether a SaliencyPrior on S does; 0 without.
     """
 
     backbone: str = "resnet50"
@@ -34,24 +67,30 @@ class NetConfig:
     attention: str = "parallel"
     enhancement: bool = True
     canny: str = "auto"
-    counting: bool = True
-    number: int = 0
-    opinion: int = 0
+    count_head: bool = True
+    count_net: int = 0
+    saliency_prior: int = 0
 
-    def boundary_centroid_net(self):
+    def build_branches(self):
         return BoundaryCentroidNet(
-            self.backbone, self.output_stride, self.channels, mixing=self.mixing, attention=self.attention,
-            enhancement=self.enhancement, canny=self.canny, counting=self.counting,
-        )  # fmt: skip
+            self.backbone,
+            self.output_stride,
+            self.channels,
+            mixing=self.mixing,
+            attention=self.attention,
+            enhancement=self.enhancement,
+            canny=self.canny,
+            count_head=self.count_head,
+        )
 
-    def saliency_net(self):
+    def build_saliency(self):
         return SaliencyNet(self.backbone, self.output_stride, self.channels)
 
-    def number_net(self):
-        return NumberNet(self.backbone, self.output_stride, self.number)
+    def build_count_net(self):
+        return CountNet(self.backbone, self.output_stride, self.count_net)
 
-    def second_opinion(self):
-        return SecondOpinion(self.backbone, self.output_stride, self.opinion)
+    def build_saliency_prior(self):
+        return SaliencyPrior(self.backbone, self.output_stride, self.saliency_prior)
 
 
 class WSIDNet(nn.Module):
@@ -62,31 +101,30 @@ class WSIDNet(nn.Module):
 
     def __init__(self, config, fusion=None):
         super().__init__()
-        self.config, self.fusion = config, fusion or Fusion()
-        self.branches = config.boundary_centroid_net()
-        self.saliency = config.saliency_net()
-        self.number = config.number_net() if config.number else None
-        self.opinion = config.second_opinion() if config.opinion else None
+        self.config, self.fusion = config, fusion or FusionConfig()
+        self.branches = config.build_branches()
+        self.saliency = config.build_saliency()
+        self.count_net = config.build_count_net() if config.count_net else None
+        self.saliency_prior = config.build_saliency_prior() if config.saliency_prior else None
 
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
 
-        Returns S [N,H,W], B [N,H,W] in 0..1 and V [N,2,H,W] in pixels, all on the stride-4 grid, and the probabilities
-        of 1..MOST objects [N,MOST], all 0 where the network does not tell the number.
+        Returns a NetOutput.
         """
-        boundary, offsets, shares = self.branches(image, edges)
-        if self.number:
-            shares = (shares + self.number(image)) / 2
-        elif shares is None:
-            shares = image.new_zeros(len(image), MOST)
+        boundary, offsets, count_probs = self.branches(image, edges)
+        if self.count_net:
+            count_probs = (count_probs + self.count_net(image)) / 2
+        elif count_probs is None:
+            count_probs = image.new_zeros(len(image), MAX_COUNT)
         saliency = self.saliency.logits(image)
-        if self.opinion:
-            saliency = self.opinion(image, saliency)
-        return saliency.sigmoid()[:, 0], boundary[:, 0], offsets, shares
+        if self.saliency_prior:
+            saliency = self.saliency_prior(image, saliency)
+        return NetOutput(saliency.sigmoid()[:, 0], boundary[:, 0], offsets, count_probs)
 
 
 def with_parts(net, **parts):
-    """The WSIDNet ``net`` with others of its ``parts``: a NumberNet as number, a SecondOpinion as opinion."""
+    """The WSIDNet ``net`` with others of its ``parts``: a CountNet as number, a SaliencyPrior as opinion."""
     whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}), net.fusion)
     for name, part in {**dict(net.named_children()), **parts}.items():
         getattr(whole, name).load_state_dict(part.state_dict())
@@ -122,13 +160,11 @@ def load_weights(path, device="cpu"):
     """
     saved = checkpoint.load(path, device)
     try:
-        config = NetConfig(**dict(saved)["config"])
+        config = NetConfig(**_renamed(dict(saved)["config"], FORMER_CONFIG))
         if not all(isinstance(getattr(config, field.name), field.type) for field in fields(config)):
             raise TypeError("settings of other types")
-        fusion = {FORMER.get(name, name): value for name, value in saved.get("fusion", {}).items()}
-        fusion.pop(None, None)
-        net = WSIDNet(config, Fusion(**fusion))
-        net.load_state_dict(saved["state"])
+        net = WSIDNet(config, FusionConfig(**_fusion_of(saved.get("fusion", {}))))
+        net.load_state_dict({_key_of(key): value for key, value in saved["state"].items()})
         # Sums, because they are the quickest way to see every number.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
     except Exception as error:  # odd content of the file shows as almost anything
@@ -136,3 +172,27 @@ def load_weights(path, device="cpu"):
     if not finite:
         raise InputError(f"{path} holds weights that are not finite numbers; use those before, or train them again")
     return net.eval().to(device, memory_format=torch.channels_last)
+
+
+def _renamed(settings, names):
+    """The settings under the names of this version; those that are gone are left out."""
+    return {names.get(name, name): value for name, value in settings.items() if names.get(name, name)}
+
+
+def _fusion_of(saved):
+    """The settings of the fusion of a file, whatever version wrote it."""
+    settings = _renamed(saved, FORMER_FUSION)
+    if "share" in saved:
+        settings["mask_rule"] = {"rival": "relative"}.get(saved["share"], saved["share"])
+        settings["grouping"] = "count"
+    if "doubt" in saved:
+        settings["count_aware_scores"] = saved["doubt"] > 0
+    return settings
+
+
+def _key_of(key):
+    """The name of a tensor in a file, as this version has it."""
+    for before, now in FORMER_KEYS.items():
+        if key.startswith(before):
+            return now + key[len(before) :]
+    return key

@@ -16,8 +16,15 @@ import torch
 from . import compiled, reference
 from .reference import path_offsets
 
-__all__ = ["affinity_entropy", "boundary_affinity", "converge_centroids", "displacement_error", "pair_counts",
-           "path_offsets", "random_walk"]
+__all__ = [
+    "boundary_pair_loss",
+    "boundary_affinity",
+    "converge_centroids",
+    "displacement_pair_loss",
+    "pair_counts",
+    "path_offsets",
+    "random_walk",
+]
 
 
 def _check(name, tensor, dims, channels=None):
@@ -70,7 +77,10 @@ def _full_precision(*tensors):
 def _warn_not_built():
     warnings.warn(
         f"the compiled operators cannot be used ({compiled.reason}); the slower PyTorch versions stand in. "
-        f"To build them: {compiled.BUILD}", RuntimeWarning, stacklevel=4)
+        f"To build them: {compiled.BUILD}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _implementation(tensor):
@@ -81,7 +91,8 @@ def _implementation(tensor):
     if device == "cuda":
         raise RuntimeError(
             "the operators have no CUDA kernels here: build them with a CUDA toolkit and a CUDA build of PyTorch, "
-            f"FORCE_CUDA=1 {compiled.BUILD}, or compute on the CPU")
+            f"FORCE_CUDA=1 {compiled.BUILD}, or compute on the CPU"
+        )
     if not compiled.available:
         _warn_not_built()
     return reference
@@ -145,7 +156,7 @@ def pair_counts(labels, radius, ignore_index=255):
     return _implementation(labels).pair_counts(labels, _check_radius(radius))
 
 
-def affinity_entropy(boundary, labels, radius, ignore_index=255):
+def boundary_pair_loss(boundary, labels, radius, ignore_index=255):
     """What L_B sums: the cross entropy of the affinity of labelled pairs, at the pixel that begins them [IRN].
 
     boundary: as for ``boundary_affinity``, 0..1; labels, ignore_index: as for ``pair_counts``; radius: integer 1..64.
@@ -157,10 +168,10 @@ def affinity_entropy(boundary, labels, radius, ignore_index=255):
     (boundary,) = _full_precision(boundary)
     _check("boundary", boundary, 3)
     labels = _pair_labels(labels, ignore_index, boundary.dtype, boundary)
-    return _implementation(boundary).affinity_entropy(boundary, labels, _check_radius(radius))
+    return _implementation(boundary).boundary_pair_loss(boundary, labels, _check_radius(radius))
 
 
-def displacement_error(offsets, labels, radius, ignore_index=255):
+def displacement_pair_loss(offsets, labels, radius, ignore_index=255):
     """What L_V sums: how far labelled pairs miss the displacement of one object, at the pixel that begins them [IRN].
 
     offsets: V [N, 2, H, W], as for ``converge_centroids``; labels, ignore_index: as for ``pair_counts``; radius:
@@ -172,7 +183,7 @@ def displacement_error(offsets, labels, radius, ignore_index=255):
     (offsets,) = _full_precision(offsets)
     _check("offsets", offsets, 4, channels=2)
     labels = _pair_labels(labels, ignore_index, offsets.dtype, offsets)
-    return _implementation(offsets).displacement_error(offsets, labels, _check_radius(radius))
+    return _implementation(offsets).displacement_pair_loss(offsets, labels, _check_radius(radius))
 
 
 def random_walk(x, affinity, radius, power, steps, method="auto", tol=1e-4):

@@ -19,8 +19,10 @@ def _refuse_second_copy():
         return
     extensions = [module for name, module in sys.modules.items() if name.endswith("._C")]
     copies = [module.__file__ for module in extensions if hasattr(module, "SOURCES")]
-    raise ImportError(f"the operators are loaded already, from {' '.join(copies) or 'elsewhere'}, and {__package__} is "
-                      "another copy of them: import either ops, of the source tree, or wsid_ops, as installed")
+    raise ImportError(
+        f"the operators are loaded already, from {' '.join(copies) or 'elsewhere'}, and {__package__} is "
+        "another copy of them: import either ops, of the source tree, or wsid_ops, as installed"
+    )
 
 
 def _reason():
@@ -43,8 +45,10 @@ reason = _reason()
 available = not reason
 
 _KERNELS = frozenset(
-    device_type for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if available and torch._C._dispatch_has_kernel_for_dispatch_key("wsid::random_walk", key))
+    device_type
+    for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if available and torch._C._dispatch_has_kernel_for_dispatch_key("wsid::random_walk", key)
+)
 
 BUILD = "python setup.py build_ext --inplace"
 
@@ -68,12 +72,12 @@ def pair_counts(labels, radius):
     return torch.ops.wsid.pair_counts(labels, radius)
 
 
-def affinity_entropy(boundary, labels, radius):
-    return torch.ops.wsid.affinity_entropy(boundary, labels, radius)
+def boundary_pair_loss(boundary, labels, radius):
+    return torch.ops.wsid.boundary_pair_loss(boundary, labels, radius)
 
 
-def displacement_error(offsets, labels, radius):
-    return torch.ops.wsid.displacement_error(offsets, labels, radius)
+def displacement_pair_loss(offsets, labels, radius):
+    return torch.ops.wsid.displacement_pair_loss(offsets, labels, radius)
 
 
 def random_walk(x, affinity, radius, power, steps, method, tol):
@@ -137,7 +141,7 @@ if available:
         n, height, width = labels.shape
         return labels.new_empty((n, 2, height, width), dtype=torch.int32)
 
-    @torch.library.register_fake("wsid::affinity_entropy")
+    @torch.library.register_fake("wsid::boundary_pair_loss")
     def _(boundary, labels, radius):
         n, height, width = boundary.shape
         return boundary.new_empty(n, 2, height, width)
@@ -146,7 +150,7 @@ if available:
     def _(grad, boundary, labels, radius):
         return boundary.new_empty(boundary.shape)
 
-    @torch.library.register_fake("wsid::displacement_error")
+    @torch.library.register_fake("wsid::displacement_pair_loss")
     def _(offsets, labels, radius):
         return offsets.new_empty(labels.shape)
 
@@ -159,7 +163,7 @@ if available:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     torch.library.register_autograd("wsid::boundary_affinity", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("wsid::affinity_entropy", _entropy_backward, setup_context=_keep_inputs)
-    torch.library.register_autograd("wsid::displacement_error", _error_backward, setup_context=_keep_inputs)
-    for name in ("boundary_affinity", "affinity_entropy", "displacement_error"):
+    torch.library.register_autograd("wsid::boundary_pair_loss", _entropy_backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("wsid::displacement_pair_loss", _error_backward, setup_context=_keep_inputs)
+    for name in ("boundary_affinity", "boundary_pair_loss", "displacement_pair_loss"):
         torch.library.register_autograd(f"wsid::{name}_backward", _no_second)

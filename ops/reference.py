@@ -24,8 +24,9 @@ def path_offsets(radius):
     34 offsets with 242 path pixels at radius 5, 152 with 2134 at radius 10. The arrays are shared and read-only.
     """
     offsets = [(0, dx) for dx in range(1, radius)]
-    offsets += [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius)
-                if dy * dy + dx * dx < radius * radius]
+    offsets += [
+        (dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius) if dy * dy + dx * dx < radius * radius
+    ]
     paths = []
     for dy, dx in offsets:
         y, x = np.mgrid[: dy + 1, min(dx, 0) : max(dx, 0) + 1].reshape(2, -1)
@@ -199,8 +200,8 @@ def pair_counts(labels, radius):
     return counts
 
 
-def affinity_entropy(boundary, labels, radius):
-    """See ops.affinity_entropy."""
+def boundary_pair_loss(boundary, labels, radius):
+    """See ops.boundary_pair_loss."""
     affinity, total = boundary_affinity(boundary, radius).unbind(1), torch.stack([_nothing(boundary)] * 2, 1)
     for k, _, p, _, same, different in _pairs(labels, radius):
         a = affinity[k][p]
@@ -209,8 +210,8 @@ def affinity_entropy(boundary, labels, radius):
     return total
 
 
-def displacement_error(offsets, labels, radius):
-    """See ops.displacement_error."""
+def displacement_pair_loss(offsets, labels, radius):
+    """See ops.displacement_pair_loss."""
     offsets = _Once.apply(offsets)
     total = _nothing(offsets[:, 0])
     for _, step, p, q, same, _ in _pairs(labels, radius):

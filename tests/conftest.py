@@ -49,8 +49,13 @@ def python(*args, before=(), timeout=240, **kwargs):
     """
     return subprocess.run(
         [sys.executable, *before, ROOT / args[0], *map(str, args[1:])],
-        capture_output=True, text=True, timeout=timeout, env=environment(), stdin=subprocess.DEVNULL, **kwargs,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
 
 
 def environment():

@@ -57,8 +57,10 @@ def test_activations_walk_over_f3_with_the_third_and_over_f4_with_the_second_pow
         feature = feature - feature.mean(1, keepdims=True)
         walked = np.zeros_like(maps)
         for p in range(16):
-            cosines = [feature[:, p] @ feature[:, q] / np.linalg.norm(feature[:, p]) / np.linalg.norm(feature[:, q])
-                       for q in range(16)]  # fmt: skip
+            cosines = [
+                feature[:, p] @ feature[:, q] / np.linalg.norm(feature[:, p]) / np.linalg.norm(feature[:, q])
+                for q in range(16)
+            ]
             weights = np.maximum(cosines, 0) ** power
             walked[:, p] = maps @ weights / weights.sum()
         maps = walked

@@ -12,15 +12,15 @@ from torch.utils.data import Dataset
 
 import train_branches
 import train_pts
-from datasets import crf
-from datasets.pseudo_labels import SPREAD, class_labels, saliency_mask
+from datasets.transforms import canny_edges
+from engine import crf
+from engine.cam_labels import SPREAD, class_labels, saliency_mask
+from engine.pts import instance_label
+from engine.trainer import Schedule, train
 from models.backbones import BACKBONES, Backbone
 from models.classifier import CAM_SIZE
-from models.enhancement import canny_edges
-from models.fusion import Fusion
-from models.pts import instance_label
+from models.fusion import FusionConfig
 from models.wsid_net import NetConfig
-from utils.training import Schedule, train
 
 OPTIONS = [
     # The paper: Sec. 4.1, and for the width Sec. 3.3.1.
@@ -54,14 +54,16 @@ def test_the_network_is_the_paper_s_unless_told_otherwise():
 
 
 def test_settings_of_the_fusion_are_those_of_the_readme():
-    settings = Fusion()
+    settings = FusionConfig()
     assert (settings.theta, settings.power) == (0.5, 5), "README, Differences from the paper"
-    assert (settings.radius, settings.steps, settings.sink) == (5, 256, 2.5), "IRN's"
-    assert settings.share == "rival" and settings.region == "salient" and settings.salient == 0.5
+    assert (settings.radius, settings.steps, settings.sink_thresh) == (5, 256, 2.5), "IRN's"
+    assert (
+        settings.mask_rule == "relative" and settings.centroid_region == "salient" and settings.saliency_thresh == 0.5
+    )
     # Two thirds as much as from the background suffices: share = m / (m + b) > c where m > 2/3 b.
-    assert settings.background / (1 - settings.background) == pytest.approx(2 / 3)
-    assert (settings.smallest, settings.unsure, settings.doubt) == (0.01, 0.1, 1)
-    labels = Fusion.of(train_pts.MEASURED)
+    assert settings.mask_thresh / (1 - settings.mask_thresh) == pytest.approx(2 / 3)
+    assert (settings.min_area, settings.min_score, settings.count_aware_scores) == (0.01, 0.1, 1)
+    labels = FusionConfig.of(train_pts.MEASURED)
     assert (labels.share, labels.background) == ("peak", 0.5), "PTS: .5 of the peak"
 
 
@@ -118,7 +120,7 @@ def test_a_pseudo_label_is_sure_from_six_tenths_and_surely_not_below_three():
     label = np.full((64, 96), 0.05, np.float32)
     label[16:48, 8:40] = 0.95
     label[16:48, 40:48], label[16:48, 48:52], label[16:48, 52:56], label[16:48, 56:60] = 0.62, 0.58, 0.32, 0.28
-    found = instance_label(label, (None, torch.zeros(16, 24), torch.zeros(2, 16, 24)), 1, Fusion())
+    found = instance_label(label, (None, torch.zeros(16, 24), torch.zeros(2, 16, 24)), 1, FusionConfig())
     columns = [np.unique(found[24:40, column]).tolist() for column in (30, 42, 50, 53, 58)]
     assert columns == [[1], [1], [255], [255], [0]]
 

@@ -31,11 +31,11 @@ from datasets.masks import (
     read_saliency_mask,
 )
 from datasets.sources import list_ground_truth
+from engine.metrics import ImageResult
+from engine.report import SIDE, format_page, rank_images, tint
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, provenance
 from utils.cli import InputError
-from utils.metrics import ImageResult
-from utils.report import SIDE, format_page, rank_images, tint
 
 SHAPE = (12, 20)
 
@@ -147,9 +147,7 @@ def test_saliency_maps(folder, predictions):
         saliency = np.where(gt == 255, 255, np.where(gt > 0, 255, 51)).astype(np.uint8)
         Image.fromarray(saliency).save(maps / f"{stem}.png")
     Image.fromarray(np.zeros((3, 3), np.uint8)).save(maps / "of_another_image.png")
-    numbers = measure(
-        folder, "--pred", predictions, "--gt", folder / "instance_masks", "--saliency-pred", maps
-    )
+    numbers = measure(folder, "--pred", predictions, "--gt", folder / "instance_masks", "--saliency-pred", maps)
     # Background is wrong by 51 / 255. a has 2 * 40 pixels of instances among the 240 - 20 that are not void.
     background = [1 - 80 / 220, 1 - 120 / 240, 1]
     assert numbers["saliency"]["mae"] == pytest.approx(0.2 * np.mean(background))
@@ -191,8 +189,10 @@ def coco(tmp_path):
         save_mask(tmp_path / "images" / f"{number:06}.png", np.zeros((*SHAPE, 3), np.uint8))
     images = [{"id": 4 - n, "file_name": f"{n:06}.png", "height": 12, "width": 20} for n in (1, 2, 3)]
     polygon = lambda n: [[2 * n, 0, 2 * n + 5, 0, 2 * n + 5, 12, 2 * n, 12]]  # noqa: E731
-    truths = [{"id": n, "image_id": 4 - n, "category_id": 1, "iscrowd": 0, "area": 60, "segmentation": polygon(n)}
-              for n in (1, 2, 3)]  # fmt: skip
+    truths = [
+        {"id": n, "image_id": 4 - n, "category_id": 1, "iscrowd": 0, "area": 60, "segmentation": polygon(n)}
+        for n in (1, 2, 3)
+    ]
     data = {"images": images, "categories": [{"id": 1, "name": "person"}], "annotations": truths}
     (tmp_path / "annotations").mkdir()
     write(tmp_path / "annotations" / "instances_default.json", data)
@@ -215,10 +215,17 @@ def masks_of(coco):
     return coco / "masks"
 
 
-@pytest.mark.parametrize("names", [
-    (3, 2, 1), (3.0, 2.0, 1.0), ("000001", "000002", "000003"), ("000001.jpg", "000002.jpg", "000003.PNG"),
-    ("images/000001.png", "a\\000002", "/b/000003.jpg"), ("1", "2", "3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        (3, 2, 1),
+        (3.0, 2.0, 1.0),
+        ("000001", "000002", "000003"),
+        ("000001.jpg", "000002.jpg", "000003.PNG"),
+        ("images/000001.png", "a\\000002", "/b/000003.jpg"),
+        ("1", "2", "3"),
+    ],
+)
 def test_ids_of_records_are_those_of_the_coco_file_or_names(coco, names):
     path = write(coco / "p.json", list(found_in_coco(names)))
     numbers = measure(coco, "--pred", path, "--gt", coco / "annotations" / "instances_default.json")
@@ -259,12 +266,15 @@ def test_a_whole_coco_dictionary_is_read_with_its_own_images(coco, capsys, truth
     assert "p.json[0] has no score" in failure(capsys, "--pred", write(coco / "p.json", data), "--gt", gt)
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    ((3, 2, 7), "p.json[2] is of the image 7, which has no ground truth"),
-    (("000001", "000002", "000003.v2"), "p.json[2] is of the image '000003.v2'"),
-    (("000001", "000002.png", "000002.jpg"), "calls the image 000002 both '000002.png' and '000002.jpg'"),
-    ((3, 2, "000002"), "calls the image 000002 both 2 and '000002'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((3, 2, 7), "p.json[2] is of the image 7, which has no ground truth"),
+        (("000001", "000002", "000003.v2"), "p.json[2] is of the image '000003.v2'"),
+        (("000001", "000002.png", "000002.jpg"), "calls the image 000002 both '000002.png' and '000002.jpg'"),
+        ((3, 2, "000002"), "calls the image 000002 both 2 and '000002'"),
+    ],
+)
 def test_ids_that_cannot_be_told(coco, capsys, names, message):
     path = write(coco / "p.json", list(found_in_coco(names)))
     gt = coco / "annotations" / "instances_default.json"
@@ -318,16 +328,19 @@ cv2.circle(TWO, (100, 60), 25, 2, -1)
 PAINTED = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[TWO]
 
 
-@pytest.mark.parametrize(("picture", "message"), [
-    (WHITE, "shows nothing but void"),
-    (np.stack(3 * [WHITE], -1), "shows nothing but void"),
-    (cv2.resize(WHITE, (200, 120)), "holds shades of grey"),
-    (cv2.GaussianBlur(np.kron(WHITE, np.ones((10, 10), np.uint8)), (0, 0), 2), "holds shades of grey"),
-    (SALIENCY, "holds shades of grey"),
-    (cv2.resize(120 * TWO, (90, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
-    (cv2.resize(PAINTED, (300, 200), interpolation=cv2.INTER_LINEAR), "holds shades of grey or soft edges"),
-    (cv2.resize(PAINTED, (112, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (WHITE, "shows nothing but void"),
+        (np.stack(3 * [WHITE], -1), "shows nothing but void"),
+        (cv2.resize(WHITE, (200, 120)), "holds shades of grey"),
+        (cv2.GaussianBlur(np.kron(WHITE, np.ones((10, 10), np.uint8)), (0, 0), 2), "holds shades of grey"),
+        (SALIENCY, "holds shades of grey"),
+        (cv2.resize(120 * TWO, (90, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
+        (cv2.resize(PAINTED, (300, 200), interpolation=cv2.INTER_LINEAR), "holds shades of grey or soft edges"),
+        (cv2.resize(PAINTED, (112, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
+    ],
+)
 def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture, message):
     for stem in "abc":
         save_mask(folder / "instance_masks" / f"{stem}.png", picture)
@@ -605,7 +618,7 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--pred", "p.json"], "--pred needs --gt"),
         (["--pred", "p.json", "--gt", "d", "--weights", "w.pt"], "--weights has no meaning with --pred"),
         (["--pred", "p.json", "--gt", "d", "--save-pred", "q.json"], "--save-pred has no meaning"),
-        (["--pred", "p.json", "--gt", "d", "--fusion", "unsure=0"], "--fusion has no meaning with --pred"),
+        (["--pred", "p.json", "--gt", "d", "--fusion", "min_score=0"], "--fusion has no meaning with --pred"),
         (["--data", "d", "--gt", "d"], "--gt has no meaning with --data"),
         (["--data", "d", "--images", "d", "--html", "h.html"], "--images has no meaning with --data"),
         (["--pred", "p.json", "--gt", "d", "--images", "d"], "--images has no meaning without --html"),
@@ -614,7 +627,7 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--data", "d", "--count-threshold", "half"], "give a number"),
         (["--data", "d", "--gpu", "-2"], "--gpu"),
         (["--data", "d", "--gpu", "0.5"], "--gpu"),
-        (["--pred", "p.json", "--gt", "d", "--method", "sinks"], "--method has no meaning with --pred"),
+        (["--pred", "p.json", "--gt", "d", "--method", "components"], "--method has no meaning with --pred"),
         (["--data", "d", "--coco-ids", "c.json"], "--coco-ids has no meaning without --save-pred"),
         (["--pred", "p.json", "--gt", "d", "--json", "p.json"], "p.json is to be written but is named twice, or is"),
         (["--data", "d", "--json", "j", "--html", "./j"], "j is to be written but is named twice"),
@@ -719,8 +732,11 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     told = HParamsPluginData.FromString(start).session_start_info.hparams
     assert {name: value.number_value or value.string_value for name, value in told.items()} == {
-        "branches/lr": 0.5, "branches/canny": "auto", "pts/keep": "", "pts/scales": "[1, 2]"
-    }  # fmt: skip
+        "branches/lr": 0.5,
+        "branches/canny": "auto",
+        "pts/keep": "",
+        "pts/scales": "[1, 2]",
+    }
     assert events.Scalars("pooled mAP@0.7")[0].value == numbers["mAP"]["pooled"]["0.7"] == 1
     assert "holds no settings of a training" in failure(capsys, "--data", folder, "--log", folder)
     (run / "branches" / "config.json").write_text("{")
@@ -738,18 +754,21 @@ def whole(tmp_path_factory):
 NOT_WHOLE = "w.pt does not hold the weights of a whole WSID-Net"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda saved: None, "no weights at"),
-    (lambda saved: b"", "w.pt is not a readable weights file"),
-    (lambda saved: b"PK and no more", "w.pt is not a readable weights file"),
-    (lambda saved: torch.zeros(3), NOT_WHOLE),
-    (lambda saved: [saved], NOT_WHOLE),
-    (lambda saved: {"model": saved["state"]}, NOT_WHOLE),
-    (lambda saved: saved | {"state": 3}, NOT_WHOLE),
-    (lambda saved: saved | {"state": dict(list(saved["state"].items())[:-1])}, NOT_WHOLE),
-    (lambda saved: saved | {"config": saved["config"] | {"backbone": "x"}}, NOT_WHOLE),
-    (lambda saved: saved | {"state": {k: v + torch.nan for k, v in saved["state"].items()}}, "not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: None, "no weights at"),
+        (lambda saved: b"", "w.pt is not a readable weights file"),
+        (lambda saved: b"PK and no more", "w.pt is not a readable weights file"),
+        (lambda saved: torch.zeros(3), NOT_WHOLE),
+        (lambda saved: [saved], NOT_WHOLE),
+        (lambda saved: {"model": saved["state"]}, NOT_WHOLE),
+        (lambda saved: saved | {"state": 3}, NOT_WHOLE),
+        (lambda saved: saved | {"state": dict(list(saved["state"].items())[:-1])}, NOT_WHOLE),
+        (lambda saved: saved | {"config": saved["config"] | {"backbone": "x"}}, NOT_WHOLE),
+        (lambda saved: saved | {"state": {k: v + torch.nan for k, v in saved["state"].items()}}, "not finite"),
+    ],
+)
 def test_weights_that_are_not_whole(whole, folder, capsys, change, message):
     content = change(checkpoint.load(whole))
     if isinstance(content, bytes):

@@ -14,14 +14,14 @@ from conftest import call, make_data
 import evaluate
 import train_branches
 import train_pts
-from experiments import prm, recipes, stages, tables
+from engine.trainer import LARGEST_SEED
+from experiments import oracle_study, prm, recipes, tables
 from experiments.tables import Row
 from infer import Maps
 from models.classifier import Classifier
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint
 from utils.cli import InputError
-from utils.training import LARGEST_SEED
 
 
 @pytest.fixture
@@ -209,11 +209,14 @@ def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatc
     assert torch.allclose(last.branches.state_dict()["centroid.predict.weight"], part, atol=1e-3)
 
 
-@pytest.mark.parametrize("table, option, message", [
-    ("pts", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
-    ("cycle", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
-    ("cycle", "--gpu=-1", "name them with --counted"),
-])
+@pytest.mark.parametrize(
+    "table, option, message",
+    [
+        ("pts", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
+        ("cycle", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
+        ("cycle", "--gpu=-1", "name them with --counted"),
+    ],
+)
 def test_tables_that_go_on_say_what_they_need(called, tmp_path, capsys, table, option, message):
     assert call(tables.main, table, option, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err and not called
@@ -285,20 +288,23 @@ def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
             measured()
 
 
-@pytest.mark.parametrize(("change", "options", "message"), [
-    ("instance_masks/a.png", (), "a.png does not exist"),
-    ("images/a.png", (), "a.png has no photograph"),
-    ("../../maps/b.png", ("--saliency-dir", "X=maps"), "maps has no saliency map of b"),
-    (None, ("--val", "nowhere"), "nowhere"),
-    (None, ("--saliency-dir", "X=maps", "X=other"), "--saliency-dir names X twice"),
-    (None, ("--saliency-dir", "maps"), "maps is no NAME=DIR"),
-    (None, ("--seeds", "1", "1"), "--seeds names 1 twice"),
-    (None, ("--seeds", "-1"), "--seeds"),
-    (None, ("--seeds", "1.5"), "--seeds"),
-    (None, ("--workers", "-1"), "--workers"),
-    (None, ("--gpu", "-2"), "--gpu"),
-    (None, ("--fusion", "steps=many"), "give a whole number of at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("instance_masks/a.png", (), "a.png does not exist"),
+        ("images/a.png", (), "a.png has no photograph"),
+        ("../../maps/b.png", ("--saliency-dir", "X=maps"), "maps has no saliency map of b"),
+        (None, ("--val", "nowhere"), "nowhere"),
+        (None, ("--saliency-dir", "X=maps", "X=other"), "--saliency-dir names X twice"),
+        (None, ("--saliency-dir", "maps"), "maps is no NAME=DIR"),
+        (None, ("--seeds", "1", "1"), "--seeds names 1 twice"),
+        (None, ("--seeds", "-1"), "--seeds"),
+        (None, ("--seeds", "1.5"), "--seeds"),
+        (None, ("--workers", "-1"), "--workers"),
+        (None, ("--gpu", "-2"), "--gpu"),
+        (None, ("--fusion", "steps=many"), "give a whole number of at least 0"),
+    ],
+)
 def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys, change, options, message):
     if change == "instance_masks/a.png":  # a mask of another size, a pixel off
         checkpoint.save_png(np.zeros((72, 97), np.uint8), val / change)
@@ -310,13 +316,20 @@ def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys
     assert message in error and error.count("\n") == 1 and not called
 
 
-@pytest.mark.parametrize(("script", "options"), [
-    (recipes, ("quick", "--seed", "-1")), (recipes, ("quick", "--workers", "two")), (recipes, ("quick", "--gpu", "-3")),
-    (recipes, ("quick", "--workers", "100000")), (recipes, ("quick", "--seed", str(LARGEST_SEED + 1))),
-    *[(prm, ("--classifier", "w", "--data", "d", "--size", size)) for size in ("0", "100", "10016")],
-    (prm, ("--classifier", "w", "--data", "d", "--gpu", "x")),
-    (stages, ("--gpu", "-2")), (stages, ("--data", "nowhere", "--gpu", "-1", "--weights", "none.pt")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (recipes, ("quick", "--seed", "-1")),
+        (recipes, ("quick", "--workers", "two")),
+        (recipes, ("quick", "--gpu", "-3")),
+        (recipes, ("quick", "--workers", "100000")),
+        (recipes, ("quick", "--seed", str(LARGEST_SEED + 1))),
+        *[(prm, ("--classifier", "w", "--data", "d", "--size", size)) for size in ("0", "100", "10016")],
+        (prm, ("--classifier", "w", "--data", "d", "--gpu", "x")),
+        (oracle_study, ("--gpu", "-2")),
+        (oracle_study, ("--data", "nowhere", "--gpu", "-1", "--weights", "none.pt")),
+    ],
+)
 def test_options_out_of_range_are_one_sentence(capsys, script, options):
     assert call(script.main, *options) == 2
     error = capsys.readouterr().err
@@ -371,7 +384,7 @@ TINY = recipes.Recipe(
     pts="",
     rounds=(1, 1),
     again="",
-    number="",
+    count_net="",
 )
 
 
@@ -435,13 +448,13 @@ def test_prm_and_stages_name_what_they_leave_out(val, capsys):
     classifier = ("--classifier", "cam.pt", "--data", val, "--gpu", "-1", "--size", "64", "--out", "new/found.json")
     for main, options in (
         (prm.main, (*classifier, "--backbone", "mobilenetv2_100")),
-        (stages.main, ("--weights", "weights.pt", "--data", val, "--gpu", "-1")),
+        (oracle_study.main, ("--weights", "weights.pt", "--data", val, "--gpu", "-1")),
     ):
         assert call(main, *options) == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {val}/images/a.png is not an image")
     assert {record["image_id"] for record in json.loads(Path("new/found.json").read_text())} <= {"b"}
     checkpoint.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
-    assert call(stages.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
+    assert call(oracle_study.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
     assert "none of 2 photographs can be measured" in capsys.readouterr().err
     assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
     assert "cam.pt does not hold a classifier with tf_efficientnet_lite0" in capsys.readouterr().err
@@ -450,11 +463,11 @@ def test_prm_and_stages_name_what_they_leave_out(val, capsys):
 def test_true_maps_say_what_the_mask_says():
     gt = np.zeros((40, 60), np.uint8)
     gt[8:32, 8:28], gt[8:32, 28:48], gt[0:4] = 1, 2, 255
-    saliency, boundary, offsets, count = stages.true_maps(gt, (10, 15))
+    saliency, boundary, offsets, count = oracle_study.true_maps(gt, (10, 15))
     assert count == 2 and saliency[0].max() == 0 and saliency[2:8, 2:12].min() == 1 and saliency.sum() == 60
     assert offsets[:, 4, 4].tolist() == [0.5, 0] and offsets[:, 4, 12].tolist() == [0.5, -3], "centres of the two"
     assert boundary[2:8, 7].min() == 1 and boundary[3:7, 3:6].max() == 0, "between the two, not inside"
     maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor([0.2, 0.3, 0.5]))
-    replaced = stages.with_truth(maps, gt, "ST")
+    replaced = oracle_study.with_truth(maps, gt, "ST")
     assert replaced.shares.tolist() == [0, 1] and torch.equal(replaced.boundary, maps.boundary)
-    assert np.array_equal(replaced.saliency.numpy(), saliency) and stages.with_truth(maps, gt, "") == maps
+    assert np.array_equal(replaced.saliency.numpy(), saliency) and oracle_study.with_truth(maps, gt, "") == maps

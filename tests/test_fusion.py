@@ -9,22 +9,13 @@ import torch
 from scipy.special import expit, logit
 
 import ops
-from datasets.crf import crf, refine_labels, refine_saliency
-from datasets.pseudo_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
-from models.fusion import (
-    Fusion,
-    connected_components,
-    expected_iou,
-    find_clusters,
-    fuse,
-    guesses,
-    instance_masks,
-    on_grid,
-    score_of,
-    walk,
-)
-from models.opinion import pool_odds
-from models.pts import instance_label, pseudo_label
+from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
+from engine.crf import crf, refine_labels, refine_saliency
+from engine.pts import instance_label, pseudo_label
+from models.fusion import FusionConfig, fuse, instance_masks, walk
+from models.grouping import connected_components, find_clusters
+from models.saliency_prior import combine_logits
+from models.scoring import count_hypotheses, expected_iou, on_grid, score_of
 from utils.cli import InputError
 
 HEIGHT, WIDTH = 32, 48
@@ -54,8 +45,8 @@ def iou(a, b):
 
 def test_touching_objects_are_told_apart_by_their_centroids():
     saliency, boundary, offsets, truth = scene()
-    maps, centroids = fuse(saliency, boundary, offsets, Fusion())
-    masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion())
+    maps, centroids = fuse(saliency, boundary, offsets, FusionConfig())
+    masks, scores, kept = instance_masks(maps, saliency, (128, 192), FusionConfig())
     assert len(masks) == 2 and not (masks[0] & masks[1]).any()
     truth = truth.repeat(4, 1).repeat(4, 2)
     assert min(max(iou(mask, t) for t in truth) for mask in masks) > 0.85
@@ -63,7 +54,7 @@ def test_touching_objects_are_told_apart_by_their_centroids():
     found = centroids[kept]
     for centre in CENTRES:
         assert np.abs(found - centre).sum(1).min() < 1
-    components, _ = connected_components(saliency, Fusion())
+    components, _ = connected_components(saliency, FusionConfig())
     assert len(components) == 1, "one connected component: what the centroids are for"
 
 
@@ -71,30 +62,32 @@ def test_touching_objects_are_told_apart_by_their_centroids():
 def test_a_number_of_objects_parts_the_region_before_the_offsets_have_formed(formed):
     """Half as long as they should be, the offsets have one sink between the two objects; their groups are two."""
     saliency, boundary, offsets, truth = scene()
-    maps, centroids = fuse(saliency, boundary, formed * offsets, Fusion(), count=2)
-    masks, _, _ = instance_masks(maps, saliency, (128, 192), Fusion())
+    maps, centroids = fuse(saliency, boundary, formed * offsets, FusionConfig(), count=2)
+    masks, _, _ = instance_masks(maps, saliency, (128, 192), FusionConfig())
     truth = truth.repeat(4, 1).repeat(4, 2)
     assert len(masks) == 2 and min(max(iou(mask, t) for t in truth) for mask in masks) > 0.85
     for centre in CENTRES:
         assert np.abs(centroids - centre).sum(1).min() < 1.5
-    assert len(fuse(saliency, boundary, offsets, Fusion(), count=1)[0]) == 1
-    assert len(fuse(saliency * 0, boundary, offsets, Fusion(), count=3)[0]) == 0
+    assert len(fuse(saliency, boundary, offsets, FusionConfig(), count=1)[0]) == 1
+    assert len(fuse(saliency * 0, boundary, offsets, FusionConfig(), count=3)[0]) == 0
 
 
 def test_components_are_never_joined_for_a_number():
     saliency, boundary, offsets, truth = scene()
     saliency[:, 22:24] = 0  # apart
-    assert len(fuse(saliency, boundary, offsets, Fusion(), count=1)[0]) == 2
-    parts = fuse(saliency, boundary, offsets * 0, Fusion(), count=3)[0]
+    assert len(fuse(saliency, boundary, offsets, FusionConfig(), count=1)[0]) == 2
+    parts = fuse(saliency, boundary, offsets * 0, FusionConfig(), count=3)[0]
     assert len(parts) == 3, "the larger of the two is divided"
 
 
 def test_settings_by_name():
-    assert Fusion.of([]) == Fusion()
-    assert Fusion.of(["power=10", "steps=64", "region=image"]) == Fusion(power=10.0, steps=64, region="image")
-    for wrong in ("strength=3", "steps=many", "power", "share=half", "region="):
+    assert FusionConfig.of([]) == FusionConfig()
+    assert FusionConfig.of(["power=10", "steps=64", "centroid_region=image"]) == FusionConfig(
+        power=10.0, steps=64, centroid_region="image"
+    )
+    for wrong in ("strength=3", "steps=many", "power", "share=half", "centroid_region="):
         with pytest.raises(InputError, match=wrong):
-            Fusion.of([wrong])
+            FusionConfig.of([wrong])
 
 
 # The outermost values of each setting, then some that are none.
@@ -118,17 +111,19 @@ def test_settings_out_of_their_range_are_refused_and_the_ends_of_it_work(name):
     words = rf"--fusion {name}=.* does not fit; give a"
     for value in (*wrong, math.nan, math.inf, -math.inf, None, "", "much"):
         with pytest.raises(InputError, match=words):
-            Fusion.of([f"{name}={value}"])
+            FusionConfig.of([f"{name}={value}"])
         with pytest.raises(InputError, match=words):
-            replace(Fusion(), **{name: value})
+            replace(FusionConfig(), **{name: value})
     saliency, boundary, offsets = (part[..., 8:26, 10:40] for part in scene()[:3])
     for value in right:
-        settings = Fusion.of([f"{name}={value}"])
-        assert settings == Fusion(**{name: value}) and type(getattr(settings, name)) is type(getattr(Fusion(), name))
+        settings = FusionConfig.of([f"{name}={value}"])
+        assert settings == FusionConfig(**{name: value}) and type(getattr(settings, name)) is type(
+            getattr(FusionConfig(), name)
+        )
         for count in (0, 2):
             maps, centroids = fuse(saliency, boundary, offsets, settings, count)
             assert len(maps) == len(centroids) and maps.isfinite().all()
-            options = guesses(saliency.numpy(), offsets.numpy(), [0.5, 0.5], settings)
+            options = count_hypotheses(saliency.numpy(), offsets.numpy(), [0.5, 0.5], settings)
             masks, scores, _ = instance_masks(maps, saliency, (72, 120), settings, options)
             assert len(masks) == len(scores) and np.isfinite(scores).all()
 
@@ -150,7 +145,7 @@ def test_an_instance_is_as_sure_as_the_number_that_it_needs():
     """Two objects, 24 columns apart from the next: whether there are two or three, the single one stays what it is."""
     saliency, offsets = torch.zeros(32, 64), torch.zeros(2, 32, 64)
     saliency[8:24, 4:20], saliency[8:24, 32:60] = 0.9, 0.9
-    options = guesses(saliency.numpy(), offsets.numpy(), [0.001, 0.6, 0.399], Fusion())
+    options = count_hypotheses(saliency.numpy(), offsets.numpy(), [0.001, 0.6, 0.399], FusionConfig())
     assert [(share, len(clusters)) for share, clusters in options] == [(0.6, 2), (0.399, 3)], "from 1 % on"
     single, double, half = (np.zeros((128, 256), bool) for _ in range(3))
     single[32:96, 16:80], double[32:96, 128:240], half[32:96, 128:184] = True, True, True
@@ -162,13 +157,13 @@ def test_an_instance_is_as_sure_as_the_number_that_it_needs():
 
 def test_a_doubtful_instance_ranks_behind_and_below_unsure_is_dropped():
     saliency, boundary, offsets, _ = scene()
-    maps, _ = fuse(saliency, boundary, offsets, Fusion(), count=2)
+    maps, _ = fuse(saliency, boundary, offsets, FusionConfig(), count=2)
     whole = [(1.0, np.broadcast_to(np.arange(48) >= 24, (1, 32, 48)))]  # the half where the second object is
-    masks, scores, kept = instance_masks(maps, saliency, (128, 192), Fusion(), whole)
+    masks, scores, kept = instance_masks(maps, saliency, (128, 192), FusionConfig(), whole)
     assert kept.tolist() == [1] and len(masks) == len(scores) == 1
-    sure = instance_masks(maps, saliency, (128, 192), Fusion())[1]
+    sure = instance_masks(maps, saliency, (128, 192), FusionConfig())[1]
     assert scores[0] < sure.max()
-    careless = instance_masks(maps, saliency, (128, 192), Fusion(doubt=0), whole)[1]
+    careless = instance_masks(maps, saliency, (128, 192), FusionConfig(count_aware_scores=0), whole)[1]
     assert np.array_equal(careless, sure)
 
 
@@ -182,10 +177,10 @@ def test_every_pixel_has_a_cluster():
 
 def test_no_sink_and_no_salience_are_valid_answers():
     saliency, boundary, offsets, _ = scene()
-    empty, centroids = fuse(saliency, boundary, torch.full_like(offsets, 9.0), Fusion())
+    empty, centroids = fuse(saliency, boundary, torch.full_like(offsets, 9.0), FusionConfig())
     assert empty.shape == (0, 32, 48) and len(centroids) == 0
-    empty, _ = fuse(saliency * 0, boundary, offsets, Fusion())
-    masks, scores, kept = instance_masks(empty, saliency, (60, 70), Fusion())
+    empty, _ = fuse(saliency * 0, boundary, offsets, FusionConfig())
+    masks, scores, kept = instance_masks(empty, saliency, (60, 70), FusionConfig())
     assert masks.shape == (0, 60, 70) and scores.shape == kept.shape == (0,)
 
 
@@ -196,7 +191,7 @@ def test_theta_is_the_salient_share_of_a_cluster(share, kept):
     rows = np.argwhere(truth[0])
     chosen = rows[: round(share * len(rows))]
     saliency[chosen[:, 0], chosen[:, 1]] = 0.9
-    assert len(fuse(saliency, boundary, offsets, Fusion(theta=0.5, region="image"))[0]) == kept
+    assert len(fuse(saliency, boundary, offsets, FusionConfig(theta=0.5, centroid_region="image"))[0]) == kept
 
 
 def test_crf_snaps_to_the_image():
@@ -244,18 +239,18 @@ def test_pseudo_label_is_the_union_of_instances():
     image = np.full((128, 192, 3), 60, np.uint8)
     union = truth.any(0).repeat(4, 0).repeat(4, 1)
     image[union] = 180
-    label = pseudo_label(image, maps, 0, Fusion())
+    label = pseudo_label(image, maps, 0, FusionConfig())
     assert iou(label > 0.5, union) > 0.95
-    assert pseudo_label(image, (maps[0] * 0, *maps[1:]), 0, Fusion()) is None
+    assert pseudo_label(image, (maps[0] * 0, *maps[1:]), 0, FusionConfig()) is None
     # The first pseudo mask, which saw one object only, takes the other one out when it has most of the say.
     one = truth[0].repeat(4, 0).repeat(4, 1)
-    kept = pseudo_label(image, maps, 0, Fusion(), first=one.astype(np.float32), keep=0.9)
+    kept = pseudo_label(image, maps, 0, FusionConfig(), first=one.astype(np.float32), keep=0.9)
     other = truth[1].repeat(4, 0).repeat(4, 1)
     assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
-    alone = pseudo_label(image, maps, 0, Fusion(), first=one.astype(np.float32), keep=0)
+    alone = pseudo_label(image, maps, 0, FusionConfig(), first=one.astype(np.float32), keep=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
     odds = 0.6, 1.9, -0.9
-    pooled = pseudo_label(image, maps, 0, Fusion(), first=0.05 + 0.65 * one, odds=odds)
+    pooled = pseudo_label(image, maps, 0, FusionConfig(), first=0.05 + 0.65 * one, odds=odds)
     assert pooled[other].mean() < 0.5 < pooled[one].mean()
 
 
@@ -264,18 +259,18 @@ def test_pooled_odds_want_both_opinions():
     network = logit([0.95, 0.95, 0.05, 1.0, 0.0])
     first = logit([0.70, 0.10, 0.70, 0.0, 25 / 34])
     weights = 0.6, 1.9, -0.9
-    assert (pool_odds(network, first, weights) > 0).tolist() == [True, False, False, False, False]
-    rising = pool_odds(logit(np.linspace(0, 1, 9)), np.zeros(9), weights)
+    assert (combine_logits(network, first, weights) > 0).tolist() == [True, False, False, False, False]
+    rising = combine_logits(logit(np.linspace(0, 1, 9)), np.zeros(9), weights)
     assert (np.diff(rising[1:-1]) > 0).all() and np.isfinite(rising).all()
-    alone = expit(pool_odds(network, first, (0, 1, 0)))
+    alone = expit(combine_logits(network, first, (0, 1, 0)))
     assert np.allclose(alone, np.clip(expit(first), 0.01, 0.99)), "the first mask alone"
-    tensors = pool_odds(torch.from_numpy(network), torch.from_numpy(first), torch.tensor(weights))
-    assert np.allclose(tensors, pool_odds(network, first, weights))
+    tensors = combine_logits(torch.from_numpy(network), torch.from_numpy(first), torch.tensor(weights))
+    assert np.allclose(tensors, combine_logits(network, first, weights))
 
 
 def test_the_shares_are_of_what_walks_to_a_pixel():
     saliency, boundary, _, truth = scene()
-    settings = Fusion(steps=20)
+    settings = FusionConfig(steps=20)
     start = np.concatenate([truth * saliency.numpy(), ((1 - saliency.numpy()) * ~truth.any(0))[None]])
     affinity = ops.boundary_affinity(boundary[None], settings.radius)
     walked = torch.from_numpy(start).float() * (1 - boundary)
@@ -284,7 +279,7 @@ def test_the_shares_are_of_what_walks_to_a_pixel():
     shares = walk(truth, saliency, boundary, settings).numpy()
     expected = np.minimum(walked[:2] / (walked[:2] + ground), parts / parts.sum(0))
     assert np.allclose(shares, expected, atol=1e-2)
-    peaks = walk(truth, saliency, boundary, replace(settings, share="peak")).numpy()
+    peaks = walk(truth, saliency, boundary, replace(settings, mask_rule="peak")).numpy()
     assert np.allclose(peaks, parts, atol=1e-3)
     assert ((shares > 0.5).sum(0) <= 1).all(), "no pixel is two instances'"
     assert walk(truth[:0], saliency, boundary, settings).shape == (0, 32, 48)
@@ -294,7 +289,9 @@ def test_a_faint_object_does_not_spread_where_no_boundary_holds_it():
     saliency = torch.zeros(32, 48)
     saliency[8:24, 12:36] = 0.55
     truth = saliency.numpy() > 0
-    ours, irn = (walk(truth[None], saliency, torch.zeros(32, 48), Fusion(share=share)) for share in ("rival", "peak"))
+    ours, irn = (
+        walk(truth[None], saliency, torch.zeros(32, 48), FusionConfig(share=share)) for share in ("rival", "peak")
+    )
     assert (ours[0] > 0.5).sum() <= truth.sum() < (irn[0] > 0.5).sum()
 
 
@@ -306,14 +303,14 @@ def test_a_small_object_is_not_taken_by_a_large_one_beside_it():
     boundary[4:28, 4:44] = 0
     clusters = np.zeros((2, 32, 48), bool)
     clusters[0, 4:28, 4:34] = clusters[1, 4:28, 34:44] = True
-    shares = walk(clusters, saliency, boundary, Fusion())
+    shares = walk(clusters, saliency, boundary, FusionConfig())
     assert all(iou(mask, cluster) > 0.6 for mask, cluster in zip(shares.numpy() > 0.5, clusters, strict=True))
 
 
 def test_a_salient_pixel_of_no_cluster_is_the_background_s():
     saliency, boundary, _, truth = scene()
     saliency[1:3, 45:47] = 0.9
-    maps = walk(truth, saliency, boundary, Fusion())
+    maps = walk(truth, saliency, boundary, FusionConfig())
     assert (maps[:, 1:3, 45:47] < 0.5).all() and (maps > 0.5).any(2).any(1).all()
 
 
@@ -329,19 +326,20 @@ def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere()
     rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
     classes = np.full((64, 96), 255, np.uint8)
     classes[rider], classes[horse] = 15, 13
-    blind, found = (instance_label(label, maps, 2, Fusion(), known, known is not None)
-                    for known in (None, classes))  # fmt: skip
+    blind, found = (
+        instance_label(label, maps, 2, FusionConfig(), known, known is not None) for known in (None, classes)
+    )
     assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
     assert (found[10:20, 10:86] == found[12, 30]).all(), "what is of no known class goes where the walk leads"
     assert blind[horse].min() != blind[horse].max(), "without the classes the horse is cut in two"
     classes[12:14, 22:24] = 3
-    again = instance_label(label, maps, 2, Fusion(), classes, True)
+    again = instance_label(label, maps, 2, FusionConfig(), classes, True)
     assert (again[30:52, 10:86] == again[40, 40]).all(), "a speck of a third class is no object"
-    one = instance_label(label, maps, 1, Fusion(), classes, True)
+    one = instance_label(label, maps, 1, FusionConfig(), classes, True)
     assert (one[horse] == 1).all() and (one[rider] == 255).all(), "of two objects where one was counted, the larger"
     classes[30:52, 45:50] = 255
     classes[30:52, 50:86] = 15
-    three = instance_label(label, maps, 3, Fusion(), classes, True)
+    three = instance_label(label, maps, 3, FusionConfig(), classes, True)
     assert len({three[15, 40], three[40, 20], three[40, 75]}) == 3, "V divides the person of two parts"
 
 
@@ -355,15 +353,15 @@ def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
     maps = None, boundary, offsets
     classes = np.zeros((64, 96), np.uint8)
     classes[16:48, 8:46], classes[20:24, 10:14] = 7, 9
-    found = instance_label(label, maps, 2, Fusion(), classes)
+    found = instance_label(label, maps, 2, FusionConfig(), classes)
     assert found.dtype == np.uint8 and sorted(np.unique(found)) == [0, 1, 2, 255]
     assert (found[:12] == 0).all() and (found[16:48, 88:92] == 255).all()
     left, right = found[32, 30], found[32, 70]
     assert left != right and (found[26:48, 10:44] == left).all() and (found[16:48, 54:86] == right).all()
     assert (found[20:24, 10:14] == 255).all(), "another class than the rest of its instance"
-    assert sorted(np.unique(instance_label(label, maps, 1, Fusion()))) == [0, 1, 255]
-    assert instance_label(label * 0, maps, 2, Fusion()) is None
+    assert sorted(np.unique(instance_label(label, maps, 1, FusionConfig()))) == [0, 1, 255]
+    assert instance_label(label * 0, maps, 2, FusionConfig()) is None
     speck = label * 0
     speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
-    assert instance_label(speck, maps, 1, Fusion()) is not None
-    assert instance_label(speck, maps, 2, Fusion(smallest=0.3)) is None, "not two of that size"
+    assert instance_label(speck, maps, 1, FusionConfig()) is not None
+    assert instance_label(speck, maps, 2, FusionConfig(min_area=0.3)) is None, "not two of that size"

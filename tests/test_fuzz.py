@@ -16,11 +16,11 @@ from PIL import Image
 from datasets.images import read_image
 from datasets.labels import read_labels
 from datasets.masks import read_instance_mask
-from datasets.training import load_square
+from datasets.transforms import load_square
+from engine.predictions import open_predictions
 from infer import Predictor
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import InputError
-from utils.predictions import open_predictions
 
 SLOWEST = 20  # seconds that one file may take, on a machine that does other things too
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO")

@@ -108,8 +108,15 @@ def test_float_and_32_bit_tiffs_keep_their_scale(tmp_path, dtype, white, bands):
     assert np.abs(read_image(tmp_path / "a.tif").astype(int) - rgb[..., :bands]).max() <= 1
 
 
-@pytest.mark.parametrize("values", [np.array([[0, 3, 9]], np.uint16), np.array([[-5.0, 1000, 3019]], np.float32),
-                                    np.array([[7, 1, 1]], np.float32) / 99, np.array([[1, 2, 30000]], np.int16)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[0, 3, 9]], np.uint16),
+        np.array([[-5.0, 1000, 3019]], np.float32),
+        np.array([[7, 1, 1]], np.float32) / 99,
+        np.array([[1, 2, 30000]], np.int16),
+    ],
+)
 def test_no_range_of_values_comes_out_nearly_black(tmp_path, values):
     (tmp_path / "a.tif").write_bytes(tiff(values[..., None]))
     assert 64 < read_image(tmp_path / "a.tif").max()
@@ -134,8 +141,10 @@ def test_tiffs_that_store_colours_apart(tmp_path):
 
 
 def test_kinds_of_tiff_that_are_not_read_are_named(tmp_path):
-    for samples, words in ((picture().astype(np.float16), "16-bit floating-point samples, 3 a pixel"),
-                           (np.zeros((4, 4, 6), np.uint16), "16-bit integer samples, 6 a pixel")):  # fmt: skip
+    for samples, words in (
+        (picture().astype(np.float16), "16-bit floating-point samples, 3 a pixel"),
+        (np.zeros((4, 4, 6), np.uint16), "16-bit integer samples, 6 a pixel"),
+    ):
         (tmp_path / "a.tif").write_bytes(tiff(samples))
         for read in (read_image, image_size):
             with pytest.raises(InputError) as error:
@@ -168,17 +177,23 @@ def test_further_formats(tmp_path, name):
     assert np.abs(read_image(path).astype(int) - picture()).mean() < (3 if name == "a.gif" else 2)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("12.pgm", b"P2 3 1 4095 0 2048 4095"), ("16.pgm", b"P5 3 1 65535\n" + bytes([0, 0, 128, 0, 255, 255])),
-    ("f.pfm", b"Pf\n3 1\n-1\n" + np.array([0, 0.5, 1], "<f4").tobytes()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("12.pgm", b"P2 3 1 4095 0 2048 4095"),
+        ("16.pgm", b"P5 3 1 65535\n" + bytes([0, 0, 128, 0, 255, 255])),
+        ("f.pfm", b"Pf\n3 1\n-1\n" + np.array([0, 0.5, 1], "<f4").tobytes()),
+    ],
+)
 def test_portable_maps_are_scaled_by_what_they_say(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     np.testing.assert_allclose(read_image(tmp_path / name)[0, :, 1], [0, 128, 255], atol=1)
 
 
-@pytest.mark.parametrize("name, kind", [("a.gif", None), ("a.webp", None), ("a.png", None), ("a.tif", None),
-                                        ("a.avif", None), ("a.jpg", "MPO")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("a.gif", None), ("a.webp", None), ("a.png", None), ("a.tif", None), ("a.avif", None), ("a.jpg", "MPO")],
+)
 def test_the_first_frame_is_taken(tmp_path, name, kind):
     first, second = Image.new("RGB", (30, 20), (250, 20, 20)), Image.new("RGB", (30, 20), (20, 20, 250))
     first.save(tmp_path / name, kind, save_all=True, append_images=[second])
@@ -226,8 +241,9 @@ def test_long_text_in_a_png(tmp_path, zipped):
 
 
 def test_lab_tiff(tmp_path):
-    lab = ImageCms.profileToProfile(Image.fromarray(picture()), ImageCms.createProfile("sRGB"),
-                                    ImageCms.createProfile("LAB"), outputMode="LAB")  # fmt: skip
+    lab = ImageCms.profileToProfile(
+        Image.fromarray(picture()), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
     lab.save(tmp_path / "a.tif")
     assert np.abs(read_image(tmp_path / "a.tif").astype(int) - picture()).mean() < 3
     assert read_saliency_mask(tmp_path / "a.tif").shape == picture().shape[:2]
@@ -243,12 +259,20 @@ def test_heic_names_the_library_it_needs(tmp_path, monkeypatch):
     assert is_one_sentence(error, "a.heic", "pip install pillow-heif")
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"\xff\x0a" + b"\0" * 99, "JPEG XL"), (b"8BPS" + b"\0" * 99, "Photoshop"), (b"%PDF-1.7", "PDF"),
-    (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "HTML"), (b"<svg xmlns=''/>", "SVG"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"\xff\xd8\xff\xc3" + b"\0" * 99, "a JPEG"),
-    (b"\0\0\0\x20ftypisom", "video"), (b"\0\0\0\x18ftypcrx ", "camera raw"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"\xff\x0a" + b"\0" * 99, "JPEG XL"),
+        (b"8BPS" + b"\0" * 99, "Photoshop"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "HTML"),
+        (b"<svg xmlns=''/>", "SVG"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\xff\xd8\xff\xc3" + b"\0" * 99, "a JPEG"),
+        (b"\0\0\0\x20ftypisom", "video"),
+        (b"\0\0\0\x18ftypcrx ", "camera raw"),
+    ],
+)
 def test_what_is_not_read_is_named(tmp_path, content, words):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(InputError) as error:
@@ -350,10 +374,15 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     # What a camera held that way stores: `upright` seen through the inverse of the tag's meaning.
     upright = picture()
     stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).swapaxes(0, 1),
         8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"jpg": {"quality": 95}, "webp": {"lossless": True}}.get(suffix, {})
@@ -367,16 +396,16 @@ def test_exif_orientation_of_16_bit(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = np.array([[0, 257, 65535]], dtype=np.uint16)
-    np.testing.assert_array_equal(
-        read_image(save(tmp_path / "a.png", stored, exif=exif))[..., 0], [[0], [1], [255]]
-    )
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", stored, exif=exif))[..., 0], [[0], [1], [255]])
 
 
 def test_exif_behind_the_pixels_of_a_png(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    xmp = (b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" '
-           b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" xmlns:rdf="rdf"/></x:xmpmeta>')  # fmt: skip
+    xmp = (
+        b'XML:com.adobe.xmp\0\0\0\0\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6" '
+        b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" xmlns:rdf="rdf"/></x:xmpmeta>'
+    )
     content = save(tmp_path / "a.png", picture()).read_bytes()
     for behind in (chunk(b"eXIf", exif.tobytes()[6:]), chunk(b"iTXt", xmp)):
         (tmp_path / "a.png").write_bytes(content[:-12] + behind + content[-12:])
@@ -401,9 +430,7 @@ def test_damaged_exif_does_not_matter(tmp_path):
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 4000), (4000, 3)])
 def test_odd_sizes(tmp_path, height, width):
-    np.testing.assert_array_equal(
-        read_image(save(tmp_path / "a.png", picture(height, width))), picture(height, width)
-    )
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", picture(height, width))), picture(height, width))
 
 
 def test_6000x6000(tmp_path):
@@ -500,8 +527,10 @@ def test_list_a_folder(tmp_path):
     (tmp_path / "link.jpg").symlink_to("nowhere")
     said = []
     assert [path.name for path in list_images(tmp_path, said.append)] == names
-    assert said == ["5 files skipped: 2 .txt, 1 broken link, 1 without suffix, 1 .nef; 1 subfolder skipped, which "
-                    f'"{tmp_path / "**"}" takes too']  # fmt: skip
+    assert said == [
+        "5 files skipped: 2 .txt, 1 broken link, 1 without suffix, 1 .nef; 1 subfolder skipped, which "
+        f'"{tmp_path / "**"}" takes too'
+    ]
     assert len(list_images(tmp_path / "**")) == 1 + len(names)
 
 
@@ -595,12 +624,20 @@ def tiff(samples, dtype=None, colours=None, *, orientation=1, planes=1, subfile=
     data = (samples.transpose(2, 0, 1) if planes == 2 else samples).tobytes()
     strips = planes == 2 and bands or 1
     tags = {
-        254: (4, [subfile]), 256: (4, [width]), 257: (4, [height]), 258: (3, [8 * samples.itemsize] * bands),
-        259: (3, [1]), 262: (3, [(1 if bands == 1 else 2) if colours is None else colours]),
-        273: (4, [8 + strip * len(data) // strips for strip in range(strips)]), 274: (3, [orientation]),
-        277: (3, [bands]), 278: (4, [height]), 279: (4, [len(data) // strips] * strips), 284: (3, [planes]),
+        254: (4, [subfile]),
+        256: (4, [width]),
+        257: (4, [height]),
+        258: (3, [8 * samples.itemsize] * bands),
+        259: (3, [1]),
+        262: (3, [(1 if bands == 1 else 2) if colours is None else colours]),
+        273: (4, [8 + strip * len(data) // strips for strip in range(strips)]),
+        274: (3, [orientation]),
+        277: (3, [bands]),
+        278: (4, [height]),
+        279: (4, [len(data) // strips] * strips),
+        284: (3, [planes]),
         339: (3, ["uif".index(samples.dtype.kind) + 1] * bands),
-    }  # fmt: skip
+    }
     body, entries = data + b"\0" * (len(data) % 2), b""
     for tag, (kind, values) in tags.items():
         packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)

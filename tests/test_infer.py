@@ -28,13 +28,13 @@ from pycocotools.coco import COCO
 import infer
 from datasets.images import read_image
 from datasets.masks import decode_rle, read_instance_mask
-from models import inference
-from models.fusion import Fusion
+from engine import inference, visualize
+from engine.results import Results
+from models.fusion import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
-from utils import checkpoint, lazy, visualize
+from utils import checkpoint, lazy
 from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
-from utils.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ call = partial(conftest.call, infer.main)
 
 
 BUNDLED = inference.DEFAULT_WEIGHTS[-1]
-SURE = Fusion(unsure=0)  # what a network that nobody trained finds is unsure
+FG_THRESH = FusionConfig(min_score=0)  # what a network that nobody trained finds is unsure
 
 
 def test_ids_of_a_coco_file(weights, tmp_path, capsys):
@@ -63,7 +63,7 @@ def test_ids_of_a_coco_file(weights, tmp_path, capsys):
     images = [{"id": 139, "file_name": "val2017/000000000139.jpg", "height": 40, "width": 60}]
     truth = tmp_path / "instances.json"
     truth.write_text(json.dumps({"images": images, "categories": [{"id": 1}], "annotations": []}))
-    options = ("--img", tmp_path, "--weights", weights, "--out", tmp_path / "out", "--fusion", "unsure=0")
+    options = ("--img", tmp_path, "--weights", weights, "--out", tmp_path / "out", "--fusion", "min_score=0")
     assert call(*options, "--coco-ids", truth) == 0
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert records and {record["image_id"] for record in records} == {139}
@@ -102,7 +102,7 @@ def write_kinds(folder, image):
 
 def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
     photographs = write_kinds(tmp_path / "in", noise(40, 60))
-    options = ("--weights", weights, "--out", tmp_path / "out", "--visualize", "--fusion", "unsure=0")
+    options = ("--weights", weights, "--out", tmp_path / "out", "--visualize", "--fusion", "min_score=0")
     assert call("--img", photographs, *options) == 0
     records = json.loads((tmp_path / "out" / "predictions.json").read_text())
     for path in photographs.iterdir():
@@ -138,7 +138,7 @@ def test_nothing_salient_is_a_valid_answer(weights, tmp_path):
 
 def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
     Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
-    options = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out", "--fusion", "unsure=0"]
+    options = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out", "--fusion", "min_score=0"]
     for count in (1, 2, 3):
         assert call(*options, "--count", count) == 0
         assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == count
@@ -287,7 +287,7 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
 
 
 def test_bfloat16_is_near_float32(weights):
-    exact, rounded = (inference.Predictor(weights, amp=amp, settings=SURE) for amp in ("off", "bf16"))
+    exact, rounded = (inference.Predictor(weights, amp=amp, settings=FG_THRESH) for amp in ("off", "bf16"))
     assert (exact.bf16, rounded.bf16) == (False, True)
     assert inference.Predictor(weights).bf16 == inference.bfloat16_pays(torch.device("cpu"))
     inputs = [exact.prepare(noise(50, 50))]
@@ -397,7 +397,7 @@ def test_start_imports_only_what_it_needs(weights, tmp_path):
 import sys
 import infer
 from utils.cli import InputError
-for wrong in (["--count", "x"], ["--img", "absent.jpg"], ["--img", "x.jpg", "--count", "2", "--method", "sinks"]):
+for wrong in (["--count", "x"], ["--img", "absent.jpg"], ["--img", "x.jpg", "--count", "2", "--method", "components"]):
     try:
         infer.main(wrong)
     except InputError:
@@ -411,8 +411,14 @@ names = ("torch torch._dynamo torch._inductor sympy triton matplotlib tensorboar
 print([name for name in names.split() if name in sys.modules])
 """
     arguments = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out"]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=240,
-                          cwd=inference.ROOT, env=conftest.environment())  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=inference.ROOT,
+        env=conftest.environment(),
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "False" and lines[-1] == "['torch']"
@@ -447,8 +453,12 @@ def test_another_package_of_our_name_is_told(tmp_path):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").touch()
     for script in ("import datasets; sys.path.insert(0, ROOT); import infer", "sys.path.append(ROOT); import infer"):
-        done = subprocess.run([sys.executable, "-c", f"import sys; ROOT = {str(inference.ROOT)!r}; {script}"],
-                              capture_output=True, text=True, cwd=tmp_path)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; ROOT = {str(inference.ROOT)!r}; {script}"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
         if "import datasets" in script:
             assert "another package called 'datasets' is imported already" in done.stderr.splitlines()[-1]
         else:
@@ -460,8 +470,13 @@ def test_output_that_nobody_takes_is_no_failure(tmp_path, closed):
     script = "from utils.cli import run; run(lambda: [print('b\\udcff\\u7167', flush=True) for _ in range(9)] and 7)"
     command = f"{sys.executable} -c {json.dumps(script)}"
     command += {"reader": " | head -1; exit ${PIPESTATUS[0]}", "before": " >&-", "full": " >/dev/full"}[closed]
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=inference.ROOT,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=inference.ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 7
     assert done.stdout == ("b\\udcff\\u7167\n" if closed == "reader" else "")
     assert done.stderr.count("\n") == (closed == "full"), done.stderr
@@ -498,7 +513,7 @@ def added(monkeypatch):
 def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background are born deaf to it
     photographs, out = make_photographs(tmp_path / "in", 12), tmp_path / "out"
-    options = ("--img", photographs, "--weights", weights, "--fusion", "unsure=0", "--batch-size", 1, "--workers", 1)
+    options = ("--img", photographs, "--weights", weights, "--fusion", "min_score=0", "--batch-size", 1, "--workers", 1)
     added.after[2] = lambda: (os.kill(os.getpid(), kind), time.sleep(0.5))
     assert call(*options, "--out", out) == code
     stopped = list(added.stems)
@@ -518,7 +533,7 @@ def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
 
 def test_what_is_done_again(weights, tmp_path, capsys, added):
     photographs, out = make_photographs(tmp_path / "in", 3), tmp_path / "out"
-    options = ("--weights", weights, "--out", out, "--fusion", "unsure=0")
+    options = ("--weights", weights, "--out", out, "--fusion", "min_score=0")
 
     def run_(*more, img=photographs):
         added.stems.clear()
@@ -536,7 +551,7 @@ def test_what_is_done_again(weights, tmp_path, capsys, added):
     capsys.readouterr()
     (photographs / "p01.png").write_text("no photograph any more")
     assert run_() == (1, ["p00"], ["p00", "p02"])
-    for more in (["--count", "2"], ["--visualize"], ["--fusion", "unsure=0", "power=7"]):
+    for more in (["--count", "2"], ["--visualize"], ["--fusion", "min_score=0", "power=7"]):
         before = (out / "predictions.json").read_bytes()
         assert call("--img", photographs / "p01.png", *options, *more) == 2
         assert (out / "predictions.json").read_bytes() == before, "nothing was done"
@@ -547,7 +562,7 @@ def test_what_is_done_again(weights, tmp_path, capsys, added):
 
 def test_runs_of_two_settings_at_once_are_told(weights, tmp_path, capsys, added):
     photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
-    options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "unsure=0")
+    options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "min_score=0")
     added.after[1] = lambda: call(*options, "--count", 2)
     assert call(*options, "--workers", 1) == 1
     assert "another run with other settings" in capsys.readouterr().err
@@ -567,7 +582,7 @@ def test_names_that_cannot_be_cost_themselves(weights, tmp_path, capsys):
         shutil.copy(photographs / "p00.png", photographs / name)
     Image.fromarray(noise(30, 30)).save(photographs / "a b.jpg")
     (out / "a b_overlay.png").mkdir(parents=True)
-    options = ("--weights", weights, "--out", out, "--fusion", "unsure=0")
+    options = ("--weights", weights, "--out", out, "--fusion", "min_score=0")
     files = [path for path in photographs.iterdir() if not path.name.startswith(("m", "a b"))]
     assert call("--img", photographs, tmp_path / "absent.png", *options) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -578,7 +593,7 @@ def test_names_that_cannot_be_cost_themselves(weights, tmp_path, capsys):
     assert all((out / f"{path.stem}_overlay.png").is_file() for path in files)
     assert not list(out.glob(".*.partial"))
     (tmp_path / "b").mkdir()
-    assert call("--img", *files, *files, "--weights", weights, "--out", tmp_path / "b", "--fusion", "unsure=0") == 0
+    assert call("--img", *files, *files, "--weights", weights, "--out", tmp_path / "b", "--fusion", "min_score=0") == 0
 
 
 def test_results_are_no_photographs(weights, tmp_path, capsys, added):
@@ -635,16 +650,36 @@ def test_images_that_programs_have(image, same):
 
 @pytest.mark.parametrize(
     "image",
-    [RGB / 255, RGB.astype(np.uint16), RGB > 9, torch.from_numpy(RGB), "x.jpg", Path("x.jpg"), RGB.tolist(), None,
-     RGB[:0], RGB[None], RGB.transpose(2, 0, 1), np.uint8(3), Image.new("F", (3, 3)), Image.new("I;16", (3, 3))],
-)  # fmt: skip
+    [
+        RGB / 255,
+        RGB.astype(np.uint16),
+        RGB > 9,
+        torch.from_numpy(RGB),
+        "x.jpg",
+        Path("x.jpg"),
+        RGB.tolist(),
+        None,
+        RGB[:0],
+        RGB[None],
+        RGB.transpose(2, 0, 1),
+        np.uint8(3),
+        Image.new("F", (3, 3)),
+        Image.new("I;16", (3, 3)),
+    ],
+)
 def test_images_that_are_none_are_told(image):
     with pytest.raises(InputError, match="^the image (is|has) .*; (give|convert)"):
         inference.as_rgb(image)
 
 
 def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
-    for wrong in ({"method": "best"}, {"amp": True}, {"count": -1}, {"count": 1.5}, {"count": 2, "method": "sinks"}):
+    for wrong in (
+        {"method": "best"},
+        {"amp": True},
+        {"count": -1},
+        {"count": 1.5},
+        {"count": 2, "method": "components"},
+    ):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
             inference.Predictor(weights, **wrong)
     for wrong in ({"device": "cuda:99"}, {"device": "gpu"}, {"settings": {"power": 3}}):
@@ -689,11 +724,11 @@ def test_a_forked_process_predicts(weights):
 
 
 def test_a_predictor_is_sent_by_its_file(weights):
-    predictor = inference.Predictor(weights, method="components", settings=SURE, amp="off")
+    predictor = inference.Predictor(weights, method="components", settings=FG_THRESH, amp="off")
     sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(predictor))
     assert len(sent) < 10_000, "no handle of each of its tensors"
     other = pickle.loads(sent)
-    assert (other.method, other.settings, other.bf16) == ("components", SURE, False)
+    assert (other.method, other.settings, other.bf16) == ("components", FG_THRESH, False)
     assert np.array_equal(other.predict(RGB).masks, predictor.predict(RGB).masks)
 
 

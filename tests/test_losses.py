@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from models.counting import counted_instances
+from models.grouping import split_labels_by_count
 from models.losses import (
     boundary_loss,
     centroid_count,
     centroid_loss,
-    counted_centroid_loss,
+    centroid_target_loss,
+    count_loss,
     divisors,
-    number_loss,
     subitizing_loss,
 )
 
@@ -88,37 +88,37 @@ def test_counted_instances_are_as_many_as_the_count():
     classes[20:30, 10:38] = 3
     classes[0, 39] = 5  # noise, no instance
     classes[18, :] = 255
-    three = counted_instances(classes, 3)
+    three = split_labels_by_count(classes, 3)
     assert three.max() == 3 and three[0, 39] == 0 and (three[18] == 0).all()
     assert len({three[5, 5].item(), three[5, 15].item(), three[25, 20].item()}) == 3
-    one = counted_instances(classes, 1)
+    one = split_labels_by_count(classes, 1)
     assert (one > 0).sum() == 10 * 28, "of too many, the largest"
-    four = counted_instances(classes, 4)
+    four = split_labels_by_count(classes, 4)
     assert four.max() == 4 and (four[20:30, 10:22] == four[25, 12]).all() and (four[20:30, 26:38] == four[25, 30]).all()
     assert four[25, 12] != four[25, 30], "of too few, the largest is halved"
-    assert counted_instances(classes * 0, 2).max() == 0
-    assert counted_instances(classes, 0).max() == 0
+    assert split_labels_by_count(classes * 0, 2).max() == 0
+    assert split_labels_by_count(classes, 0).max() == 0
 
 
 def test_counted_centroid_loss_is_the_distance_to_the_centres():
     classes = np.zeros((32, 40), np.uint8)
     classes[4:14, 4:14] = classes[20:30, 24:38] = 3
-    instances = torch.from_numpy(counted_instances(classes, 2))
+    instances = torch.from_numpy(split_labels_by_count(classes, 2))
     ideal = torch.zeros(2, 2, 32, 40)
     for number in (1, 2):
         place = instances == number
         ideal[:, :, place] = (POINTS[:, place].mean(1, keepdim=True) - POINTS[:, place])[None]
     instances = torch.stack([instances, torch.zeros_like(instances)])
-    assert counted_centroid_loss(ideal, instances).item() < 1e-5
+    assert centroid_target_loss(ideal, instances).item() < 1e-5
     # Off by (3, -1) in one of the two: half of |3| + |-1|; the photograph without a class does not speak.
     off = ideal + (instances == 1)[:, None] * torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
     off.requires_grad_()
-    loss = counted_centroid_loss(off, instances)
+    loss = centroid_target_loss(off, instances)
     loss.backward()
     assert loss.item() == pytest.approx(2.0, rel=1e-5), "instances weigh the same, whatever their size"
     assert off.grad[1].abs().max() == 0 and (off.grad[0].abs().sum(0) > 0)[instances[0] == 1].all()
     assert not off.grad[0][:, instances[0] == 0].any()
-    assert counted_centroid_loss(off, instances * 0).item() == 0
+    assert centroid_target_loss(off, instances * 0).item() == 0
 
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
@@ -145,7 +145,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts):
                 boundary_loss(b, y, 3, means and by.mean(0)[:3]),
                 centroid_loss(v, y, 3, means and by.mean(0)[:3]),
                 subitizing_loss(v, s, t, 2.0, subset=99, speaking=means and by.mean(0)[3]),
-                counted_centroid_loss(v, k, means and by.mean(0)[4]),
+                centroid_target_loss(v, k, means and by.mean(0)[4]),
             )
             weighted = torch.stack(terms) * len(y) / 5
             weighted.sum().backward()
@@ -170,10 +170,10 @@ def field_towards(*columns):
 
 def test_number_loss_by_hand():
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 1.0]])
-    wanted = [(0.925, 0.025, 0.025, 0.025), (0.025, 0.025, 0.025, 0.925)]  # one object; seven, which are MOST
+    wanted = [(0.925, 0.025, 0.025, 0.025), (0.025, 0.025, 0.025, 0.925)]  # one object; seven, which are MAX_COUNT
     total = [math.log(math.e**2 + 3), math.log(math.e + 3)]
     errors = [sum(w * (t - z) for w, z in zip(ws, zs)) for ws, t, zs in zip(wanted, total, logits.tolist())]
-    assert number_loss(logits, torch.tensor([1.0, 7.0])).item() == pytest.approx(sum(errors) / 2, rel=1e-5)
+    assert count_loss(logits, torch.tensor([1.0, 7.0])).item() == pytest.approx(sum(errors) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("start, count", [((20.0,), 2), ((14.0, 26.0), 1), ((20.0,), 1), ((14.0, 26.0), 2)])
@@ -208,6 +208,7 @@ def test_subitizing_loss_splits_and_merges_touching_discs(start, count):
 
 def test_each_of_k_pixels_has_one_kth_of_the_gradient():
     """The 1/K of Eq. 4: of twice as many pixels with the same centroids, each has half the gradient."""
+
     def gradients(copies):
         offsets = torch.zeros(1, 2, 8, 8 * copies, dtype=torch.float64)
         columns = torch.arange(8 * copies)

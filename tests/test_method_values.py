@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ops
-from models import pts
-from models.fusion import Fusion, score_of
-from models.losses import boundary_loss, centroid_loss, counted_centroid_loss, subitizing_loss
+from engine import pts
+from models.fusion import FusionConfig
+from models.losses import boundary_loss, centroid_loss, centroid_target_loss, subitizing_loss
+from models.scoring import score_of
 
 HEIGHT, WIDTH, RADIUS = 9, 11, 4
 
@@ -89,7 +90,7 @@ def test_an_instance_of_one_pixel_points_to_itself():
     instances[0, 1, 2] = 255
     offsets = torch.zeros(1, 2, 4, 5)
     offsets[0, :, 1, 2] = torch.tensor([3.0, -1.5])
-    assert counted_centroid_loss(offsets, instances).item() == pytest.approx(4.5)
+    assert centroid_target_loss(offsets, instances).item() == pytest.approx(4.5)
 
 
 # ---- pseudo labels of PTS, and scores
@@ -112,10 +113,12 @@ def test_the_crf_of_pts_starts_from_the_mean_of_union_and_s_and_a_share_of_the_f
     monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
     maps, inside = one_object()
     first = np.where(inside, 0.4, 0.6).astype(np.float32)
-    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion(), first, keep)
+    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig(), first, keep)
     assert found[24:40, 24:40] == pytest.approx((1 - keep) * (1 + 0.7) / 2 + keep * 0.4, abs=1e-5)
     assert found[:8] == pytest.approx((1 - keep) * 0.1 / 2 + keep * 0.6, abs=1e-5)
-    assert pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion())[:8] == pytest.approx(0.05, abs=1e-5)
+    assert pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig())[:8] == pytest.approx(
+        0.05, abs=1e-5
+    )
 
 
 def test_the_crf_of_pts_starts_from_the_product_of_odds(monkeypatch):
@@ -123,7 +126,7 @@ def test_the_crf_of_pts_starts_from_the_product_of_odds(monkeypatch):
     monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
     maps, inside = one_object()
     first = np.where(inside, 0.4, 0.6)
-    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, Fusion(), first, odds=(0.6, 1.7, -0.5))
+    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig(), first, odds=(0.6, 1.7, -0.5))
     odds = (0.85 / 0.15) ** 0.6 * (0.4 / 0.6) ** 1.7 * math.exp(-0.5)
     assert found[24:40, 24:40] == pytest.approx(odds / (1 + odds), abs=1e-5)
 
@@ -133,8 +136,9 @@ def test_only_known_classes_contradict_an_instance():
     (_, boundary, offsets), inside = one_object()
     classes = np.zeros((64, 64), np.uint8)
     classes[16:28, 16:48], classes[28:32, 16:48] = 1, 5
-    found = pts.instance_label(np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets), 1,
-                               Fusion(), classes)  # fmt: skip
+    found = pts.instance_label(
+        np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets), 1, FusionConfig(), classes
+    )
     assert (found[18:26, 18:46] == 1).all() and (found[29:31, 18:46] == 255).all() and (found[34:46, 18:46] == 1).all()
 
 

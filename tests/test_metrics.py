@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.masks import encode_rle
-from utils.metrics import (
+from engine.metrics import (
     IOU_THRESHOLDS,
     SaliencyMetrics,
     average_precision,

@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datasets.transforms import canny_edges, parse_canny
+from engine.pts import refresh
 from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention, pooled
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
-from models.counting import CountHead, certain, told
-from models.enhancement import BoundaryEnhancement, canny_edges, parse_canny
-from models.fusion import Fusion
-from models.opinion import SecondOpinion
-from models.pts import refresh
+from models.count_head import CountHead, expected_count, one_hot_count
+from models.enhancement import BoundaryEnhancement
+from models.fusion import FusionConfig
+from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint
 from utils.cli import InputError
@@ -46,8 +47,13 @@ def test_mixing_uses_the_shuffle_of_the_paper():
     assert torch.equal(stack[order], shuffled)
     with torch.no_grad():
         cfm.mix.weight.copy_(torch.cat([torch.zeros(20, 20), torch.eye(20)], 1)[..., None, None])
-    reduced = torch.cat([F.interpolate(f, (8, 8), mode="bilinear", align_corners=False)
-                         for f in cfm.reduction([torch.randn(1, 4, 8, 8)] * 5, (8, 8))], 1)  # fmt: skip
+    reduced = torch.cat(
+        [
+            F.interpolate(f, (8, 8), mode="bilinear", align_corners=False)
+            for f in cfm.reduction([torch.randn(1, 4, 8, 8)] * 5, (8, 8))
+        ],
+        1,
+    )
     cfm.reduction.forward = lambda features, grid: list(reduced.chunk(5, 1))
     cfm._activate = lambda mixed: mixed
     assert torch.allclose(cfm(None, (8, 8)), reduced[:, order], atol=1e-6)
@@ -249,7 +255,7 @@ def test_weights_travel_whole(tmp_path):
 
 
 def test_weights_with_a_setting_that_is_no_more_are_read(tmp_path):
-    net = WSIDNet(NetConfig(**SMALL), Fusion(power=7.0)).eval()
+    net = WSIDNet(NetConfig(**SMALL), FusionConfig(power=7.0)).eval()
     save_weights(net, tmp_path / "weights.pt")
     saved = checkpoint.load(tmp_path / "weights.pt")
     saved["fusion"]["likeness"] = 2.0
@@ -294,13 +300,13 @@ def test_count_head_learns_rare_numbers_as_well_as_the_common_one(counts):
     head = CountHead(8)
     features = counted_features(counts, signal=4)
     head.fit(CountHead.pool(features), counts.float())
-    tells = told(head(features))
+    tells = expected_count(head(features))
     for number in (1, 2, 3, 4):
         assert (tells[counts.clamp(max=4) == number] == number).float().mean() > 0.7
     assert not any(parameter.requires_grad for parameter in head.parameters())
     again = CountHead(8)
     again.load_state_dict(head.state_dict())
-    assert torch.equal(told(again(features)), tells)
+    assert torch.equal(expected_count(again(features)), tells)
 
 
 def test_count_head_is_the_regression_that_its_description_names(counts):
@@ -324,32 +330,32 @@ def test_count_head_in_doubt_tells_the_expected_number(counts):
     features = counted_features(counts, signal=0)
     head.fit(CountHead.pool(features) * 0, counts.float())
     mean = counts.clamp(max=4).float().mean().round()
-    assert (told(head([feature * 0 for feature in features])) == mean).all() and mean == 2
+    assert (expected_count(head([feature * 0 for feature in features])) == mean).all() and mean == 2
     features = counted_features(counts, signal=1)
     head.fit(CountHead.pool(features), counts.float())
-    assert (told(head(features)) - counts.clamp(max=4)).abs().max() <= 2
+    assert (expected_count(head(features)) - counts.clamp(max=4)).abs().max() <= 2
 
 
 def test_a_number_net_sees_a_small_square_and_serves_any_network():
     net = WSIDNet(NetConfig(**SMALL)).eval()
-    number = replace(net.config, number=32).number_net().eval()
-    assert not number.counting.linear.weight.any() and number.counting.linear.weight.requires_grad
-    torch.nn.init.normal_(number.counting.linear.bias, std=5)
+    number = replace(net.config, count_net=32).build_count_net().eval()
+    assert not number.count_head.linear.weight.any() and number.count_head.linear.weight.requires_grad
+    torch.nn.init.normal_(number.count_head.linear.bias, std=5)
     image = torch.rand(2, 3, 64, 64)
     assert number.features(image)[0].shape == number.features(torch.rand(2, 3, 32, 32))[0].shape
-    whole = with_parts(net, number=number).eval()
-    assert whole.config == replace(net.config, number=32)
+    whole = with_parts(net, count_net=number).eval()
+    assert whole.config == replace(net.config, count_net=32)
     before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
     assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
     mean = (net.branches(image, torch.zeros(2, 1, 64, 64))[2] + number(image)) / 2
     assert torch.equal(after[3], mean)
-    again = with_parts(whole, number=number)
+    again = with_parts(whole, count_net=number)
     assert again.config == whole.config
 
 
 def test_a_second_opinion_learns_the_rule_and_not_the_exception():
     """S is right of 95 of 100 cells, by a rule that the features hold; the opinion says what the rule does."""
-    opinion = SecondOpinion("mobilenetv2_100", 16, 32)
+    opinion = SaliencyPrior("mobilenetv2_100", 16, 32)
     torch.manual_seed(0)
     features = 3 + 2 * torch.randn(8000, len(opinion.mean))
     truth = features[:, 0] > features[:, 1]
@@ -368,33 +374,33 @@ def test_a_second_opinion_learns_the_rule_and_not_the_exception():
 
 def test_a_network_pools_its_saliency_with_the_second_opinion():
     net = WSIDNet(NetConfig(**SMALL)).eval()
-    opinion = replace(net.config, opinion=32).second_opinion().eval()
+    opinion = replace(net.config, saliency_prior=32).build_saliency_prior().eval()
     image, edges = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
     with torch.no_grad():
         assert opinion.logits(image).shape == (2, 1, 2, 2) and opinion.logits(image).std() > 0
-        whole = with_parts(net, opinion=opinion).eval()
+        whole = with_parts(net, saliency_prior=opinion).eval()
         before, after = net(image, edges), whole(image, edges)
         assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
         own = torch.nn.functional.interpolate(opinion.logits(image), (16, 16), mode="bilinear", align_corners=False)
-        of_s, of_opinion, prior = opinion.odds
+        of_s, of_opinion, prior = opinion.weights
         pooled = of_s * net.saliency.logits(image) + of_opinion * own + prior
         assert torch.allclose(after[0], pooled.sigmoid()[:, 0], atol=1e-6)
-        opinion.odds.copy_(torch.tensor([1.0, 0.0, 0.0]))
-        assert torch.allclose(with_parts(net, opinion=opinion).eval()(image, edges)[0], before[0], atol=1e-6)
-    assert with_parts(whole, number=replace(net.config, number=32).number_net()).config.opinion == 32
+        opinion.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        assert torch.allclose(with_parts(net, saliency_prior=opinion).eval()(image, edges)[0], before[0], atol=1e-6)
+    assert with_parts(whole, number=replace(net.config, count_net=32).build_count_net()).config.saliency_prior == 32
 
 
 def test_a_network_without_the_head_tells_no_number():
-    net = WSIDNet(NetConfig(**SMALL, counting=False)).eval()
-    assert told(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3]).tolist() == [0, 0]
+    net = WSIDNet(NetConfig(**SMALL, count_head=False)).eval()
+    assert expected_count(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3]).tolist() == [0, 0]
 
 
 def test_a_number_that_is_known_is_told():
-    assert [told(certain(count)).item() for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
+    assert [expected_count(one_hot_count(count)).item() for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
 
 
 def test_mean_offset_is_subtracted_in_evaluation_only():
-    net = NetConfig(**SMALL).boundary_centroid_net()
+    net = NetConfig(**SMALL).build_branches()
     net.centroid.mean_offset.copy_(torch.tensor([1.0, -2.0]).view(1, 2, 1, 1))
     image, edges = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
     trained, evaluated = net.train()(image, edges)[1], net.eval()(image, edges)[1]

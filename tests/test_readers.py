@@ -15,11 +15,11 @@ from datasets import check
 from datasets.images import image_size, read_image
 from datasets.labels import CLASS_INDEX, VOC_CLASSES, Sample
 from datasets.masks import encode_rle
-from datasets.pseudo_labels import SPREAD, write_pseudo_labels
 from datasets.sources import find_source, list_ground_truth, merge, read_ground_truth, read_source
 from datasets.training import TrainingImages, read_classes, read_map, read_samples, with_classes
-from models.counting import counted_instances
-from models.losses import counted_centroid_loss, subitizing_loss
+from engine.cam_labels import SPREAD, write_pseudo_labels
+from models.grouping import split_labels_by_count
+from models.losses import centroid_target_loss, subitizing_loss
 from utils.cli import InputError
 
 H, W = 32, 48
@@ -313,8 +313,10 @@ def coco(tmp_path):
 def test_coco_classes_counts_and_masks(coco):
     samples = read_source(coco)
     assert known(samples) == {
-        "000000000001": ((CAT, PERSON), 3), "000000000002": ((), 1), "000000000003": (None, None),
-    }  # fmt: skip
+        "000000000001": ((CAT, PERSON), 3),
+        "000000000002": ((), 1),
+        "000000000003": (None, None),
+    }
     expected = regions((255, 0, 0, 32, 1), (1, 2, 2, 22, 22), (2, 4, 4, 10, 10), (3, 10, 30, 20, 40), (4, 25, 0, 30, 6))
     np.testing.assert_array_equal(samples[0].mask.read(), expected)
     assert samples[0].mask.size() == (H, W) and samples[2].mask is None, "of the last nothing is known"
@@ -545,8 +547,14 @@ def labels_csv(folder, text, size=(W, H)):
 
 def test_layouts_are_recognized(voc, ilso, coco, tmp_path):
     labels_csv(tmp_path / "csv", "image,count\na.jpg,1\n")
-    expected = {voc: "PASCAL VOC", ilso: "ILSO", coco: "COCO", tmp_path / "csv": "labels.csv",
-                ilso / "images": "photographs", ilso / "images" / "*.jpg": "photographs"}  # fmt: skip
+    expected = {
+        voc: "PASCAL VOC",
+        ilso: "ILSO",
+        coco: "COCO",
+        tmp_path / "csv": "labels.csv",
+        ilso / "images": "photographs",
+        ilso / "images" / "*.jpg": "photographs",
+    }
     assert {path: find_source(path).layout.name for path in expected} == expected
     photographs = read_source(ilso / "images")
     assert photographs == [Sample(ilso / "images" / f"{stem}.jpg") for stem in "abc"]
@@ -666,8 +674,8 @@ def test_unknown_labels_leave_the_count_losses_out(tmp_path):
     offsets = torch.randn(1, 2, 8, 8, requires_grad=True)
     salient = torch.ones(1, 8, 8, dtype=torch.bool)
     for count, learns in ((item["count"], False), (torch.tensor(2.0), True)):
-        instances = torch.from_numpy(counted_instances(salient[0].numpy() * 1, int(count)))
-        loss = subitizing_loss(offsets, salient, count[None], 2.0) + counted_centroid_loss(offsets, instances[None])
+        instances = torch.from_numpy(split_labels_by_count(salient[0].numpy() * 1, int(count)))
+        loss = subitizing_loss(offsets, salient, count[None], 2.0) + centroid_target_loss(offsets, instances[None])
         assert (torch.autograd.grad(loss, offsets)[0] != 0).any() == learns
 
 
@@ -677,10 +685,19 @@ def test_unknown_labels_leave_the_count_losses_out(tmp_path):
 def test_check_of_sound_data(voc, ilso, coco, capsys):
     assert check.main([f"{voc}@Main/train", str(coco), str(ilso)]) == 0
     text = capsys.readouterr().out
-    for line in (f"{voc}@Main/train: PASCAL VOC", "images   3", "classes  cat: 1, person: 1, dog: 1",
-                 "counts   1: 1, 2: 1, not known: 1", "others   giraffe: 2", "masks    1", "problems 0",
-                 "classes  not known: 3",
-                 "counts   1: 1, 3: 1, not known: 1", "all together:", "images   9"):  # fmt: skip
+    for line in (
+        f"{voc}@Main/train: PASCAL VOC",
+        "images   3",
+        "classes  cat: 1, person: 1, dog: 1",
+        "counts   1: 1, 2: 1, not known: 1",
+        "others   giraffe: 2",
+        "masks    1",
+        "problems 0",
+        "classes  not known: 3",
+        "counts   1: 1, 3: 1, not known: 1",
+        "all together:",
+        "images   9",
+    ):
         assert line in text, line
 
 
@@ -795,8 +812,12 @@ def test_check_with_an_unknown_option():
 
 
 def test_check_as_a_command(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "datasets.check", tmp_path], capture_output=True, text=True,
-                          cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "datasets.check", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    )
     assert done.returncode == 2 and "nor another known layout" in done.stdout and not done.stderr
 
 

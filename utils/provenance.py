@@ -113,5 +113,7 @@ def _changes_of_photographs(before, now):
 def _require_none(folder, differences):
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise InputError(f"{folder} was made with other settings or inputs ({'; '.join(differences[:3])}{more}); go "
-                         "back to those, give another --out, or delete the folder to make it anew")  # fmt: skip
+        raise InputError(
+            f"{folder} was made with other settings or inputs ({'; '.join(differences[:3])}{more}); go "
+            "back to those, give another --out, or delete the folder to make it anew"
+        )

@@ -48,7 +48,7 @@ struct PairOperators {
     const at::Tensor b = checked_boundary(boundary, radius), l = labels.contiguous();
     at::Tensor result = at::zeros({grid.n, 2, grid.height, grid.width}, b.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "affinity_entropy", [&] {
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "boundary_pair_loss", [&] {
         Backend<scalar_t>::entropy(b.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
                                    result.mutable_data_ptr<scalar_t>());
       });
@@ -78,7 +78,7 @@ struct PairOperators {
     const at::Tensor v = offsets.contiguous(), l = labels.contiguous();
     at::Tensor result = at::zeros(l.sizes(), l.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_error", [&] {
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_pair_loss", [&] {
         Backend<scalar_t>::error(v.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
                                  result.mutable_data_ptr<scalar_t>());
       });
@@ -103,9 +103,9 @@ struct PairOperators {
 
   static void implement(torch::Library& m) {
     m.impl("pair_counts", &counts);
-    m.impl("affinity_entropy", &entropy);
+    m.impl("boundary_pair_loss", &entropy);
     m.impl("affinity_entropy_backward", &entropy_backward);
-    m.impl("displacement_error", &error);
+    m.impl("displacement_pair_loss", &error);
     m.impl("displacement_error_backward", &error_backward);
   }
 };

@@ -9,8 +9,9 @@ import cv2
 import numpy as np
 
 from datasets.masks import prediction_records
-from models import MOST
-from utils import checkpoint, digest, visualize
+from engine import visualize
+from models import MAX_INSTANCES
+from utils import checkpoint, digest
 from utils.cli import InputError
 
 PICTURES = ("instances", "overlay")
@@ -60,11 +61,18 @@ class Results:
                 continue
             over = [p for p in self.pictures(path.stem) if os.path.join(home, p.name) in photographs]
             if path.stem in kept:
-                errors.append(InputError(f"{path} and {kept[path.stem]} would write the same files, and it was left "
-                                         "out; rename it or give it another --out"))  # fmt: skip
+                errors.append(
+                    InputError(
+                        f"{path} and {kept[path.stem]} would write the same files, and it was left "
+                        "out; rename it or give it another --out"
+                    )
+                )
             elif over:
-                errors.append(InputError(f"the result {over[0]} would replace a photograph, so {path} was left out; "
-                                         "choose another --out"))  # fmt: skip
+                errors.append(
+                    InputError(
+                        f"the result {over[0]} would replace a photograph, so {path} was left out; choose another --out"
+                    )
+                )
             else:
                 kept[path.stem] = path
         return list(kept.values()), errors
@@ -73,10 +81,12 @@ class Results:
         """Those of ``paths`` whose results are not there, or are those of other contents."""
         done = _read(self.journal)
         return [
-            path for path in paths
-            if path.stem not in done or done[path.stem]["made_from"] != self._made_from(path)
+            path
+            for path in paths
+            if path.stem not in done
+            or done[path.stem]["made_from"] != self._made_from(path)
             or not all(map(os.path.exists, self.pictures(path.stem)))
-        ]  # fmt: skip
+        ]
 
     def add(self, path, image, prediction):
         """Write the results of the photograph ``path``, uint8 RGB [H,W,3]; returns its pictures.
@@ -84,8 +94,11 @@ class Results:
         InputError when they cannot be written.
         """
         self._begin()
-        entry = {"image_id": path.stem, "made_from": self._made_from(path),
-                 "records": write_results(self.pictures(path.stem), path.stem, image, prediction)}  # fmt: skip
+        entry = {
+            "image_id": path.stem,
+            "made_from": self._made_from(path),
+            "records": write_results(self.pictures(path.stem), path.stem, image, prediction),
+        }
         try:
             # One write, which the system keeps apart from those of others; a line that a kill cuts short ends here.
             self.file.write(b"\n" + json.dumps(entry).encode())
@@ -100,8 +113,10 @@ class Results:
         None returned. InputError when it cannot be written, or when meanwhile results of another identity were.
         """
         if self.file and not self.journal.exists():
-            raise InputError(f"another run with other settings wrote to {self.folder} meanwhile; give the command "
-                             "again with an --out of its own")  # fmt: skip
+            raise InputError(
+                f"another run with other settings wrote to {self.folder} meanwhile; give the command "
+                "again with an --out of its own"
+            )
         if not _read(self.journal):
             return None
         order = {path.stem: place for place, path in enumerate(paths)}
@@ -140,8 +155,10 @@ class Results:
                 (self.folder / "predictions.json").unlink(missing_ok=True)
                 for other in self.folder.glob("finished-*.jsonl"):
                     if other != self.journal:
-                        print(f"{self.folder} holds results of other settings or weights: their records are removed, "
-                              "pictures of photographs that are not done again stay")  # fmt: skip
+                        print(
+                            f"{self.folder} holds results of other settings or weights: their records are removed, "
+                            "pictures of photographs that are not done again stay"
+                        )
                         other.unlink(missing_ok=True)
                 self.file = open(self.journal, "ab", buffering=0)
             except OSError as error:
@@ -162,7 +179,7 @@ def write_results(pictures, stem, image, prediction):
 def label_map(masks):
     """Disjoint bool masks [n,H,W] as uint8 [H,W]: 0 background, 1..n; those beyond the 254th are left out."""
     labels = np.zeros(masks.shape[1:], np.uint8)
-    for number, mask in enumerate(masks[:MOST], 1):
+    for number, mask in enumerate(masks[:MAX_INSTANCES], 1):
         labels[mask] = number
     return labels
 

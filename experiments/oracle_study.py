@@ -1,7 +1,7 @@
 """Where instances are lost: the network's answers replaced by the truth, one after another.
 
-    python -m experiments.stages --data data/val --gpu -1
-    python -m experiments.stages --weights runs/mine/weights_pts.pt --data data/val
+    python -m experiments.oracle_study --data data/val --gpu -1
+    python -m experiments.oracle_study --weights runs/mine/weights_pts.pt --data data/val
 
 A row that gains much names a stage that limits. S is the saliency, B the boundary, V the offsets, T the number of
 objects; what is missing with all four true is the fusion's and the grid's.
@@ -17,13 +17,13 @@ from scipy import ndimage
 from datasets.images import read_image
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
+from engine.metrics import match_instances, summarize
+from engine.predictions import check_size
+from engine.report import format_table
 from infer import Predictor
-from models.counting import certain
+from models.count_head import one_hot_count
 from utils.cli import InputError, Parser, integer, path_of, run, select_device
-from utils.metrics import match_instances, summarize
-from utils.predictions import check_size
 from utils.progress import tqdm
-from utils.report import format_table
 
 TRUE = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
 ROWS = {"as it is": ""} | {f"{', '.join(true)} true": true for true in TRUE}
@@ -57,12 +57,12 @@ def true_maps(gt, grid):
 def with_truth(maps, gt, replaced):
     """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true."""
     *values, count = true_maps(gt, maps.saliency.shape)
-    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "shares"), (*values, certain(count)))))
+    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "shares"), (*values, one_hot_count(count)))))
     return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
 
 
 def get_args_parser():
-    parser = Parser(prog="python -m experiments.stages", description=__doc__)
+    parser = Parser(prog="python -m experiments.oracle_study", description=__doc__)
     parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from scipy.special import expit, logit
 
-from datasets.crf import refine_saliency
 from datasets.labels import IGNORE
-from models.counting import components, divide
-from models.fusion import fuse, instance_masks, masks_of, walk
-from models.opinion import pool_odds
+from engine.crf import refine_saliency
+from models.fusion import fuse, instance_masks, walk
+from models.grouping import components, masks_of, split_regions
+from models.saliency_prior import combine_logits
 
-SURE, SURELY_NOT = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
+FG_THRESH, BG_THRESH = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
 
 
 def refresh(previous, current, iteration):
@@ -38,7 +38,7 @@ def pseudo_label(image, maps, count, settings, first=None, keep=0.0, odds=None):
     as in ``fuse``.
     The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
     first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
-    know; keep: its share in what the CRF starts from; odds: or the weights of ``pool_odds`` [ours].
+    know; keep: its share in what the CRF starts from; odds: or the weights of ``combine_logits`` [ours].
     Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
     """
     saliency, boundary, offsets = maps
@@ -49,7 +49,7 @@ def pseudo_label(image, maps, count, settings, first=None, keep=0.0, odds=None):
     soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
     foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
     if first is not None and odds:
-        foreground = expit(pool_odds(logit(foreground), logit(first), odds))
+        foreground = expit(combine_logits(logit(foreground), logit(first), odds))
     elif first is not None:
         foreground = (1 - keep) * foreground + keep * first
     return refine_saliency(image, foreground)
@@ -87,26 +87,26 @@ def instance_label(label, maps, count, settings, classes=None, by_class=False):
     by_class: objects of two classes come apart by the class labels, where they know several in the region, and V
     divides within a class.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
-    instances, each of ``settings.smallest`` of the image: then V has not understood the photograph.
+    instances, each of ``settings.min_area`` of the image: then V has not understood the photograph.
     """
     _, boundary, offsets = maps
     saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
-    region, least = saliency.numpy() > settings.salient, settings.smallest * saliency.numel()
+    region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
     if by_class:
         names = cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
         parts, rest = parts_of_classes(region, names, count, least)
     else:
         parts, rest = components(region, least), []
-    parts = divide(parts, count, offsets.numpy())
+    parts = split_regions(parts, count, offsets.numpy())
     if len(parts) != count:
         return None
     # Where the region ends is settled, and a small part has as much of a say as a large one.
-    peaks = replace(settings, share="peak")
+    peaks = replace(settings, mask_rule="peak")
     shares = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, peaks)
     shares = torch.nn.functional.interpolate(shares[None], label.shape, mode="bilinear")[0]
     nearest = shares.argmax(0).numpy().astype(np.uint8) + 1
     nearest[nearest > count] = IGNORE
-    result = np.where(label > SURE, nearest, np.where(label < SURELY_NOT, 0, IGNORE)).astype(np.uint8)
+    result = np.where(label > FG_THRESH, nearest, np.where(label < BG_THRESH, 0, IGNORE)).astype(np.uint8)
     if classes is not None:
         known = (classes > 0) & (classes != IGNORE)
         for number in range(1, count + 1):
@@ -114,4 +114,4 @@ def instance_label(label, maps, count, settings, classes=None, by_class=False):
             if inside.any():
                 result[inside & (classes != np.bincount(classes[inside]).argmax())] = IGNORE
     size = np.bincount(result.ravel(), minlength=count + 1)[1 : count + 1]
-    return result if size.min() >= settings.smallest * result.size else None
+    return result if size.min() >= settings.min_area * result.size else None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.training import ResumableSampler, training_loader
+from datasets.loader import ResumableSampler, training_loader
 from utils import checkpoint, distributed
 from utils.cli import InputError, Stopped, integer, number, stop_signal
 from utils.progress import tqdm
@@ -60,11 +60,17 @@ def add_machine_arguments(parser, workers="processes that load images and run th
     machine.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     machine.add_argument("--workers", type=integer(0, 256), default=2, help=workers)
     machine.add_argument("--amp", choices=("off", "bf16"), default="off", help="the network in bfloat16")
-    machine.add_argument("--accumulate", type=integer(1), default=1, metavar="N",
-                         help="compute each batch in N parts, for a GPU that cannot hold it")  # fmt: skip
+    machine.add_argument(
+        "--accumulate",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="compute each batch in N parts, for a GPU that cannot hold it",
+    )
     machine.add_argument("--compile", action="store_true", help="let torch.compile fuse the network")
-    machine.add_argument("--deterministic", action="store_true",
-                         help="on a GPU too, the same weights every time, as far as PyTorch can")  # fmt: skip
+    machine.add_argument(
+        "--deterministic", action="store_true", help="on a GPU too, the same weights every time, as far as PyTorch can"
+    )
     machine.add_argument("--seed", type=integer(0, LARGEST_SEED), default=0, help="of everything random")
     machine.add_argument("--save-seconds", type=number(0), default=60, help="time between two checkpoints")
 
@@ -153,9 +159,13 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
         # The branches leave the backbone's last convolution, which the classifier uses, without a gradient.
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     loader = training_loader(
-        dataset, batch_size=schedule.batch_size, epochs=schedule.epochs, workers=schedule.workers, start=start,
+        dataset,
+        batch_size=schedule.batch_size,
+        epochs=schedule.epochs,
+        workers=schedule.workers,
+        start=start,
         pin=device.type == "cuda",
-    )  # fmt: skip
+    )
     steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_first())
     saved_at = logged_at = time.monotonic()
     with stop_signal() as stopped, loader as batches:
@@ -165,7 +175,7 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
                 if step > start and time.monotonic() - saved_at > schedule.save_seconds:
                     save(step)
                     saved_at = time.monotonic()
-            if distributed.anywhere(stopped.is_set()):
+            if distributed.any_rank(stopped.is_set()):
                 with distributed.together():
                     save(step)
                 raise Stopped

@@ -5,10 +5,10 @@ import colorsys
 import cv2
 import numpy as np
 
-from datasets.training import load_square, read_map, to_tensor
+from datasets.training import read_map
+from datasets.transforms import load_square, network_input, to_tensor
 from models.classifier import CAM_SIZE, activations
-from models.enhancement import network_input
-from models.fusion import find_clusters
+from models.grouping import find_clusters
 
 
 def instance_colours(count):

@@ -16,11 +16,12 @@ from PIL import Image
 
 from datasets.images import read_image
 from datasets.masks import read_saliency_mask
-from datasets.training import resize
-from models import AMP, METHODS, MOST
-from models.counting import certain, told
-from models.enhancement import network_input
-from models.fusion import Fusion, connected_components, fuse, guesses, instance_masks
+from datasets.transforms import network_input, resize
+from models import AMP, MAX_INSTANCES, METHODS
+from models.count_head import expected_count, one_hot_count
+from models.fusion import FusionConfig, fuse, instance_masks
+from models.grouping import connected_components
+from models.scoring import count_hypotheses
 from models.wsid_net import goes_on_from, load_weights
 from ops import compiled
 from utils import digest
@@ -44,8 +45,10 @@ def default_weights():
         if path.exists():
             progressive, before = DEFAULT_WEIGHTS[:2]
             if path == progressive and before.exists() and not goes_on_from(progressive, before):
-                raise InputError(f"{progressive} was made from another {before.name} than the one beside it; run "
-                                 "train_pts.py anew, or name one of them with --weights")  # fmt: skip
+                raise InputError(
+                    f"{progressive} was made from another {before.name} than the one beside it; run "
+                    "train_pts.py anew, or name one of them with --weights"
+                )
             return path
     raise InputError(f"there are no weights at {DEFAULT_WEIGHTS[-1]}; train a run or name a file with --weights")
 
@@ -70,14 +73,14 @@ class Prediction:
 class Maps(NamedTuple):
     """What the network says of one photograph, float32 on the stride-4 grid: S [h,w], B [h,w], V [2,h,w].
 
-    shares: the probabilities of 1, 2, ... objects [M], all 0 when the network does not tell their number. ready: the
-    CUDA event after which they hold their values, None on the CPU.
+    count_probs: the probabilities of 1, 2, ... objects [M], all 0 for a network without a count head. ready: the CUDA
+    event after which they hold their values, None on the CPU.
     """
 
     saliency: torch.Tensor
     boundary: torch.Tensor
     offsets: torch.Tensor
-    shares: torch.Tensor
+    count_probs: torch.Tensor
     ready: Any = None
 
 
@@ -96,7 +99,7 @@ class Predictor:
     weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
     method: "wsid"; "sinks", the centroids as the paper finds them, whatever the number of objects may be; or
     "components", the connected components of S: the baseline.
-    settings: a models.fusion.Fusion, or what differs from the one in the weights, as NAME=VALUE strings.
+    settings: a models.fusion.FusionConfig, or what differs from the one in the weights, as NAME=VALUE strings.
     count: the number of objects where it is known; 0 lets the network tell it.
     amp: the network in bfloat16, "auto" (where it pays), "bf16" or "off".
     Raises InputError when the weights cannot be used, or when another argument is none of these.
@@ -110,14 +113,18 @@ class Predictor:
         for name, value, known in (("method", method, METHODS), ("amp", amp, AMP)):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; give {', '.join(map(repr, known))}")
-        if not isinstance(count, int | np.integer) or not 0 <= count <= MOST or (count and method != "wsid"):
-            raise InputError(f'count={count!r} is not understood; give 0 or, with method "wsid", up to {MOST}')
-        if not isinstance(settings, Fusion | list | tuple | None):
-            raise InputError(f"settings={settings!r} are none; give a models.fusion.Fusion, or as in ['power=10']")
+        if not isinstance(count, int | np.integer) or not 0 <= count <= MAX_INSTANCES or (count and method != "wsid"):
+            raise InputError(f'count={count!r} is not understood; give 0 or, with method "wsid", up to {MAX_INSTANCES}')
+        if not isinstance(settings, FusionConfig | list | tuple | None):
+            raise InputError(
+                f"settings={settings!r} are none; give a models.fusion.FusionConfig, or as in ['power=10']"
+            )
         self.weights = Path(weights) if weights else default_weights()
         self.device, self.method, self.count = _usable(device), method, int(count)
         self.net = load_weights(self.weights, self.device)
-        self.settings = settings if isinstance(settings, Fusion) else Fusion.of(settings or (), self.net.fusion)
+        self.settings = (
+            settings if isinstance(settings, FusionConfig) else FusionConfig.of(settings or (), self.net.fusion)
+        )
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
         self.process = os.getpid()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -132,12 +139,16 @@ class Predictor:
 
     def identity(self):
         """What its answers depend on beside the photographs and the machine, as a plain value."""
-        code = [path for part in ("models", "ops", "datasets") for path in sorted((ROOT / part).glob("*.py"))]
+        code = [path for part in ("models", "ops", "datasets", "engine") for path in sorted((ROOT / part).glob("*.py"))]
         return {
-            "weights": digest.of_file(self.weights), "method": self.method, "count": self.count,
-            "settings": asdict(self.settings), "bf16": self.bf16, "device": self.device.type,
+            "weights": digest.of_file(self.weights),
+            "method": self.method,
+            "count": self.count,
+            "settings": asdict(self.settings),
+            "bf16": self.bf16,
+            "device": self.device.type,
             "code": digest.of_files(code),
-        }  # fmt: skip
+        }
 
     def predict(self, image, saliency=None):
         """image: uint8 RGB [H,W,3], or whatever else ``as_rgb`` takes, of any size; saliency: float [H,W] in 0..1 in
@@ -210,16 +221,15 @@ class Predictor:
                 s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
                 s = s[0, 0].clamp(0, 1)
             seen, edges, field = (m.cpu().numpy() for m in (s, b, v))
-            alternatives = ()
+            hypotheses = []
             if self.method == "components":
                 soft, centroids = connected_components(seen, self.settings)
-            elif self.method == "sinks":
-                soft, centroids = fuse(s, b, v, self.settings)
             else:
-                shares = certain(self.count) if self.count else maps.shares.cpu()
-                soft, centroids = fuse(s, b, v, self.settings, int(told(shares)))
-                alternatives = guesses(seen, field, shares, self.settings)
-            masks, scores, kept = instance_masks(soft, s, size, self.settings, alternatives)
+                count_probs = one_hot_count(self.count) if self.count else maps.count_probs.cpu()
+                by_count = self.count or self.settings.grouping == "count"
+                soft, centroids = fuse(s, b, v, self.settings, int(expected_count(count_probs)) if by_count else 0)
+                hypotheses = count_hypotheses(seen, field, count_probs, self.settings)
+            masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
         height, width = size
         centroids = (centroids[kept] + 0.5) * (np.array(size) / seen.shape) - 0.5
         seen, edges = (cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (seen, edges))

@@ -17,7 +17,7 @@ def settings_of(run):
 
 
 def write(run, name, summary):
-    """Put the main figures of utils.metrics.summarize beside the run's settings, in run/val/``name``."""
+    """Put the main figures of engine.metrics.summarize beside the run's settings, in run/val/``name``."""
     from torch.utils.tensorboard import SummaryWriter  # here, because few evaluations are put there
 
     figures = {

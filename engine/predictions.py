@@ -1,12 +1,12 @@
 """What a method found, from disk: masks with scores, in the three forms that methods write.
 
-    predictions.json         COCO result records, or a whole COCO dictionary whose annotations have scores; a folder
-                             with this file in it, such as infer.py's, is read as the file. image_id is the stem of
-                             the mask file, or a name or number that tells it: see ``group_records``
-    folder of label maps     <stem>.png: 0 background, 1..254 instances. Label n scores 1 / n, unless scores.csv says
-                             otherwise in the columns file,label,score
-    folder of masks          <stem>_<k>.png, one an instance: 0 background, one other value; and scores.csv with the
-                             columns file,score
+predictions.json         COCO result records, or a whole COCO dictionary whose annotations have scores; a folder
+                         with this file in it, such as infer.py's, is read as the file. image_id is the stem of
+                         the mask file, or a name or number that tells it: see ``group_records``
+folder of label maps     <stem>.png: 0 background, 1..254 instances. Label n scores 1 / n, unless scores.csv says
+                         otherwise in the columns file,label,score
+folder of masks          <stem>_<k>.png, one an instance: 0 background, one other value; and scores.csv with the
+                         columns file,score
 """
 
 import csv
@@ -66,15 +66,19 @@ def group_records(records, source, images, gt_masks):
     for number, (image_id, segmentation, score) in enumerate(checked):
         where, stem = f"{source}[{number}]", stems[image_id]
         if stem is None:
-            raise InputError(f"{where} is of the image {image_id!r}, which has no ground truth; "
-                             "add a mask or leave it out")  # fmt: skip
+            raise InputError(
+                f"{where} is of the image {image_id!r}, which has no ground truth; add a mask or leave it out"
+            )
         if seen.setdefault((stem, score, json.dumps(segmentation)), number) != number:
             repeated.append(number)
         decode = partial(_decode, where, segmentation, _size_of(images.get(image_id)))
         found.setdefault(stem, []).append((decode, score))
     if repeated:
-        print(f"warning: {len(repeated)} records of {source}, [{repeated[0]}] the first, repeat others to the last "
-              "digit, and count as false positives; was something joined twice?", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {len(repeated)} records of {source}, [{repeated[0]}] the first, repeat others to the last "
+            "digit, and count as false positives; was something joined twice?",
+            file=sys.stderr,
+        )
     return {stem: partial(_load_each, instances) for stem, instances in found.items()}
 
 
@@ -124,9 +128,10 @@ def _listed_images(data):
     """{id: image} of the images of a COCO dictionary that have an id and a file_name; {} of anything else."""
     images = data.get("images") if isinstance(data, dict) else None
     usable = [
-        image for image in (images if isinstance(images, list) else ())
+        image
+        for image in (images if isinstance(images, list) else ())
         if isinstance(image, dict) and _is_id(image.get("id")) and isinstance(image.get("file_name"), str)
-    ]  # fmt: skip
+    ]
     return {image["id"]: image for image in usable}
 
 
@@ -183,8 +188,9 @@ def _stems_of(image_ids, source, images, gt_masks):
     first = {}
     for image_id, stem in stems.items():
         if stem is not None and first.setdefault(stem, image_id) != image_id:
-            raise InputError(f"{source} calls the image {stem} both {first[stem]!r} and {image_id!r}; "
-                             "give each image one image_id")  # fmt: skip
+            raise InputError(
+                f"{source} calls the image {stem} both {first[stem]!r} and {image_id!r}; give each image one image_id"
+            )
     return stems
 
 
@@ -335,7 +341,11 @@ def _is_rle(value):
 
 def _are_polygons(value):
     """Whether value is a list of outlines [x, y, x, y, ...] of three points or more."""
-    return bool(value) and isinstance(value, list) and all(
-        isinstance(outline, list) and len(outline) > 5 and len(outline) % 2 == 0 and all(map(_is_number, outline))
-        for outline in value
-    )  # fmt: skip
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(
+            isinstance(outline, list) and len(outline) > 5 and len(outline) % 2 == 0 and all(map(_is_number, outline))
+            for outline in value
+        )
+    )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.crf import refine_labels, refine_saliency
 from datasets.labels import IGNORE
-from datasets.training import load_square, resize
+from datasets.transforms import load_square, resize
+from engine.crf import refine_labels, refine_saliency
 from utils import checkpoint, digest
 from utils.cli import InputError
 
@@ -34,8 +34,8 @@ class CamThresholds:
 
 # Plain activations fade from a peak, spread ones (models.classifier.spread_activations) are flat over the object.
 # even and power were chosen on the validation split for both; .30 and .05 are IRN's.
-PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, background=0.05)
-SPREAD = CamThresholds(even=0.6, power=2, foreground=0.7, background=0.5)
+PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, mask_thresh=0.05)
+SPREAD = CamThresholds(even=0.6, power=2, foreground=0.7, mask_thresh=0.5)
 
 
 def foreground_probability(activation, thresholds):

@@ -21,9 +21,7 @@ def crf(image, probabilities):
     model = dcrf.DenseCRF2D(width, height, labels)
     model.setUnaryEnergy(np.ascontiguousarray(unary))
     model.addPairwiseGaussian(sxy=SIGMA_GAMMA * scale, compat=W2)
-    model.addPairwiseBilateral(
-        sxy=SIGMA_ALPHA * scale, srgb=SIGMA_BETA, rgbim=np.ascontiguousarray(image), compat=W1
-    )
+    model.addPairwiseBilateral(sxy=SIGMA_ALPHA * scale, srgb=SIGMA_BETA, rgbim=np.ascontiguousarray(image), compat=W1)
     return np.array(model.inference(ITERATIONS), dtype=np.float32).reshape(labels, height, width)
 
 

@@ -1,7 +1,7 @@
 """What an evaluation shows: the table, and one HTML page with the curves and the best and worst images.
 
 The page needs no other file and no network: its pictures are data URIs, its curves SVG. Methods are given as any
-objects with a name, ``found`` ({stem: load} of utils.predictions) and ``results`` ({stem: ImageResult}).
+objects with a name, ``found`` ({stem: load} of engine.predictions) and ``results`` ({stem: ImageResult}).
 """
 
 import base64
@@ -13,9 +13,9 @@ import numpy as np
 from datasets.images import read_image
 from datasets.labels import fail
 from datasets.masks import VOID
+from engine.metrics import RECALLS, average_precision, pooled_precision
+from engine.predictions import check_size
 from utils.cli import InputError
-from utils.metrics import RECALLS, average_precision, pooled_precision
-from utils.predictions import check_size
 
 SHOWN = 10  # images at either end of the ranking
 SIDE, QUALITY = 320, 80  # the longer side of a picture in pixels, and its JPEG quality: some 15 kB each
@@ -44,7 +44,7 @@ figcaption { font-size: .85em; overflow-wrap: anywhere }
 
 
 def format_table(summaries):
-    """{method: summary of utils.metrics.summarize} as aligned text, a row per method."""
+    """{method: summary of engine.metrics.summarize} as aligned text, a row per method."""
     groups, rows = _table(summaries)
     widths = [[max(len(column), 5) + 1 + (column == columns[0]) for column in columns] for _, columns in groups]
     first = max(map(len, ["method", *rows])) + 1
@@ -155,7 +155,7 @@ def image_ap(result):
 
 def tint(image, masks):
     """uint8 RGB [H, W, 3] with masks, a list of bool [H, W] whose first lies on top, tinted and outlined."""
-    from utils.visualize import instance_colours  # here, because that module brings the networks with it
+    from engine.visualize import instance_colours
 
     picture = image.copy()
     for mask, colour in reversed(list(zip(masks, instance_colours(len(masks))))):

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import Backbone, at_size
-from models.counting import fit_convex, mean_and_scale
+from models.count_head import fit_convex, mean_and_scale
 
-SUREST = math.log(99)  # an opinion counts as no surer than 99 to 1
+MAX_LOGIT = math.log(99)  # an opinion counts as no surer than 99 to 1
 
 
-def pool_odds(network, other, weights):
+def combine_logits(network, other, weights):
     """Two opinions on what is foreground as one, by their odds: both must agree [ours].
 
     What stands beside an object in many photographs, the log under a bird or the keyboard before a screen, the network
@@ -21,19 +21,19 @@ def pool_odds(network, other, weights):
     two, and the logarithm of the odds where both are even. Returns the logarithm of the odds of both together.
     """
     of_network, of_other, prior = weights
-    return of_network * network.clip(-SUREST, SUREST) + of_other * other.clip(-SUREST, SUREST) + prior
+    return of_network * network.clip(-MAX_LOGIT, MAX_LOGIT) + of_other * other.clip(-MAX_LOGIT, MAX_LOGIT) + prior
 
 
-class SecondOpinion(nn.Module):
+class SaliencyPrior(nn.Module):
     """What is salient by a logistic regression on f4 and f5 of a backbone that stays as ImageNet left it [ours].
 
     It learns from S itself. But S comes of labels that a network before it gave, and is rich enough to learn their
     exceptions too: this log belongs to the bird, those do not. A linear layer can only follow the rule. So the two err
-    in different places, and pool their odds (``pool_odds``).
+    in different places, and pool their odds (``combine_logits``).
     size: the side of the square it looks at, pixels. odds: the weights of S, of this and of neither.
     """
 
-    ODDS = (0.65, 0.92, -0.75)  # from the validation split
+    WEIGHTS = (0.65, 0.92, -0.75)  # from the validation split
 
     def __init__(self, backbone, output_stride, size):
         super().__init__()
@@ -42,7 +42,7 @@ class SecondOpinion(nn.Module):
         channels = sum(self.backbone.channels[3:])
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("scale", torch.ones(channels, 1, 1))
-        self.register_buffer("odds", torch.tensor(self.ODDS))
+        self.register_buffer("weights", torch.tensor(self.WEIGHTS))
         self.linear = nn.Conv2d(channels, 1, 1)
         self.requires_grad_(False)
 
@@ -58,7 +58,7 @@ class SecondOpinion(nn.Module):
     def forward(self, image, saliency):
         """RGB [N,3,H,W] in 0..1 and the logits of S [N,1,h,w] on any grid -> those of both together, on that grid."""
         own = F.interpolate(self.logits(image).float(), saliency.shape[-2:], mode="bilinear", align_corners=False)
-        return pool_odds(saliency.float(), own, self.odds)
+        return combine_logits(saliency.float(), own, self.weights)
 
     def fit(self, features, saliency, decay=0.1):
         """Learn what S says of single cells: cross entropy, with a penalty on the squared weights.

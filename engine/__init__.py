@@ -1,0 +1,1 @@
+"""Training, labelling, inference and evaluation: what the scripts call."""
