@@ -3,7 +3,9 @@
 import argparse
 import re
 import shlex
+import sys
 from dataclasses import fields
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
@@ -19,8 +21,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 CURRENT = [page for page in PAGES if page not in HISTORY]
 ALL = sorted({*PAGES, *HISTORY})
 
-SCRIPT = re.compile(r"(?:-m ((?:datasets|experiments|utils)\.\w+)|((?:benchmarks/)?\w+\.py))$")
-FOREIGN = {"setup.py", "pipeline.py"}  # scripts without a parser of ours, with its folder left out
+SCRIPT = re.compile(r"(?:benchmarks/)?(?!setup\.py)\w+\.py")
+MODULE = re.compile(r"(?:datasets|experiments)\.\w+")
 FOREIGN_OPTIONS = {
     "--inplace",
     "--force",
@@ -73,10 +75,9 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
                 words = shlex.split(command)
             except ValueError:  # prose in a block
                 continue
-            for end in range(1, len(words) + 1):
-                match = SCRIPT.search(" ".join(words[:end]))
-                if match and Path(words[end - 1]).name not in FOREIGN:
-                    found.append((match[1] or match[2].replace("/", ".").removesuffix(".py"), words[end:]))
+            for i, word in enumerate(words):
+                if SCRIPT.fullmatch(word) or (MODULE.fullmatch(word) and words[i - 1] == "-m"):
+                    found.append((word, words[i + 1 :]))
                     break
     return found
 
@@ -89,20 +90,25 @@ class _Parsed(Exception):
     pass
 
 
-_known: dict[str, set[str]] = {}
-
-
+@cache
 def options_of(script: str) -> set[str]:
-    """The options of a script's parser, which is caught where it would read the command line."""
-    if script not in _known:
+    """The options of a script's parser, which is caught where it would read the command line.
 
-        def stop(parser, *args, **kwargs):
-            raise _Parsed(parser)
+    script: a file, or a module for ``python -m``.
+    """
 
-        with patch.object(argparse.ArgumentParser, "parse_known_args", stop), pytest.raises(_Parsed) as caught:
-            import_module(script).main()
-        _known[script] = set(caught.value.args[0]._option_string_actions)
-    return _known[script]
+    def stop(parser, *args, **kwargs):
+        raise _Parsed(parser)
+
+    path = Path(script)
+    name, folder = (path.stem, ROOT / path.parent) if path.suffix == ".py" else (script, ROOT)
+    with (
+        patch.object(sys, "path", [str(folder), *sys.path]),
+        patch.object(argparse.ArgumentParser, "parse_known_args", stop),
+        pytest.raises(_Parsed) as caught,
+    ):
+        import_module(name).main()
+    return set(caught.value.args[0]._option_string_actions)
 
 
 def test_readme_is_short():
