@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from datasets.images import list_images
-from datasets.labels import Notice, fail
+from datasets.labels import LabelWarning, raise_or_warn
+from datasets.listing import list_images
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from datasets.sources import list_ground_truth, read_ground_truth
 from engine import hparams
@@ -39,7 +39,7 @@ from engine.metrics import SaliencyMetrics, match_instances, summarize
 from engine.predictions import check_size, coco_ids, group_records, open_predictions
 from engine.report import format_page, format_table
 from models import METHODS
-from utils import checkpoint
+from utils import files
 from utils.cli import InputError, Parser, integer, number, run, select_device
 
 NAMED = 20  # images that could not be measured; of more the number is told
@@ -124,8 +124,8 @@ def main(argv=None):
     problems = []
 
     def report(error):
-        if isinstance(error, Notice):
-            fail(error)  # which prints it
+        if isinstance(error, LabelWarning):
+            raise_or_warn(error)  # which prints it
         else:
             problems.append(error)
 
@@ -297,7 +297,7 @@ def _check_writable(path):
 
 def _write(path, text):
     # A file name need not be UTF-8; what is not shows as '?'.
-    checkpoint.replace(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    files.write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

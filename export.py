@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from infer import Predictor
-from utils import checkpoint
+from utils import files
 from utils.cli import InputError, Parser, path_of, run
 
 BOUND = 1e-4  # on the difference between what was exported and the network
@@ -59,7 +59,7 @@ def main(argv=None):
     error = difference(net, torch.export.load(whole))
     if not error < BOUND:
         raise RuntimeError(f"what was exported differs from the network by {error:.1e}; {args.out} is not written")
-    checkpoint.replace(args.out, lambda file: file.write(whole.getbuffer()))
+    files.write_atomically(args.out, lambda file: file.write(whole.getbuffer()))
     print(f"{args.out} (differs from the network by {error:.1e} at most)")
 
 

@@ -30,8 +30,8 @@ for name in ("datasets", "models", "ops", "utils"):
 
 # What a script needs that only says what is wrong with its arguments: torch and all that needs it comes later.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, integer, make_folder, path_of, run, stop_at_once  # noqa: E402
-from utils.lazy import without_collection  # noqa: E402
+from utils.cli import InputError, Parser, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.lazy import gc_disabled  # noqa: E402
 
 OFFERS = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
 FEW = 10  # photographs whose results are named one by one
@@ -119,14 +119,14 @@ def main(argv=None):
     if args.count and args.method != "wsid":
         raise InputError(f"--count has no meaning with --method {args.method}; leave one of the two out")
     paths, failed = list_photographs(args.img)
-    with stop_at_once():
+    with raise_on_sigterm():
         return infer(args, paths, failed)
 
 
 def infer(args, paths, failed):
     """Find the instances of ``paths``; failed: a list of InputErrors of what was asked for beside them."""
     asked = len(paths) + len(failed)
-    with without_collection():
+    with gc_disabled():
         from tqdm import tqdm
 
         from engine.inference import Predictor, default_batch_size, default_workers, process
@@ -134,7 +134,7 @@ def infer(args, paths, failed):
         from engine.results import Results
         from utils import digest, distributed
 
-        device = distributed.start(args.gpu)
+        device = distributed.init(args.gpu)
         predictor = Predictor(
             args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
         )
@@ -147,7 +147,7 @@ def infer(args, paths, failed):
         ids([path.stem for path in paths])  # what is wrong is told before the work
     own = distributed.shard(paths)
     todo = results.unfinished(own)
-    if distributed.is_first():
+    if distributed.is_main():
         print(f"weights: {predictor.weights}")
     if len(todo) < len(own):
         print(
@@ -157,7 +157,7 @@ def infer(args, paths, failed):
     batch_size = args.batch_size or default_batch_size(device)
     found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
     written, wrong = [], []
-    silent = len(paths) < 2 or not distributed.is_first()
+    silent = len(paths) < 2 or not distributed.is_main()
     try:
         with closing(found):
             # None: a bar only where someone watches it.
@@ -167,7 +167,7 @@ def infer(args, paths, failed):
         results.save(paths)
         raise
     written, wrong = distributed.gather(written), distributed.gather(wrong)
-    if not distributed.is_first():
+    if not distributed.is_main():
         return 0
     failed += wrong
     nothing, saved = len(failed) == asked, None
@@ -194,7 +194,7 @@ def list_photographs(sources):
 
     What is passed over in them is told on stderr. The InputError itself where there is no photograph at all.
     """
-    from datasets.images import list_images
+    from datasets.listing import list_images
 
     found, failed = {}, []
     for source in sources:

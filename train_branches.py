@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.training import TrainingImages, pseudo_maps_can_be_made, read_samples, with_classes
+from datasets.training import TrainingImages, read_samples, select_cam_samples, supports_cam
 from datasets.transforms import canny_edges, load_square, network_input, parse_canny, to_tensor
 from engine import cam_labels, visualize
 from engine.trainer import OPTIMIZERS, Schedule, add_machine_arguments, prepare_machine, train
@@ -43,7 +43,7 @@ from models.losses import (
 )
 from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
-from utils import checkpoint, digest, distributed, provenance
+from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
@@ -198,11 +198,11 @@ def main(argv=None):
     for stage in todo if args.stage == "all" else [args.stage]:
         torch.manual_seed(args.seed)  # new layers start the same whether earlier stages ran before or today
         folder = make_folder(args.out / stage)
-        with checkpoint.alone(folder) if distributed.is_first() else nullcontext():
+        with files.lock_folder(folder) if distributed.is_main() else nullcontext():
             stages[stage](args, samples, device)
-        distributed.wait_for_all()
+        distributed.barrier()
     if args.stage in ("all", "branches", "saliency"):
-        distributed.from_first(assemble, args)  # what comes next may read it
+        distributed.run_on_main(assemble, args)  # what comes next may read it
 
 
 def starting_network(init):
@@ -239,17 +239,17 @@ def usable_samples(args):
     """The Samples of --data that pseudo labels can be made of or, in --labels, have been made of."""
     found = read_samples(args.data)
     if not args.labels:
-        samples = with_classes(found)
+        samples = select_cam_samples(found)
     else:  # one with classes but without labels is not left out: require_labels names it
         samples = [
             sample
             for sample in found
             if cam_labels.is_done(args.labels, sample.stem)
-            or (pseudo_maps_can_be_made(sample) and not cam_labels.is_untold(args.labels, sample.stem))
+            or (supports_cam(sample) and not cam_labels.is_untold(args.labels, sample.stem))
         ]
         if not samples:
             raise InputError(f"{args.labels} has pseudo labels of no photograph in --data; check both")
-    if len(samples) < len(found) and distributed.is_first():
+    if len(samples) < len(found) and distributed.is_main():
         why = f"no pseudo labels in {args.labels}" if args.labels else "no class of the 20 is known to be in them"
         print(f"{len(found) - len(samples)} of {len(found)} photographs are left out: {why}")
     return samples
@@ -306,12 +306,12 @@ def run_stage(args, samples, device, stage, model, dataset, losses, *, inputs, s
     schedule = Schedule.of(args)
     if show:
         show = partial(show, samples=samples[:8], args=args, device=device, labels=labels_folder(args))
-    distributed.from_first(lambda: provenance.bind(folder, settings_of(args, *SCHEDULE, *settings), inputs()))
+    distributed.run_on_main(lambda: provenance.bind(folder, settings_of(args, *SCHEDULE, *settings), inputs()))
     if (folder / "weights.pt").exists():
-        if distributed.is_first():
+        if distributed.is_main():
             print(f"{stage}: already trained")
         return
-    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
+    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
         train(
             model.to(device),
             dataset,
@@ -323,7 +323,7 @@ def run_stage(args, samples, device, stage, model, dataset, losses, *, inputs, s
             show=show,
             name=stage,
         )
-    if distributed.is_first():
+    if distributed.is_main():
         if finish:
             finish(model)
         config = asdict(net_config(args))
@@ -389,7 +389,7 @@ def train_classifier(args, samples, device):
     dataset = TrainingImages(samples, args.size, crop=0.5, jitter=0.2, seed=args.seed)
 
     def inputs():
-        return provenance.inputs_of(samples, "classes") | {START: start}
+        return provenance.digest_inputs(samples, "classes") | {START: start}
 
     def losses(model, batch, progress):
         logits = model(batch["image"]).float()
@@ -402,7 +402,7 @@ def make_labels(args, samples, device):
     """Stage labels: class activation maps here, the CRF in worker processes, two PNGs per photograph."""
     folder = make_folder(labels_folder(args))
     model = finished_classifier(args)
-    distributed.from_first(bind_labels, args, samples)
+    distributed.run_on_main(bind_labels, args, samples)
     model.to(device).eval()
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
@@ -427,7 +427,7 @@ def make_labels(args, samples, device):
 
 def bind_labels(args, samples):
     """The folder of this run's pseudo labels belongs to its classifier and, one by one, to the photographs."""
-    notes = provenance.photographs(samples, "classes")  # of any photographs: more can be added
+    notes = provenance.describe_photographs(samples, "classes")  # of any photographs: more can be added
     finished = partial(cam_labels.is_done, labels_folder(args))
     provenance.bind(labels_folder(args), settings_of(args, *LABELS), classifier_input(args), notes, finished)
 
@@ -449,7 +449,7 @@ def require_labels(args, samples):
     remedy = "run what made the others again" if args.labels else "run --stage labels first"
     cam_labels.require(folder, samples, remedy)
     own = not args.labels and classifier_file(args).exists()
-    distributed.from_first(provenance.check, folder, classifier_input(args) if own else {}, samples)
+    distributed.run_on_main(provenance.check_unchanged, folder, classifier_input(args) if own else {}, samples)
     return folder
 
 
@@ -511,9 +511,9 @@ def train_branches(args, samples, device):
     )
 
     def inputs():
-        found = provenance.inputs_of(samples, "count") | cam_labels.inputs(labels, samples, "classes", "saliency")
+        found = provenance.digest_inputs(samples, "count") | cam_labels.inputs(labels, samples, "classes", "saliency")
         if model.count_head:  # it learns from photographs without pseudo labels too
-            counted = provenance.photographs(samples_with_count(args), "count")
+            counted = provenance.describe_photographs(samples_with_count(args), "count")
             found["a photograph that the count head learns from"] = digest.of_value(counted)
         return found | {START: start}
 
@@ -584,7 +584,7 @@ def train_saliency(args, samples, device):
     )
 
     def inputs():
-        return provenance.inputs_of(samples) | cam_labels.inputs(labels, samples, "saliency") | {START: start}
+        return provenance.digest_inputs(samples) | cam_labels.inputs(labels, samples, "saliency") | {START: start}
 
     run_stage(
         args,
@@ -622,10 +622,10 @@ def train_count_net(args, samples, device):
         return {"number": count_loss(model.count_head.logits(model.features(batch["image"])), batch["count"])}
 
     def inputs():
-        return provenance.inputs_of(samples, "count") | {START: digest.of_state(net.state_dict())}
+        return provenance.digest_inputs(samples, "count") | {START: digest.of_state(net.state_dict())}
 
     run_stage(args, samples, device, "number", model, dataset, losses, inputs=inputs)
-    if distributed.is_first():
+    if distributed.is_main():
         model.load_state_dict(checkpoint.load(trained)["model"])
         save_weights(with_parts(net, number=model), args.out / "weights.pt", note=origin(args))
         print(f"{args.init}, and who tells its number, are in {args.out / 'weights.pt'}")
@@ -640,7 +640,7 @@ def fit_saliency_prior(args, samples, device):
 
     The photographs need no labels. The network in --init with it becomes OUT/weights.pt.
     """
-    if not distributed.is_first():  # one pass, and nothing to share
+    if not distributed.is_main():  # one pass, and nothing to share
         return
     net = args.start.to(device)
     args.backbone, args.output_stride = net.config.backbone, net.config.output_stride
@@ -648,7 +648,7 @@ def fit_saliency_prior(args, samples, device):
     load_pretrained(model.backbone, args.backbone_weights)
     inputs = {START: digest.of_state(net.state_dict()), "the backbone": digest.of_state(model.backbone.state_dict())}
     settings = settings_of(args, "seed", "odds")
-    provenance.bind(make_folder(args.out / "opinion"), settings, inputs | provenance.inputs_of(samples))
+    provenance.bind(make_folder(args.out / "opinion"), settings, inputs | provenance.digest_inputs(samples))
     model.weights.copy_(torch.tensor(args.odds))
     model.to(device).eval()
     cells = max(1, min(CELLS, MOST_CELLS // len(samples)))

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.images import list_images
 from datasets.labels import Sample
+from datasets.listing import list_images
 from datasets.sources import merge
-from datasets.training import TrainingImages, read_classes, read_map, read_samples
+from datasets.training import TrainingImages, read_label_map, read_samples
 from datasets.transforms import load_square, network_input, resize
 from engine import cam_labels, visualize
 from engine.pts import instance_label, pseudo_label, refresh
@@ -31,7 +31,7 @@ from models.count_head import expected_count
 from models.fusion import FusionConfig
 from models.wsid_net import digest_of_weights, load_weights, save_weights
 from train_branches import input_size, saliency_losses
-from utils import checkpoint, digest, distributed, provenance
+from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, Parser, integer, make_folder, number, path_of, run
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
@@ -111,10 +111,10 @@ def main(argv=None):
     net, before = load_weights(start, device), digest_of_weights(start)
     net.config = replace(net.config, size=args.size or net.config.size)
     previous = clone(net.saliency.state_dict())
-    with checkpoint.alone(make_folder(args.out / "pts")) if distributed.is_first() else nullcontext():
+    with files.lock_folder(make_folder(args.out / "pts")) if distributed.is_main() else nullcontext():
         for r in range(1, args.iters + 1):
             folder = make_folder(args.out / "pts" / f"r{r}")
-            distributed.from_first(bind, args, samples, net, previous, folder)
+            distributed.run_on_main(bind, args, samples, net, previous, folder)
             labelled = make_labels(net, samples, folder, args, device)  # of a finished one too: what was deleted
             finished = folder / "weights.pt"
             if finished.exists():
@@ -123,14 +123,14 @@ def main(argv=None):
                 if args.epochs:
                     train_iteration(net, labelled, folder, args, device, r)
                 current = refresh(previous, net.saliency.state_dict(), r)
-                if distributed.is_first():
+                if distributed.is_main():
                     checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
-                distributed.wait_for_all()
+                distributed.barrier()
             net.saliency.load_state_dict(current)
             previous = clone(current)
     note = f"train_pts.py, {args.iters} iterations"
-    distributed.from_first(save_weights, net, args.out / "weights_pts.pt", note, before)
-    if distributed.is_first():
+    distributed.run_on_main(save_weights, net, args.out / "weights_pts.pt", note, before)
+    if distributed.is_main():
         print(f"the network is in {args.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 
 
@@ -142,7 +142,7 @@ def with_unlabelled(samples, folders):
 
 def require_unrefined(labels):
     """InputError when the pseudo masks in the folder ``labels`` are known to come from the CRF."""
-    made = provenance.recorded(labels)
+    made = provenance.read_record(labels)
     if made and not made["settings"].get("no_crf", True):
         raise InputError(f"the CRF has refined the masks in {labels}; --odds wants those of --stage labels --no-crf")
 
@@ -163,17 +163,17 @@ def bind(args, samples, net, saliency, folder):
     settings = {name: getattr(args, name) for name in names} | asdict(args.fusion) | {"size": net.config.size}
     labelled = [sample for sample in samples if sample.classes]
     cam_labels.require(first_labels(args), labelled, "run train_branches.py --stage labels on those with classes")
-    provenance.check(first_labels(args), {}, labelled)
+    provenance.check_unchanged(first_labels(args), {}, labelled)
     first = cam_labels.inputs(first_labels(args), labelled, "saliency", "classes")
     others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
-    inputs = provenance.inputs_of(samples, "classes", "count") | {
+    inputs = provenance.digest_inputs(samples, "classes", "count") | {
         "a first pseudo label": digest.of_value(first),
         "the network": digest.of_state(others),
         "the saliency branch that the iteration starts from": digest.of_state(saliency),
     }
     provenance.bind(folder, settings, inputs)
     labels = make_folder(folder / "labels")
-    provenance.bind(labels, {}, photographs=provenance.photographs(samples, "classes", "count"))
+    provenance.bind(labels, {}, photographs=provenance.describe_photographs(samples, "classes", "count"))
 
 
 def make_labels(net, samples, folder, args, device):
@@ -209,12 +209,12 @@ def make_labels(net, samples, folder, args, device):
                 args.odds,
                 args.by_class,
             )
-    distributed.wait_for_all()
+    distributed.barrier()
     # What was tried and shows nothing is remembered as <stem>.none, so a stopped run does not repeat it.
     found = [sample for sample in samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
     if not found:
         raise InputError(f"the network finds no salient instance in any photograph; train the run {args.out} longer")
-    if distributed.is_first():
+    if distributed.is_main():
         print(f"{folder.name}: {len(found)} of {len(samples)} photographs show salient instances")
     return found
 
@@ -239,8 +239,8 @@ def write_label(labels, sample, image, maps, count, settings, first, keep, odds,
     size, png = image.shape[0], f"{sample.stem}.png"
     mask = classes = instances = None
     if first:
-        mask = resize(read_map(first / "saliency" / png), size) / 255
-        classes = read_classes(first / "classes" / png, size)
+        mask = resize(read_label_map(first / "saliency" / png), size) / 255
+        classes = read_label_map(first / "classes" / png, size)
     several = by_class and len(sample.classes or ()) > 1
     label = pseudo_label(image, maps, count, settings, mask, keep, odds)
     if label is None:
@@ -251,11 +251,11 @@ def write_label(labels, sample, image, maps, count, settings, first, keep, odds,
     if several or instances is not None:
         classes = instances
     if classes is not None:
-        checkpoint.save_png(classes, labels / "classes" / png)
+        files.save_png(classes, labels / "classes" / png)
     else:
         (labels / "classes" / f"{sample.stem}.none").touch()
     if label is not None:
-        checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
+        files.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 
 
 def train_iteration(net, samples, folder, args, device, r):
@@ -271,7 +271,7 @@ def train_iteration(net, samples, folder, args, device, r):
         device=device,
         labels=folder / "labels",
     )
-    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
+    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
         train(
             net.saliency,
             dataset,

@@ -13,7 +13,7 @@ import numpy as np
 from datasets.labels import IGNORE
 from datasets.transforms import load_square, resize
 from engine.crf import refine_labels, refine_saliency
-from utils import checkpoint, digest
+from utils import digest, files
 from utils.cli import InputError
 
 
@@ -34,8 +34,8 @@ class CamThresholds:
 
 # Plain activations fade from a peak, spread ones (models.classifier.spread_activations) are flat over the object.
 # even and power were chosen on the validation split for both; .30 and .05 are IRN's.
-PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, mask_thresh=0.05)
-SPREAD = CamThresholds(even=0.6, power=2, foreground=0.7, mask_thresh=0.5)
+PLAIN = CamThresholds(even=0.25, power=1, foreground=0.30, background=0.05)
+SPREAD = CamThresholds(even=0.6, power=2, foreground=0.7, background=0.5)
 
 
 def foreground_probability(activation, thresholds):
@@ -113,5 +113,5 @@ def write_pseudo_labels(folder, sample, cams, classes, size, thresholds, use_crf
     saliency = saliency_mask(image, cams, thresholds, use_crf)
     # The class labels come first: is_done looks for both, so a kill in between only repeats this photograph.
     labels = class_labels(image, cams, classes, thresholds)
-    checkpoint.save_png(labels, Path(folder) / "classes" / f"{sample.stem}.png")
-    checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{sample.stem}.png")
+    files.save_png(labels, Path(folder) / "classes" / f"{sample.stem}.png")
+    files.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{sample.stem}.png")

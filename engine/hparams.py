@@ -9,7 +9,7 @@ def settings_of(run):
     found = {}
     for path in (*sorted(run.glob("*/config.json")), *run.glob("pts/r1/config.json")):
         stage = path.relative_to(run).parts[0]
-        for name, value in provenance.recorded(path.parent)["settings"].items():
+        for name, value in provenance.read_record(path.parent)["settings"].items():
             found[f"{stage}/{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
     if not found:
         raise InputError(f"{run} holds no settings of a training; name the --out of a run")

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from datasets.images import SUFFIXES
+from datasets.listing import SUFFIXES
 from datasets.masks import VOID, decode_polygons, decode_rle, is_coloured, list_masks, read_instance_mask
 from utils.cli import InputError
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
-from datasets.labels import fail
+from datasets.labels import raise_or_warn
 from datasets.masks import VOID
 from engine.metrics import RECALLS, average_precision, pooled_precision
 from engine.predictions import check_size
@@ -97,7 +97,7 @@ def _number(value):
 # ---- the page
 
 
-def format_page(methods, summaries, gt_masks, photographs, threshold=0.0, report=fail):
+def format_page(methods, summaries, gt_masks, photographs, threshold=0.0, report=raise_or_warn):
     """The whole evaluation as one HTML page, a str.
 
     methods: the rows of the table, the first of which ranks the images; summaries: {name: summary}; gt_masks: {stem:

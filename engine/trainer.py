@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.loader import ResumableSampler, training_loader
 from utils import checkpoint, distributed
-from utils.cli import InputError, Stopped, integer, number, stop_signal
+from utils.cli import InputError, Stopped, integer, number, sigterm_event
 from utils.progress import tqdm
 
 try:
@@ -77,8 +77,8 @@ def add_machine_arguments(parser, workers="processes that load images and run th
 
 def prepare_machine(args):
     """Join the other processes, if there are any, and settle the seed. Returns the torch.device of this one."""
-    device = distributed.start(args.gpu)
-    share = distributed.share_of_batch(args.batch_size)
+    device = distributed.init(args.gpu)
+    share = distributed.local_batch_size(args.batch_size)
     if args.accumulate > share:
         raise InputError(f"--accumulate {args.accumulate} asks for more parts than images; give 1 to {share}")
     if args.deterministic:
@@ -144,7 +144,7 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
 
     def save(step):
         """Of a state that is not finite the InputError; then, and when it cannot be written, what was saved stays."""
-        if distributed.is_first():
+        if distributed.is_main():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             if not checkpoint.is_finite(state):
                 raise InputError(f"{name}: the weights are not finite after iteration {step - 1}; {remedy}")
@@ -155,7 +155,7 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
         for part in model.children():
             part.compile()
     step_of = _Step(model, losses, device, schedule.amp)
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         # The branches leave the backbone's last convolution, which the classifier uses, without a gradient.
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     loader = training_loader(
@@ -166,17 +166,17 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
         start=start,
         pin=device.type == "cuda",
     )
-    steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_first())
+    steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_main())
     saved_at = logged_at = time.monotonic()
-    with stop_signal() as stopped, loader as batches:
+    with sigterm_event() as stopped, loader as batches:
         for step in steps:
-            with distributed.together():
+            with distributed.raise_in_all():
                 batch = next(batches)
                 if step > start and time.monotonic() - saved_at > schedule.save_seconds:
                     save(step)
                     saved_at = time.monotonic()
             if distributed.any_rank(stopped.is_set()):
-                with distributed.together():
+                with distributed.raise_in_all():
                     save(step)
                 raise Stopped
             rate = schedule.lr * (1 - step / total) ** GAMMA
@@ -204,7 +204,7 @@ def train(model, dataset, losses, schedule, *, folder, device, writer=None, show
                 with torch.no_grad():
                     show(model, writer, step + 1)
                 model.train()
-        with distributed.together():
+        with distributed.raise_in_all():
             save(total)
     model.eval()
 
@@ -217,7 +217,7 @@ def _backward(step_of, batch, progress, parts, device):
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     shared, total = {}, {}
     if "divisors" in batch:
-        shared["divisors"] = distributed.mean_over_processes(batch.pop("divisors").mean(0))
+        shared["divisors"] = distributed.all_reduce_mean(batch.pop("divisors").mean(0))
     images = len(batch["image"])
     parts = zip(*(value.tensor_split(parts) for value in batch.values()), strict=True)
     try:
@@ -228,7 +228,7 @@ def _backward(step_of, batch, progress, parts, device):
             sum(terms.values()).backward()
             for key, term in terms.items():
                 total[key] = total.get(key, 0.0) + term.detach()
-        values = distributed.mean_over_processes(torch.stack([*total.values()]).float())
+        values = distributed.all_reduce_mean(torch.stack([*total.values()]).float())
         gradients = [parameter.grad for parameter in step_of.parameters() if parameter.grad is not None]
         norm, *values = torch.cat((torch.nn.utils.get_total_norm(gradients)[None], values)).tolist()
     except RuntimeError as error:

@@ -5,7 +5,7 @@ import colorsys
 import cv2
 import numpy as np
 
-from datasets.training import read_map
+from datasets.training import read_label_map
 from datasets.transforms import load_square, network_input, to_tensor
 from models.classifier import CAM_SIZE, activations
 from models.grouping import find_clusters
@@ -108,7 +108,7 @@ def show_branches(model, writer, step, samples, args, device, labels):
         boundary, offsets, *_ = model(*network_input(image, args.canny, device))
         boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
         wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
-        classes = read_map(labels / "classes" / f"{sample.stem}.png")
+        classes = read_label_map(labels / "classes" / f"{sample.stem}.png")
         tints = instance_colours(256)
         tints[0], tints[255] = 0, 255
         wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
@@ -122,6 +122,6 @@ def show_saliency(model, writer, step, samples, args, device, labels):
     for sample in samples:
         image = load_square(sample.path, args.size)
         saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
-        mask = read_map(labels / "saliency" / f"{sample.stem}.png") / 255
+        mask = read_label_map(labels / "saliency" / f"{sample.stem}.png") / 255
         rows.append([_shrink(image), grey(_shrink(mask)), grey(_shrink(saliency))])
     _add_rows(writer, "saliency", rows, step)

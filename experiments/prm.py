@@ -24,7 +24,7 @@ from models.backbones import BACKBONES
 from models.classifier import Classifier
 from models.fusion import FusionConfig, instance_masks
 from train_branches import input_size
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
 from utils.progress import tqdm
 
@@ -112,7 +112,7 @@ def main(argv=None):
             problems.append(error)
             continue
         records += prediction_records(sample.stem, *find_instances(classifier, image, args.size, device))
-    checkpoint.save_json(records, args.out)
+    files.save_json(records, args.out)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

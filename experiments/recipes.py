@@ -225,7 +225,7 @@ def train_again(recipe, args, out, seed, labels):
     """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
     that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
     start = make_folder(out / "cycle2") / "weights.pt"
-    distributed.from_first(link, start, out / "weights_pts.pt")
+    distributed.run_on_main(link, start, out / "weights_pts.pt")
     once = replace(recipe, rounds=(1, recipe.rounds[1]))
     train_progressively(once, args, start.parent, seed, labels, args.counted)
     instances = start.parent / "pts" / "r1" / "labels"

@@ -44,7 +44,7 @@ from experiments.recipes import (
 )
 from models.fusion import FusionConfig
 from models.wsid_net import load_weights, save_weights
-from utils import checkpoint, digest, distributed
+from utils import checkpoint, digest, distributed, files
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
 
 
@@ -222,7 +222,7 @@ def write_truth(args):
     """The saliency maps that the instance masks of --val make, as PNGs. Returns their folder."""
     folder = make_folder(args.out / "truth")
     for sample in read_ground_truth(args.val):
-        checkpoint.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
+        files.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
     return folder
 
 
