@@ -412,7 +412,11 @@ def make_labels(args, samples, device):
     with WorkerPool(args.workers) as pool:
         for sample in tqdm(todo, desc="labels", initial=len(samples) - len(todo), total=len(samples), mininterval=2):
             image = to_tensor(load_square(sample.path, CAM_SIZE))[None].to(device)
-            cams = activations(model, image, sample.classes, args)[0].cpu().numpy()
+            cams = (
+                activations(model, image, sample.classes, args.cam_scales, args.size, not args.plain_cam)[0]
+                .cpu()
+                .numpy()
+            )
             pool.submit(
                 cam_labels.write_pseudo_labels,
                 folder,
@@ -492,7 +496,7 @@ def train_branches(args, samples, device):
             salient = batch["pseudo_saliency"] > 0.5
             seed = args.seed + int(progress * 1e9)
             width = bandwidth(progress, args.size)
-            count = subitizing_loss(offsets, salient, batch["count"], width, seed=seed, speaking=speaking[0])
+            count = subitizing_loss(offsets, salient, batch["count"], width, seed=seed, valid_fraction=speaking[0])
             terms["subitizing"] = args.lsu_weight * count
             terms["counted"] = args.counted_weight * centroid_target_loss(offsets, batch["instances"], number[0])
         return terms

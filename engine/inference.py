@@ -227,8 +227,9 @@ class Predictor:
             else:
                 count_probs = one_hot_count(self.count) if self.count else maps.count_probs.cpu()
                 by_count = self.count or self.settings.grouping == "count"
-                soft, centroids = fuse(s, b, v, self.settings, int(expected_count(count_probs)) if by_count else 0)
                 hypotheses = count_hypotheses(seen, field, count_probs, self.settings)
+                count = int(expected_count(count_probs)) if by_count else 0
+                soft, centroids = fuse(s, b, v, self.settings, count, hypotheses)
             masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
         height, width = size
         centroids = (centroids[kept] + 0.5) * (np.array(size) / seen.shape) - 0.5

@@ -93,7 +93,13 @@ def show_cams(model, writer, step, samples, args, device, labels=None):
     rows = []
     for sample in samples:
         image = load_square(sample.path, CAM_SIZE)
-        cams = activations(model, to_tensor(image)[None].to(device), sample.classes, args)[0].cpu().numpy()
+        cams = (
+            activations(
+                model, to_tensor(image)[None].to(device), sample.classes, args.cam_scales, args.size, not args.plain_cam
+            )[0]
+            .cpu()
+            .numpy()
+        )
         image = _shrink(image)
         cam = cams.max(0, initial=0)
         rows.append([image, heat(_shrink(cam), image)])
