@@ -83,8 +83,8 @@ class NetConfig:
 class WSIDNet(nn.Module):
     """The whole network: S, B, V and the number of salient objects of a batch of images.
 
-    fusion: the settings that its instances are made with by default. training_record: what it was trained with, plain
-    values by name; empty where that is not recorded.
+    fusion: the settings that its instances are made with by default. training_record: what it was trained with,
+    {"preset": name, stage: {setting: value}}; empty where its file does not record it.
     """
 
     def __init__(self, config: NetConfig, fusion: FusionConfig | None = None) -> None:
@@ -144,7 +144,10 @@ def save_weights(net: WSIDNet, path: Path, note: str = "", start: str | None = N
 
 def digest_of_weights(path: Path) -> str | None:
     """The digest of the weights in a file of ``save_weights``; None for any other file."""
-    saved = checkpoint.load(path)
+    return _digest_of(checkpoint.load(path))
+
+
+def _digest_of(saved: Any) -> str | None:
     return digest.of_state(saved["state"]) if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else None
 
 
@@ -160,13 +163,18 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> WSIDNet:
 
     Raises InputError when the file is missing, damaged or of another kind, or holds weights that are not finite.
     """
+    return read_weights(path, device)[0]
+
+
+def read_weights(path: Path, device: torch.device | str = "cpu") -> tuple[WSIDNet, str | None]:
+    """``load_weights`` and ``digest_of_weights`` of a file that is read once."""
     saved = checkpoint.load(path, device)
     try:
         config = NetConfig(**former_names.config(dict(saved)["config"]))
         if not all(isinstance(getattr(config, field.name), type(field.default)) for field in fields(config)):
             raise TypeError("settings of other types")
         net = WSIDNet(config, FusionConfig(**former_names.fusion(saved.get("fusion", {}))))
-        net.training_record = dict(saved.get("training", {}))
+        net.training_record = dict(saved.get("training") or {})
         net.load_state_dict(former_names.state(saved["state"]))
         # Of sums, which are the quickest way to read every value.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
@@ -174,4 +182,5 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> WSIDNet:
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     if not finite:
         raise InputError(f"{path} holds weights that are not finite; use earlier ones, or train them anew")
-    return net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, _digest_of(saved)
