@@ -243,8 +243,9 @@ class Predictor:
             else:
                 count_probs = one_hot_count(self.count) if self.count else maps.count_probs.cpu()
                 by_count = self.count or self.settings.grouping == "count"
-                soft, centroids = fuse(s, b, v, self.settings, int(expected_count(count_probs)) if by_count else 0)
                 hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
+                number = int(expected_count(count_probs)) if by_count else 0
+                soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
             masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
         height, width = size
         # Pixel centres of the grid to pixel centres of the photograph.

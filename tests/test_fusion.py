@@ -12,7 +12,8 @@ import ops
 from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from engine.crf import crf, refine_labels, refine_saliency
 from engine.pts import instance_label, pseudo_label
-from models.fusion import FusionConfig, fuse, instance_masks, walk
+from models.fusion import fuse, instance_masks, walk
+from models.fusion_config import FusionConfig
 from models.grouping import connected_components, find_clusters
 from models.saliency_prior import combine_logits
 from models.scoring import count_hypotheses, expected_iou, on_grid, score_of

@@ -144,7 +144,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts):
             terms = (
                 boundary_loss(b, y, 3, means and by.mean(0)[:3]),
                 centroid_loss(v, y, 3, means and by.mean(0)[:3]),
-                subitizing_loss(v, s, t, 2.0, subset=99, speaking=means and by.mean(0)[3]),
+                subitizing_loss(v, s, t, 2.0, subset=99, valid_fraction=means and by.mean(0)[3]),
                 centroid_target_loss(v, k, means and by.mean(0)[4]),
             )
             weighted = torch.stack(terms) * len(y) / 5

@@ -15,7 +15,7 @@ from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
 from models.count_head import CountHead, expected_count, one_hot_count
 from models.enhancement import BoundaryEnhancement
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
 from utils import checkpoint
