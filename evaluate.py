@@ -69,7 +69,7 @@ def get_args_parser() -> Parser:
 
     model = parser.add_argument_group("evaluate weights")
     model.add_argument(
-        "--data", type=path_of, metavar="PATH[@SPLIT]", help="photographs with instance masks, see README"
+        "--data", type=path_of, metavar="PATH[@SPLIT]", help="photographs with instance masks (docs/data.md)"
     )
     model.add_argument("--weights", type=path_of, metavar="FILE", help="default: those infer.py takes")
     model.add_argument("--gpu", type=integer(-1), default=-1, metavar="N", help="CUDA device, -1 for the CPU")
