@@ -11,7 +11,6 @@ from scipy.special import expit, logit
 import ops
 from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from engine.crf import crf, refine_labels, refine_saliency
-from engine.pts import instance_label, pseudo_label
 from models.fusion import FusionConfig, fuse, instance_masks, walk
 from models.grouping import connected_components, find_clusters
 from models.saliency_prior import combine_logits
@@ -234,26 +233,6 @@ def test_saliency_mask_takes_the_maximum_over_classes():
     assert saliency_mask(image, cams[:0], PLAIN).max() == 0, "no class, nothing salient"
 
 
-def test_pseudo_label_is_the_union_of_instances():
-    *maps, truth = scene()
-    image = np.full((128, 192, 3), 60, np.uint8)
-    union = truth.any(0).repeat(4, 0).repeat(4, 1)
-    image[union] = 180
-    label = pseudo_label(image, maps, 0, FusionConfig())
-    assert iou(label > 0.5, union) > 0.95
-    assert pseudo_label(image, (maps[0] * 0, *maps[1:]), 0, FusionConfig()) is None
-    # The first pseudo mask, which saw one object only, takes the other one out when it has most of the say.
-    one = truth[0].repeat(4, 0).repeat(4, 1)
-    kept = pseudo_label(image, maps, 0, FusionConfig(), first=one.astype(np.float32), keep=0.9)
-    other = truth[1].repeat(4, 0).repeat(4, 1)
-    assert kept[other].mean() < 0.5 < kept[one].mean() and label[other].mean() > 0.9
-    alone = pseudo_label(image, maps, 0, FusionConfig(), first=one.astype(np.float32), keep=0)
-    assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 does not look at the first mask"
-    odds = 0.6, 1.9, -0.9
-    pooled = pseudo_label(image, maps, 0, FusionConfig(), first=0.05 + 0.65 * one, odds=odds)
-    assert pooled[other].mean() < 0.5 < pooled[one].mean()
-
-
 def test_pooled_odds_want_both_opinions():
     """The highest probability of a mask without a CRF is that of an activation's peak, odds of 25 to 9."""
     network = logit([0.95, 0.95, 0.05, 1.0, 0.0])
@@ -312,56 +291,3 @@ def test_a_salient_pixel_of_no_cluster_is_the_background_s():
     saliency[1:3, 45:47] = 0.9
     maps = walk(truth, saliency, boundary, FusionConfig())
     assert (maps[:, 1:3, 45:47] < 0.5).all() and (maps > 0.5).any(2).any(1).all()
-
-
-def test_objects_of_two_classes_come_apart_where_the_field_would_cut_elsewhere():
-    """A rider on a horse: V knows one centre and would halve the two from left to right; the classes know better."""
-    label = np.full((64, 96), 0.1, np.float32)
-    label[8:56, 8:88] = 0.9
-    boundary = torch.zeros(16, 24)
-    boundary[6] = 1
-    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
-    offsets = torch.stack([8 - yy, torch.where(xx < 12, 10, 14) - xx])
-    maps = None, boundary, offsets
-    rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
-    classes = np.full((64, 96), 255, np.uint8)
-    classes[rider], classes[horse] = 15, 13
-    blind, found = (
-        instance_label(label, maps, 2, FusionConfig(), known, known is not None) for known in (None, classes)
-    )
-    assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
-    assert (found[10:20, 10:86] == found[12, 30]).all(), "what is of no known class goes where the walk leads"
-    assert blind[horse].min() != blind[horse].max(), "without the classes the horse is cut in two"
-    classes[12:14, 22:24] = 3
-    again = instance_label(label, maps, 2, FusionConfig(), classes, True)
-    assert (again[30:52, 10:86] == again[40, 40]).all(), "a speck of a third class is no object"
-    one = instance_label(label, maps, 1, FusionConfig(), classes, True)
-    assert (one[horse] == 1).all() and (one[rider] == 255).all(), "of two objects where one was counted, the larger"
-    classes[30:52, 45:50] = 255
-    classes[30:52, 50:86] = 15
-    three = instance_label(label, maps, 3, FusionConfig(), classes, True)
-    assert len({three[15, 40], three[40, 20], three[40, 75]}) == 3, "V divides the person of two parts"
-
-
-def test_instances_of_a_pseudo_label_are_as_many_as_were_counted():
-    label = np.full((64, 96), 0.1, np.float32)
-    label[16:48, 8:88], label[16:48, 88:92] = 0.9, 0.5  # one region of two objects, and a rim that is unsure
-    boundary = torch.zeros(16, 24)
-    boundary[:, 12] = 1
-    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
-    offsets = torch.stack([8 - yy, torch.where(xx < 12, 6, 17) - xx])
-    maps = None, boundary, offsets
-    classes = np.zeros((64, 96), np.uint8)
-    classes[16:48, 8:46], classes[20:24, 10:14] = 7, 9
-    found = instance_label(label, maps, 2, FusionConfig(), classes)
-    assert found.dtype == np.uint8 and sorted(np.unique(found)) == [0, 1, 2, 255]
-    assert (found[:12] == 0).all() and (found[16:48, 88:92] == 255).all()
-    left, right = found[32, 30], found[32, 70]
-    assert left != right and (found[26:48, 10:44] == left).all() and (found[16:48, 54:86] == right).all()
-    assert (found[20:24, 10:14] == 255).all(), "another class than the rest of its instance"
-    assert sorted(np.unique(instance_label(label, maps, 1, FusionConfig()))) == [0, 1, 255]
-    assert instance_label(label * 0, maps, 2, FusionConfig()) is None
-    speck = label * 0
-    speck[:4, :4], speck[16:48, 8:88] = 0.9, 0.9
-    assert instance_label(speck, maps, 1, FusionConfig()) is not None
-    assert instance_label(speck, maps, 2, FusionConfig(min_area=0.3)) is None, "not two of that size"
