@@ -31,7 +31,7 @@ def get_args_parser() -> Parser:
         "--pseudo-labels", type=path_of, metavar="DIR", help="of the initial pseudo masks; default OUT/labels"
     )
 
-    group = options.add_schedule_options(parser, "schedule of each iteration (Sec. 4.1)")
+    group = options.add_schedule_options(parser, "schedule of each iteration (Sec. 4.1)", least_epochs=0)
     options.add_option(group, "--iters", "iterations", "iterations R of Algorithm 1")
 
     group = options.add_group(parser, "pseudo labels (Sec. 3.4.1)")
