@@ -19,7 +19,7 @@ from engine import options
 from engine.pts import progressive_training
 from engine.run import Run
 from engine.trainer import prepare_machine
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from utils.cli import Parser, path_of, run
 
 

@@ -12,7 +12,8 @@ from scipy.special import expit, logit
 
 from datasets.labels import IGNORE
 from engine.crf import refine_saliency
-from models.fusion import FusionConfig, fuse, instance_masks, walk
+from models.fusion import fuse, instance_masks, walk
+from models.fusion_config import FusionConfig
 from models.grouping import components, masks_of, split_regions
 from models.saliency_prior import combine_logits
 

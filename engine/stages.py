@@ -151,7 +151,7 @@ def train_branches(run: Run, samples: list[Sample]) -> None:
                 batch["count"],
                 bandwidth(progress, network.size),
                 seed=run.seed + int(progress * 1e9),
-                speaking=with_count[0],
+                valid_fraction=with_count[0],
                 form=config.lsu_form,
             )
         if config.centroid_target_weight:

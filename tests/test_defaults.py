@@ -22,7 +22,7 @@ from engine.presets import BEST, PAPER
 from engine.trainer import train
 from models.backbones import BACKBONES, Backbone
 from models.classifier import CAM_SIZE
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
 from utils.cli import InputError
 

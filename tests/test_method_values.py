@@ -9,7 +9,7 @@ import torch
 import ops
 from engine import instance_labels
 from engine.instance_labels import Maps, instance_label, pseudo_mask
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, subitizing_loss
 from models.scoring import score_of
 

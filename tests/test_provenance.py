@@ -18,10 +18,10 @@ from datasets.training import read_map, read_samples
 from engine import hparams
 from engine.cam_labels import usable_samples
 from engine.config import Machine
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from engine.presets import BEST
 from engine.run import Run
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import goes_on_from, load_weights
 from utils import checkpoint, digest, provenance
 from utils.cli import InputError, make_folder

@@ -5,7 +5,7 @@ import torch
 from test_fusion import iou, scene
 
 from engine.instance_labels import Maps, instance_label, pseudo_mask
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 
 
 def test_a_pseudo_mask_is_the_union_of_instances():
