@@ -6,7 +6,7 @@
 
 Takes the network that train_branches.py left in --out. In each iteration the whole network labels all photographs
 anew (pts/r<N>/labels) and the saliency branch is trained on these labels; the result is weights_pts.pt. A run that was
-stopped, however hard, continues when the same command is given again.
+stopped or killed continues when the command is repeated.
 """
 
 from dataclasses import replace

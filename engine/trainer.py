@@ -232,7 +232,7 @@ def _backward(
         where = "GPU" if device.type == "cuda" else "machine"
         raise InputError(
             f"the {where}'s memory does not hold a batch; give --accumulate 2 or more, --amp bf16, or a smaller --size "
-            "or --batch-size, and start the stage again"
+            "or --batch-size, and repeat the command"
         ) from error
     return dict(zip(total, means, strict=True)), norm
 

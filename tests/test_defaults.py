@@ -376,7 +376,7 @@ def assert_trained(model, optimizer=sgd):
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_a_training_takes_the_steps_of_its_schedule(tmp_path, optimizer):
-    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], and that times --backbone-lr for pretrained layers."""
+    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], times --backbone-lr for pretrained layers."""
     model = Two()
     assert train_two(tmp_path, model, optimizer) == pytest.approx([k / 9 for k in range(9)])
     assert_trained(model, optimizer)

