@@ -113,8 +113,11 @@ def edges_and_instances(
     ``split_labels_by_count``; "divisors" float32 [5], of ``models.losses.divisors``.
     """
     instances = split_labels_by_count(maps["pseudo_classes"], count)
-    labels = (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
-    by = divisors(*(torch.from_numpy(label)[None] for label in labels), radius)
+    classes, salient, counts, of_count = (
+        torch.from_numpy(array)[None]
+        for array in (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
+    )
+    by = divisors(classes, salient, counts, of_count, radius)
     return {"edges": canny_edges(image, mode=canny)[None], "instances": instances, "divisors": by[0].numpy()}
 
 

@@ -26,7 +26,10 @@ except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 WEIGHT_DECAY, GAMMA = 1e-4, 0.9  # [IRN]
-OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+}
 
 Batch = dict[str, Tensor]
 Losses = Callable[[Any, Batch, float], dict[str, Tensor]]
@@ -229,7 +232,7 @@ def _backward(
         where = "GPU" if device.type == "cuda" else "machine"
         raise InputError(
             f"the {where}'s memory does not hold a batch; give --accumulate 2 or more, --amp bf16, or a smaller --size "
-            "or --batch-size, and start the stage again"
+            "or --batch-size, and repeat the command"
         ) from error
     return dict(zip(total, means, strict=True)), norm
 

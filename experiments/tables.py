@@ -43,7 +43,7 @@ from experiments.recipes import (
     train_progressively,
     train_saliency,
 )
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint, digest, distributed
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device

@@ -58,46 +58,54 @@ MUTATIONS = {
         ("weight_decay=WEIGHT_DECAY", "weight_decay=0"),
         ("optimizer.zero_grad(set_to_none=True)", "pass"),
     ],
-    # ---- defaults
-    ("train_branches.py", "test_defaults.py", "left_alone"): [
-        ('default=5, help="of each stage', 'default=2, help="of each stage'),
-        ('default=6, help="photographs a step"', 'default=8, help="photographs"'),
-        ("default=0.01,", "default=0.001,"),
-        ("default=10,", "default=5,"),
-        ('default=0.02, help="of L_su', 'default=0.0, help="of L_su'),
-        ("[1.0, 0.5, 1.5, 2.0]", "[1.0, 2.0]"),
+    # ---- presets
+    ("engine/presets.py", "test_defaults.py", "preset"): [
+        ("_PAPER_SCHEDULE = Schedule(epochs=5", "_PAPER_SCHEDULE = Schedule(epochs=2"),
+        ("epochs=5, batch_size=6, lr=0.01", "epochs=5, batch_size=6, lr=0.001"),
+        ("radius=10, lsu_weight=1.0", "radius=5, lsu_weight=1.0"),
+        ('lsu_weight=1.0, lsu_form="mse"', 'lsu_weight=0.02, lsu_form="mse"'),
+        ("scales=(1.0, 0.5, 1.5, 2.0)", "scales=(1.0, 2.0)"),
+        ("Schedule(epochs=8, batch_size=6, lr=1e-4", "Schedule(epochs=1, batch_size=6, lr=1e-4"),
+        ("iterations=6", "iterations=2"),
+        ("power=10", "power=5"),
+        ('centroid_region="image"', 'centroid_region="salient"'),
     ],
-    ("train_pts.py", "test_defaults.py", "left_alone"): [
-        ('default=6, help="iterations R', 'default=2, help="iterations R'),
-        ('default=8, help="epochs E', 'default=1, help="epochs E'),
-        ('default=1e-4, help="at the start', 'default=0.01, help="at the start'),
-        ('default=6, help="photographs a step"', 'default=8, help="photographs"'),
+    ("engine/config.py", "test_defaults.py", "option or removes or wrong_value"): [
+        ("and not isinstance(value, FusionConfig)", ""),
+        ('"size": multiple_of(32, 64, 4096', '"size": multiple_of(4, 64, 4096'),
+        ("value if isinstance(value, tuple) else (value,)", "(value[0] if isinstance(value, tuple) else value,)"),
     ],
     # ---- what the stages learn
-    ("train_branches.py", "test_stages.py", "l_su"): [
-        ("args.lsu_weight * ", "0 * "),
+    ("engine/stages.py", "test_stages.py", "l_su"): [
+        ('weights={"subitizing": config.lsu_weight', 'weights={"subitizing": 0'),
         ("(12.0 if progress < 0.5 else 6.0)", "12.0"),
         ("6.0) * size / 512", "6.0)"),
-        ('batch["pseudo_saliency"] > 0.5', 'batch["pseudo_saliency"] > 0.3'),
+        ('batch["pseudo_saliency"] > 0.5,', 'batch["pseudo_saliency"] > 0.3,'),
     ],
-    ("train_branches.py", "test_stages.py", "counted"): [
-        ("args.counted_weight * ", ""),
+    ("engine/stages.py", "test_stages.py", "centroid_targets or switch"): [
+        ('"centroid_target": config.centroid_target_weight}', '"centroid_target": 1.0}'),
+        ("        if config.lsu_weight:", "        if True:"),
+        ("        if config.centroid_target_weight:", "        if config.lsu_weight:"),
     ],
-    ("train_branches.py", "test_stages.py", "mean_offset"): [
-        ("args.no_lsu or not args.counted_weight", "args.no_lsu"),
+    ("engine/stages.py", "test_stages.py", "mean_offset"): [
+        ("if not config.centroid_target_weight:", "if not config.lsu_weight:"),
     ],
-    ("train_branches.py", "test_stages.py", "other_pixels"): [
+    ("engine/stages.py", "test_stages.py", "other_pixels"): [
         ("int(progress * 1e9)", "int(progress)"),
     ],
-    ("train_branches.py", "test_stages.py", "whole"): [
-        ("TrainingImages(samples, args.size, jitter", "TrainingImages(samples, args.size, crop=0.7, jitter"),
+    ("engine/stages.py", "test_stages.py", "whole"): [
+        ("TrainingImages(samples, network.size, jitter", "TrainingImages(samples, network.size, crop=0.7, jitter"),
     ],
-    ("train_branches.py", "test_stages.py", "spread"): [
-        ("PLAIN if args.plain_cam else pseudo_labels.SPREAD", "PLAIN"),
-        ("not args.no_crf,", "False,"),
-    ],
-    ("train_branches.py", "test_stages.py", "soft_masks"): [
+    ("engine/stages.py", "test_stages.py", "soft_masks"): [
         ('batch["pseudo_saliency"][:, None]', 'batch["pseudo_saliency"][:, None].round()'),
+    ],
+    ("engine/cam_labels.py", "test_stages.py", "spread"): [
+        ("SPREAD if config.spread else PLAIN", "PLAIN"),
+        ("size, thresholds, config.crf)", "size, thresholds, False)"),
+    ],
+    ("engine/trainer.py", "test_defaults.py", "logs_its_rate"): [
+        ("weights.get(key, 1.0) * term", "term"),
+        ("{key: weights[key] * term for", "{key: term for"),
     ],
     # ---- losses
     ("models/losses.py", "test_stages.py", "l_su"): [
@@ -159,13 +167,14 @@ MUTATIONS = {
         ("plain + flipped.flip(3)", "plain + flipped"),
         ("both.relu()", "both"),
     ],
-    ("engine/cam_labels.py", "test_defaults.py", "odds_of_spread"): [
+    ("engine/cam_labels.py", "test_defaults.py", "unary"): [
         ("even=0.6, power=2", "even=0.5, power=2"),
         ("even=0.6, power=2", "even=0.6, power=1"),
     ],
     ("engine/cam_labels.py", "test_defaults.py", "confident_labels"): [
         ("foreground=0.7", "foreground=0.6"),
-        ("mask_thresh=0.5", "mask_thresh=0.4"),
+        ("background=0.5", "background=0.4"),
+        ("foreground=0.30, background=0.05", "foreground=0.30, background=0.15"),
     ],
     ("engine/cam_labels.py", "test_fusion.py", "maximum_over_classes"): [
         ("cams.max(0)", "cams.mean(0)"),
@@ -206,29 +215,22 @@ MUTATIONS = {
     ("engine/pts.py", "test_stages.py", "algorithm_1"): [
         ("iteration <= 2", "iteration <= 3"),
         ("iteration / (iteration + 1)", "1 / (iteration + 1)"),
+        ("current = refresh(previous, net.saliency.state_dict(), r)", "current = _clone(net.saliency.state_dict())"),
+        ("seed=run.seed + r", "seed=run.seed"),
     ],
-    ("train_pts.py", "test_stages.py", "algorithm_1"): [
-        ("current = refresh(previous, net.saliency.state_dict(), r)", "current = clone(net.saliency.state_dict())"),
-        ("seed=args.seed + r", "seed=args.seed"),
-    ],
-    ("engine/pts.py", "test_defaults.py", "six_tenths"): [
+    ("engine/instance_labels.py", "test_defaults.py", "six_tenths"): [
         ("BG_THRESH = 0.6, 0.3", "BG_THRESH = 0.5, 0.3"),
         ("BG_THRESH = 0.6, 0.3", "BG_THRESH = 0.6, 0.5"),
     ],
-    ("engine/pts.py", "test_method_values.py", "the_crf_of_pts or contradict"): [
-        ("(masks.any(0) + np.clip(soft, 0, 1)) / 2", "masks.any(0).astype(np.float32)"),
-        ("known = (classes > 0)", "known = (classes >= 0)"),
+    ("engine/instance_labels.py", "test_method_values.py", "the_crf_of_pts or contradict"): [
+        ("(1 - saliency_weight) * foreground + saliency_weight * np.clip(soft, 0, 1)", "foreground"),
+        ("(1 - init_mask_weight) * foreground + init_mask_weight * initial", "foreground"),
+        ("decided = (classes > 0)", "decided = (classes >= 0)"),
     ],
     ("models/scoring.py", "test_method_values.py", "score"): [
         ("max(saliency.shape) / 25", "max(saliency.shape) / 20"),
     ],
-    ("engine/pts.py", "test_fusion.py", "union"): [
-        ("(1 - keep) * foreground + keep * first", "foreground"),
-    ],
     # ---- fusion
-    ("train_pts.py", "test_defaults.py", "settings_of_the_fusion"): [
-        ('"mask_thresh=0.5"', '"mask_thresh=0.25"'),
-    ],
     ("models/fusion_config.py", "test_defaults.py", "settings_of_the_fusion"): [
         ("theta: float = 0.5", "theta: float = 0.2"),
         ("power: float = 5.0", "power: float = 10.0"),
