@@ -38,10 +38,10 @@ FEW = 10  # photographs whose results are named one by one
 
 
 def __getattr__(name):
-    """``infer.Predictor`` and the rest of engine.inference, imported when asked for."""
+    """``infer.Predictor`` and the rest of engine.predictor, imported when asked for."""
     if name not in OFFERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from engine import inference
+    from engine import predictor
 
     return getattr(inference, name)
 
@@ -129,7 +129,7 @@ def infer(args, paths, failed):
     with without_collection():
         from tqdm import tqdm
 
-        from engine.inference import Predictor, default_batch_size, default_workers, process
+        from engine.predictor import Predictor, default_batch_size, default_workers, process
         from engine.predictions import coco_ids
         from engine.results import Results
         from utils import digest, distributed

@@ -26,7 +26,7 @@ from measure import CPU, check, compare, device_name, peak_memory, record, synch
 
 import ops
 from datasets.images import list_images, read_image
-from engine import inference
+from engine.predictor import ROOT, Predictor, default_batch_size, process
 from engine.results import PICTURES, write_results
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
@@ -42,7 +42,7 @@ def make_predictor(args, folder, device):
     if args.backbone:
         weights = folder / "untrained.pt"
         save_weights(WSIDNet(NetConfig(backbone=args.backbone)), weights)
-    predictor = inference.Predictor(weights, device, amp=args.amp)
+    predictor = Predictor(weights, device, amp=args.amp)
     if args.size:
         predictor.net.config = replace(predictor.net.config, size=args.size)
     return predictor
@@ -50,7 +50,7 @@ def make_predictor(args, folder, device):
 
 def photographs(folder, count):
     """``count`` photographs in ``folder``, those of samples/ again and again, under names of their own."""
-    samples = islice(cycle(list_images(inference.ROOT / "samples")), count)
+    samples = islice(cycle(list_images(ROOT / "samples")), count)
     return [Path(shutil.copy(path, folder / f"{i}_{path.name}")) for i, path in enumerate(samples)]
 
 
@@ -171,7 +171,7 @@ def bench_whole(args, predictor, paths, out):
     finish = partial(write, out)
 
     def overlapped(batch_size):
-        for result in inference.process(paths, predictor, finish, batch_size, args.workers):
+        for result in process(paths, predictor, finish, batch_size, args.workers):
             assert isinstance(result, list)
 
     contenders = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
@@ -228,7 +228,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = select_device(args.gpu)
-    args.batch_size = args.batch_size or inference.default_batch_size(device)
+    args.batch_size = args.batch_size or default_batch_size(device)
     print(device_name(device))
     rows = []
     if args.only != "infer":

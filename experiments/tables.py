@@ -26,7 +26,7 @@ import numpy as np
 import evaluate
 from datasets.images import image_size
 from datasets.sources import read_ground_truth
-from engine.inference import bfloat16_pays
+from engine.predictor import bfloat16_pays
 from engine.predictions import check_size
 from engine.trainer import LARGEST_SEED
 from experiments import prm

@@ -28,7 +28,16 @@ from pycocotools.coco import COCO
 import infer
 from datasets.images import read_image
 from datasets.masks import decode_rle, read_instance_mask
-from engine import inference, visualize
+from engine import visualize
+from engine.predictor import (
+    DEFAULT_WEIGHTS,
+    ROOT,
+    Predictor,
+    as_rgb,
+    bfloat16_pays,
+    default_weights,
+    process,
+)
 from engine.results import Results
 from models.fusion import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
@@ -54,7 +63,7 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
-BUNDLED = inference.DEFAULT_WEIGHTS[-1]
+BUNDLED = DEFAULT_WEIGHTS[-1]
 FG_THRESH = FusionConfig(min_score=0)  # what a network that nobody trained finds is unsure
 
 
@@ -80,7 +89,7 @@ def noise(height, width):
 
 def cat(height, width):
     """A photograph of which the bundled weights are sure."""
-    return cv2.resize(read_image(infer.ROOT / "samples" / "cat.jpg"), (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.resize(read_image(ROOT / "samples" / "cat.jpg"), (width, height), interpolation=cv2.INTER_AREA)
 
 
 def write_kinds(folder, image):
@@ -121,7 +130,7 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
 
 
 def test_a_very_large_photograph(weights):
-    prediction = inference.Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
+    prediction = Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
     assert prediction.masks.shape[1:] == (6000, 6000) and prediction.saliency.shape == (6000, 6000)
 
 
@@ -151,7 +160,7 @@ def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
 def test_a_given_saliency_map_replaces_the_branch(weights):
     image, saliency = noise(64, 64), np.zeros((64, 64), np.float32)
     saliency[:, :32] = 1
-    prediction = inference.Predictor(weights, method="components").predict(image, saliency)
+    prediction = Predictor(weights, method="components").predict(image, saliency)
     assert len(prediction.masks) == 1
     assert prediction.masks[0][:, :28].all() and not prediction.masks[0][:, 36:].any()
 
@@ -200,7 +209,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
 
 
 def test_a_batch_equals_its_photographs_one_by_one():
-    predictor = inference.Predictor(BUNDLED, amp="off")
+    predictor = Predictor(BUNDLED, amp="off")
     images = [cat(40, 60), cat(90, 30), cat(300, 451)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
     for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
@@ -259,8 +268,8 @@ def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
         count(-1)
         return path
 
-    monkeypatch.setattr(inference, "read_image", read)
-    found = inference.process(itertools.count(), inference.Predictor(weights), finish, batch_size=2, workers=2)
+    monkeypatch.setattr("engine.predictor.read_image", read)
+    found = process(itertools.count(), Predictor(weights), finish, batch_size=2, workers=2)
     assert list(itertools.islice(found, 40)) == list(range(40))
     found.close()
     assert most <= 3 * 2 + 2 * 2 + 2
@@ -287,9 +296,9 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
 
 
 def test_bfloat16_is_near_float32(weights):
-    exact, rounded = (inference.Predictor(weights, amp=amp, settings=FG_THRESH) for amp in ("off", "bf16"))
+    exact, rounded = (Predictor(weights, amp=amp, settings=FG_THRESH) for amp in ("off", "bf16"))
     assert (exact.bf16, rounded.bf16) == (False, True)
-    assert inference.Predictor(weights).bf16 == inference.bfloat16_pays(torch.device("cpu"))
+    assert Predictor(weights).bf16 == bfloat16_pays(torch.device("cpu"))
     inputs = [exact.prepare(noise(50, 50))]
     for one, other in zip(exact.network(inputs)[0][:2], rounded.network(inputs)[0][:2]):
         assert one.dtype == other.dtype == torch.float32
@@ -343,33 +352,33 @@ def not_finite(saved):
 def test_weights_of_another_kind(weights, tmp_path, change):
     checkpoint.save(change(checkpoint.load(weights)), tmp_path / "odd.pt")
     with pytest.raises(InputError, match="odd.pt (does not hold the weights of a whole|holds weights that are not)"):
-        inference.Predictor(tmp_path / "odd.pt")
+        Predictor(tmp_path / "odd.pt")
 
 
 @torch.no_grad()
 def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bundled = inference.default_weights()
+    bundled = default_weights()
     assert bundled.parent.name == "weights" and bundled.exists()
     run_ = tmp_path / "runs" / "default"
     run_.mkdir(parents=True)
     (run_ / "weights.pt").touch()
-    assert inference.default_weights().name == "weights.pt"
+    assert default_weights().name == "weights.pt"
     net = WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8))
     save_weights(net, run_ / "weights.pt")
     save_weights(net, run_ / "weights_pts.pt")  # of an earlier version, which does not say
-    assert inference.default_weights().name == "weights_pts.pt"
+    assert default_weights().name == "weights_pts.pt"
     save_weights(net, run_ / "weights_pts.pt", start=digest_of_weights(run_ / "weights.pt"))
-    assert inference.default_weights().name == "weights_pts.pt"
+    assert default_weights().name == "weights_pts.pt"
     next(net.saliency.parameters()).add_(1)
     save_weights(net, run_ / "weights.pt")
     with pytest.raises(InputError, match="weights_pts.pt was made from another weights.pt"):
-        inference.default_weights()
+        default_weights()
 
 
 def test_bundled_weights_find_the_cat():
-    image = read_image(infer.ROOT / "samples" / "cat.jpg")
-    prediction = inference.Predictor(inference.default_weights()).predict(image)
+    image = read_image(ROOT / "samples" / "cat.jpg")
+    prediction = Predictor(default_weights()).predict(image)
     assert len(prediction.masks) >= 1
     height, width = image.shape[:2]
     middle = prediction.masks.any(0)[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
@@ -416,7 +425,7 @@ print([name for name in names.split() if name in sys.modules])
         capture_output=True,
         text=True,
         timeout=240,
-        cwd=inference.ROOT,
+        cwd=ROOT,
         env=conftest.environment(),
     )
     assert done.returncode == 0, done.stderr
@@ -454,7 +463,7 @@ def test_another_package_of_our_name_is_told(tmp_path):
     (tmp_path / "datasets" / "__init__.py").touch()
     for script in ("import datasets; sys.path.insert(0, ROOT); import infer", "sys.path.append(ROOT); import infer"):
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; ROOT = {str(inference.ROOT)!r}; {script}"],
+            [sys.executable, "-c", f"import sys; ROOT = {str(ROOT)!r}; {script}"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -474,7 +483,7 @@ def test_output_that_nobody_takes_is_no_failure(tmp_path, closed):
         ["bash", "-c", command],
         capture_output=True,
         text=True,
-        cwd=inference.ROOT,
+        cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 7
@@ -644,7 +653,7 @@ RGB = noise(20, 30)
     ],
 )
 def test_images_that_programs_have(image, same):
-    taken = inference.as_rgb(image)
+    taken = as_rgb(image)
     assert taken.dtype == np.uint8 and np.array_equal(taken, same) and taken.flags.c_contiguous
 
 
@@ -669,7 +678,7 @@ def test_images_that_programs_have(image, same):
 )
 def test_images_that_are_none_are_told(image):
     with pytest.raises(InputError, match="^the image (is|has) .*; (give|convert)"):
-        inference.as_rgb(image)
+        as_rgb(image)
 
 
 def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
@@ -681,11 +690,11 @@ def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
         {"count": 2, "method": "components"},
     ):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
-            inference.Predictor(weights, **wrong)
+            Predictor(weights, **wrong)
     for wrong in ({"device": "cuda:99"}, {"device": "gpu"}, {"settings": {"power": 3}}):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
-            inference.Predictor(weights, **wrong)
-    predictor = inference.Predictor(weights, count=np.int64(2))
+            Predictor(weights, **wrong)
+    predictor = Predictor(weights, count=np.int64(2))
     for one in (RGB, Image.fromarray(RGB)):
         with pytest.raises(InputError, match="a list of images"):
             predictor.predict_batch(one)
@@ -707,7 +716,7 @@ def test_a_forked_process_predicts(weights):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        predictor = inference.Predictor(weights, amp="off")
+        predictor = Predictor(weights, amp="off")
         predictor.net.config = replace(predictor.net.config, size=256)  # large enough for several threads
         expected = predictor.predict(noise(90, 90)).saliency
         context = multiprocessing.get_context("fork")
@@ -724,7 +733,7 @@ def test_a_forked_process_predicts(weights):
 
 
 def test_a_predictor_is_sent_by_its_file(weights):
-    predictor = inference.Predictor(weights, method="components", settings=FG_THRESH, amp="off")
+    predictor = Predictor(weights, method="components", settings=FG_THRESH, amp="off")
     sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(predictor))
     assert len(sent) < 10_000, "no handle of each of its tensors"
     other = pickle.loads(sent)

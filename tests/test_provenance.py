@@ -16,7 +16,7 @@ from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.training import read_map, read_samples
 from engine import hparams
-from engine.inference import Predictor
+from engine.predictor import Predictor
 from models.fusion import FusionConfig
 from models.wsid_net import goes_on_from, load_weights
 from utils import checkpoint, digest, provenance

@@ -122,7 +122,7 @@ def from_first(function, *args):
     return value
 
 
-def mine(items):
+def shard(items):
     """This process's share of a list: every size()-th item."""
     return items[rank() :: size()]
 
@@ -144,7 +144,7 @@ def mean_over_processes(values):
     return values
 
 
-def anywhere(flag):
+def any_rank(flag):
     """Whether the bool ``flag`` is set in any process: all act on it at the same step."""
     return any(_of_all(flag))
 
