@@ -1,5 +1,7 @@
 """The three branches: boundary (Sec. 3.2.2), centroid (Sec. 3.1.2) and saliency (Sec. 3)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -49,6 +51,18 @@ class CentroidBranch(nn.Module):
         return offsets if self.training else offsets - self.mean_offset
 
 
+class BranchOutput(NamedTuple):
+    """The maps of a batch of N images, on the stride-4 grid [H,W] of the input.
+
+    boundary: B [N,1,H,W] in 0..1. offsets: V [N,2,H,W], (dy, dx) in pixels of the grid. count_probs: the probabilities
+    of 1, 2, ... salient objects [N,MAX_COUNT], the last one of MAX_COUNT or more; None without a count head.
+    """
+
+    boundary: torch.Tensor
+    offsets: torch.Tensor
+    count_probs: torch.Tensor | None
+
+
 class BoundaryCentroidNet(nn.Module):
     """The boundary and the centroid branch on their common backbone, joined by the CA module (Fig. 2).
 
@@ -78,17 +92,13 @@ class BoundaryCentroidNet(nn.Module):
         self.count_head = CountHead(sum(self.backbone.channels[3:])) if count_head else None
 
     def forward(self, image, edges):
-        """image: RGB [N,3,H,W] in 0..1; edges: Canny map [N,1,H,W].
-
-        Returns B [N,1,H/4,W/4] in 0..1, V [N,2,H/4,W/4] in stride-4 pixels, and the probabilities of 1, 2, ...
-        salient objects [N,MAX_COUNT] of the CountHead, or None without one.
-        """
+        """image: RGB [N,3,H,W] in 0..1; edges: Canny map [N,1,H,W] of 0 and 1. Returns a BranchOutput."""
         grid = tuple(-(-side // 4) for side in image.shape[-2:])
         features = self.backbone(image)
         for_boundary, for_centroid = self.attention(features, grid)
         enhanced = self.enhancement(image, edges) if self.enhancement else ()
         count = self.count_head(features) if self.count_head else None
-        return self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count
+        return BranchOutput(self.boundary(for_boundary, enhanced), self.centroid(for_centroid), count)
 
 
 class SaliencyNet(nn.Module):

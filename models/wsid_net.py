@@ -112,7 +112,8 @@ class WSIDNet(nn.Module):
 
         Returns a NetOutput.
         """
-        boundary, offsets, count_probs = self.branches(image, edges)
+        maps = self.branches(image, edges)
+        count_probs = maps.count_probs
         if self.count_net:
             count_probs = (count_probs + self.count_net(image)) / 2
         elif count_probs is None:
@@ -120,7 +121,7 @@ class WSIDNet(nn.Module):
         saliency = self.saliency.logits(image)
         if self.saliency_prior:
             saliency = self.saliency_prior(image, saliency)
-        return NetOutput(saliency.sigmoid()[:, 0], boundary[:, 0], offsets, count_probs)
+        return NetOutput(saliency.sigmoid()[:, 0], maps.boundary[:, 0], maps.offsets, count_probs)
 
 
 def with_parts(net, **parts):
