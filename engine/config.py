@@ -55,7 +55,7 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "backbone_lr": number(0, 1000),
     "freeze": integer(0, 5),
     "backbone": one_of(*BACKBONES),
-    "output_stride": one_of("8", "16", "32"),
+    "output_stride": lambda text: int(one_of("8", "16", "32")(text)),
     "size": multiple_of(32, 64, 4096, "which the backbones can halve five times"),
     "channels": multiple_of(4, 4, 4096, "for group normalisation"),
     "attention": one_of(*MutualAttention.ORDERS),
@@ -182,15 +182,17 @@ class SaliencyConfig(_Checked):
 class PtsConfig(_Checked):
     """The progressive training scheme (Sec. 3.4, Algorithm 1).
 
-    iterations: R; schedule.epochs: E, 0 makes labels alone. fusion: of the instances whose union is the next pseudo
-    mask. What the CRF refines is the union; with weight saliency_weight of S [ours], and of that and the first pseudo
-    mask with weight init_mask_weight of the latter [ours]; or logit_weights, (network, first mask, bias), combine the
-    logits of the two instead [ours]. instance_labels: whether instances are written too, for the branches of a
+    iterations: R; schedule.epochs: E, 0 makes labels alone. size: input square of the labels and of the saliency
+    branch, pixels; None is that of the network. fusion: of the instances whose union is the next pseudo mask.
+    The CRF refines the mean of this union and of S, the latter with weight saliency_weight [ours]; of that and the
+    initial pseudo mask, the latter with weight init_mask_weight [ours]. Or logit_weights, (network, initial, bias),
+    combine the logits of the two [ours]. instance_labels: whether instances are written too, for the branches of a
     self-training round; by_class: whether these are divided by the class labels first [ours].
     """
 
     schedule: Schedule
     iterations: int = 6
+    size: int | None = None
     fusion: FusionConfig = FusionConfig()
     saliency_weight: float = 0.0
     init_mask_weight: float = 0.0

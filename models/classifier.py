@@ -1,5 +1,7 @@
 """The CAM classifier: image-level class labels to class activation maps (Sec. 4.2; Zhou et al., CVPR 2016)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,14 +58,21 @@ def _share_of_peak(maps):
 CAM_SIZE = 512  # photographs are read at this size for their activations, whatever square the networks take
 
 
-def activations(classifier, image, classes, args):
-    """The activation maps that pseudo labels are made of: those of the ``classes`` (indices) of photographs.
+def activations(
+    classifier: Classifier,
+    image: torch.Tensor,
+    classes: Sequence[int],
+    scales: Sequence[float],
+    size: int,
+    spread: bool,
+) -> torch.Tensor:
+    """The activation maps of the ``classes`` (indices 0..19) of images, from which pseudo labels are made.
 
-    image: RGB [N,3,CAM_SIZE,CAM_SIZE] in 0..1. Of args, ``cam_scales`` times ``size`` are the sides looked at, and
-    ``plain_cam`` leaves the maps as they are. Returns [N,len(classes),CAM_SIZE/4,CAM_SIZE/4] in 0..1.
+    image: RGB [N,3,CAM_SIZE,CAM_SIZE] in 0..1. scales, size: as for ``class_activation_maps``; spread: whether
+    ``spread_activations`` follows. Returns [N,len(classes),CAM_SIZE/4,CAM_SIZE/4] in 0..1.
     """
-    cams = class_activation_maps(classifier, image, args.cam_scales, args.size)[:, list(classes)]
-    return cams if args.plain_cam else spread_activations(classifier, image, cams)
+    cams = class_activation_maps(classifier, image, scales, size)[:, list(classes)]
+    return spread_activations(classifier, image, cams) if spread else cams
 
 
 # (level, exponent) of the two walks: first over texture (f3), then over parts (f4); deeper levels are too blunt.

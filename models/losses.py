@@ -82,7 +82,7 @@ def centroid_count(points, bandwidth, valid=None):
     return (valid / near.sum(-1).clamp(min=1)).sum(-1)  # a point that counts has itself near, others stay finite
 
 
-def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0, speaking=None):
+def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0, speaking=None, form="huber"):
     """L_su: as many centroids in the salient region as the count label says, (T* - T)^2 (Eq. 3, 4).
 
     offsets: V [N,2,H,W] in stride-4 pixels; salient: bool [N,H,W], the region whose offsets count and alone are
@@ -90,7 +90,8 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0, 
     count T~ over the points p + V(p) stands in for it; of each region a random ``subset`` of pixels is used, which
     bounds the quadratic cost and hardly changes T~. Images without salient pixels, or without a count (T < 1), are
     left out; speaking: [], the share of the images that are not, by default of these. What keeps each cluster tight is
-    L_V, with which this loss is trained.
+    L_V, with which this loss is trained. form: "mse" is (T~ - T)^2 with its gradient divided by K, the number of
+    offsets in the region (Eq. 3, 4); "huber" is square up to one object too many or too few, and linear beyond [ours].
     """
     width, regions = offsets.shape[-1], salient.flatten(1)
     # One order of the grid's pixels for all images: an image has the same subset in whichever process it is.
@@ -101,8 +102,13 @@ def subitizing_loss(offsets, salient, counts, bandwidth, *, subset=256, seed=0, 
     points = torch.stack((chosen // width, chosen % width), 2) + pointed
     speaks = _speaks(salient, counts)
     speaking = speaks.float().mean() if speaking is None else speaking
-    # Square up to one object too many or too few, linear beyond: an unformed V counts dozens.
-    losses = 2 * F.smooth_l1_loss(centroid_count(points, bandwidth, valid), counts.to(points), reduction="none")
+    found = centroid_count(points, bandwidth, valid)
+    if form == "mse":
+        offsets_in_region = regions.sum(1).clamp(min=1)
+        found = found.detach() + (found - found.detach()) / offsets_in_region
+        losses = (found - counts.to(points)).square()
+    else:  # an unformed V has dozens of centroids
+        losses = 2 * F.smooth_l1_loss(found, counts.to(points), reduction="none")
     return (losses * speaks).sum() / (len(salient) * speaking).clamp(min=1e-5)
 
 

@@ -1,7 +1,7 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and the file they travel in (Fig. 2)."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -96,7 +96,8 @@ class NetConfig:
 class WSIDNet(nn.Module):
     """S, B, V and how many objects there may be, of a batch of images.
 
-    fusion: the settings by which instances are made of these, unless others are named.
+    fusion: the settings by which instances are made of these, unless others are named. training_record: what it was
+    trained with, {"preset": name, stage: {setting: value}}; empty where its file does not say.
     """
 
     def __init__(self, config, fusion=None):
@@ -106,6 +107,7 @@ class WSIDNet(nn.Module):
         self.saliency = config.build_saliency()
         self.count_net = config.build_count_net() if config.count_net else None
         self.saliency_prior = config.build_saliency_prior() if config.saliency_prior else None
+        self.training_record: dict[str, Any] = {}
 
     def forward(self, image, edges):
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size].
@@ -129,6 +131,7 @@ def with_parts(net, **parts):
     whole = WSIDNet(replace(net.config, **{name: part.size for name, part in parts.items()}), net.fusion)
     for name, part in {**dict(net.named_children()), **parts}.items():
         getattr(whole, name).load_state_dict(part.state_dict())
+    whole.training_record = net.training_record
     return whole
 
 
@@ -137,12 +140,16 @@ def save_weights(net, path, note="", start=None):
     its origin; start: the ``digest_of_weights`` that it was trained from, for ``goes_on_from``."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
     saved = {"config": asdict(net.config), "fusion": asdict(net.fusion), "state": state, "note": note, "start": start}
+    saved["training"] = net.training_record
     checkpoint.save(saved, path)
 
 
 def digest_of_weights(path):
     """The digest of the weights in a file of ``save_weights``; None for what it did not write."""
-    saved = checkpoint.load(path)
+    return _digest_of(checkpoint.load(path))
+
+
+def _digest_of(saved):
     return digest.of_state(saved["state"]) if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else None
 
 
@@ -159,6 +166,11 @@ def load_weights(path, device="cpu"):
 
     Raises InputError when the file is missing, damaged or of another kind, or holds weights that are not finite.
     """
+    return read_weights(path, device)[0]
+
+
+def read_weights(path, device="cpu"):
+    """As ``load_weights``, and the ``digest_of_weights`` of the file: (WSIDNet, digest)."""
     saved = checkpoint.load(path, device)
     try:
         config = NetConfig(**_renamed(dict(saved)["config"], FORMER_CONFIG))
@@ -172,7 +184,9 @@ def load_weights(path, device="cpu"):
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     if not finite:
         raise InputError(f"{path} holds weights that are not finite numbers; use those before, or train them again")
-    return net.eval().to(device, memory_format=torch.channels_last)
+    record = saved.get("training")
+    net.training_record = record if isinstance(record, dict) else {}
+    return net.eval().to(device, memory_format=torch.channels_last), _digest_of(saved)
 
 
 def _renamed(settings, names):
