@@ -1,7 +1,7 @@
 """Inference: from photographs to salient instances, one by one, in batches, or from file to file."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -204,7 +204,7 @@ class Predictor:
         with self.autocast():
             output = self.net(image, edges)
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
-        return [Maps(*parts, ready) for parts in zip(*(part.float() for part in output), strict=True)]
+        return [Maps(s, b, v, p, ready) for s, b, v, p in zip(*(part.float() for part in output), strict=True)]
 
     def _limit_threads_after_fork(self) -> None:
         # Torch would wait forever for its threads, which exist in the parent process only.
@@ -219,7 +219,7 @@ class Predictor:
     def _fusion_stream(self, ready: Any) -> Iterator[None]:
         """A CUDA stream of its own for the fusion: in the network's, every value it reads would wait for the batches
         queued meanwhile. One for all threads, because freed memory stays with the stream it was allocated in."""
-        if ready is None:
+        if ready is None or self.stream is None:
             yield
             return
         with torch.cuda.stream(self.stream):
@@ -319,7 +319,7 @@ def process(
     workers: int = 1,
     saliency_dir: Path | None = None,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Iterator[T | InputError]:
+) -> Generator[T | InputError, None, None]:
     """Predict the photographs at ``paths``; loading, network, and fusion with ``finish`` run at the same time.
 
     finish(path, image, prediction), with the photograph uint8 RGB [H,W,3], is called in one of ``workers`` threads.
@@ -329,7 +329,7 @@ def process(
     finished. At most about 3 * batch_size + 2 * workers photographs are in memory at once.
     """
 
-    def load(path):
+    def load(path: Path) -> Any:
         try:
             image = read_image(path)
             saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
@@ -339,13 +339,13 @@ def process(
         except MemoryError:
             return _too_large(path)
 
-    def with_maps(loaded):
+    def with_maps(loaded: Iterator[Any]) -> Iterator[Any]:
         while batch := list(islice(loaded, batch_size)):
             maps = iter(predictor.network([entry[-1] for entry in batch if not isinstance(entry, InputError)]))
             for entry in batch:
                 yield entry if isinstance(entry, InputError) else (*entry[:-1], next(maps))
 
-    def conclude(entry):
+    def conclude(entry: Any) -> T | InputError:
         if isinstance(entry, InputError):
             return entry
         path, image, saliency, maps = entry

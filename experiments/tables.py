@@ -26,8 +26,9 @@ import numpy as np
 import evaluate
 from datasets.images import image_size
 from datasets.sources import read_ground_truth
-from engine.predictor import bfloat16_pays
+from engine.evaluation import maps_for
 from engine.predictions import check_size
+from engine.predictor import bfloat16_pays
 from engine.trainer import LARGEST_SEED
 from experiments import prm
 from experiments.oracle_study import true_saliency
@@ -214,7 +215,7 @@ def digest_of_truth(source):
 
 def digest_of_maps(folder, stems):
     """The digest of the saliency maps <stem>.png in ``folder``; InputError where one is missing."""
-    maps = evaluate.maps_for(stems, folder, png=True)
+    maps = maps_for(stems, folder, png=True)
     return digest.of_value(digest.of_files([maps[stem] for stem in stems]))
 
 

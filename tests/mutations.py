@@ -242,9 +242,19 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("BETA_SQUARED = 0.3", "BETA_SQUARED = 1.0"),
         ("free[:, best] = -1", "pass"),
         ('side="left"', 'side="right"'),
-        ("judged = gt != VOID", "judged = gt >= 0"),
+        ("valid = gt != VOID", "valid = gt >= 0"),
         ("2 * values.mean()", "values.mean()"),
         ("result.scores >= threshold", "result.scores >= 0"),
+    ],
+    ("engine/bootstrap.py", "test_metrics.py", "draws or intervals or bootstrap"): [
+        ("[2.5, 97.5]", "[5, 95]"),
+        ("(weights * hits[row])", "((weights > 0) * hits[row])"),
+        ("second[protocol][iou] - aps", "second[protocol][iou]"),
+    ],
+    ("engine/evaluation.py", "test_evaluate.py", "perturbed or compared"): [
+        ("step = -1 if mirrored else 1", "step = 1"),
+        ("> 2 * error", "> 0 * error"),
+        ("base in (m.name, m.variant_of)", "base == m.variant_of"),
     ],
 }
 

@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate
 from datasets import check
+from datasets.images import read_image
 from datasets.masks import (
     MaskFile,
     decode_rle,
@@ -31,13 +32,16 @@ from datasets.masks import (
     read_saliency_mask,
 )
 from datasets.sources import list_ground_truth
+from engine.evaluation import Method, summarize_methods
 from engine.metrics import ImageResult
+from engine.perturbations import PERTURBATIONS, expose, mirror, reduce_and_compress
 from engine.report import SIDE, format_page, rank_images, tint
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, provenance
 from utils.cli import InputError
 
 SHAPE = (12, 20)
+SAMPLE = Path(evaluate.__file__).parent / "samples" / "cat.jpg"
 
 
 def instance_map(*boxes):
@@ -130,6 +134,10 @@ def test_file_of_predictions_by_hand(folder, predictions, capsys):
     assert table[3].split() == "method predictions 0.5 0.7 0.5:0.95 0.5 0.7 0.5:0.95 exact (%) MAE".split()
     assert table[4].split() == "predictions 3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667".split()
     assert len({len(line) for line in table[2:5]}) == 1  # aligned
+    assert table[6].startswith("95 % intervals") and len(table) == 10
+    low, high = numbers["intervals"]["pooled"]["0.5"]
+    assert 0 <= low < pooled < high <= 1
+    assert table[9].split()[:2] == ["predictions", f"{100 * low:.1f}..{100 * high:.1f}"]
 
 
 def test_count_threshold(folder, predictions):
@@ -405,8 +413,11 @@ def test_every_form_is_a_row_of_one_table(folder, predictions, label_maps, singl
     named = [f"json={predictions}", f"maps of mine={label_maps}", single_masks, folder / "results"]
     capsys.readouterr()
     several = measure(folder, "--pred", *named, "--gt", gt)
-    assert several == {"json": one, "maps of mine": one, "masks": one, "results": one}
-    rows = capsys.readouterr().out.splitlines()[4:]
+    no_difference = {"difference": 0, "standard_error": 0, "exceeds_two": False}
+    same = {protocol: {"0.5": no_difference, "0.7": no_difference} for protocol in ("pooled", "per-image")}
+    other = one | {"differences": same}
+    assert several == {"json": one, "maps of mine": other, "masks": other, "results": other}
+    rows = capsys.readouterr().out.splitlines()[4:8]
     figures = "3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667"
     assert [" ".join(row.split()) for row in rows] == [f"{name} {figures}" for name in several]
 
@@ -461,6 +472,7 @@ def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys
     argv = ["--pred", label_maps, f"json={predictions}", "--gt", folder / "instance_masks"]
     assert message in left_out(capsys, *argv, "--json", folder / "numbers.json")
     numbers = json.loads((folder / "numbers.json").read_text())
+    del numbers["json"]["differences"]
     assert numbers["maps"] == numbers["json"] and numbers["json"]["instances"] == 2, "no row has the image"
 
 
@@ -629,6 +641,9 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--data", "d", "--gpu", "0.5"], "--gpu"),
         (["--pred", "p.json", "--gt", "d", "--method", "components"], "--method has no meaning with --pred"),
         (["--data", "d", "--coco-ids", "c.json"], "--coco-ids has no meaning without --save-pred"),
+        (["--pred", "p.json", "--gt", "d", "--perturb"], "--perturb has no meaning with --pred"),
+        (["--data", "d", "--perturb", "--saliency-dir", "d"], "--perturb changes the photographs but not"),
+        (["--pred", "~no_such_user/p.json", "--gt", "d"], "names a home folder that is not known"),
         (["--pred", "p.json", "--gt", "d", "--json", "p.json"], "p.json is to be written but is named twice, or is"),
         (["--data", "d", "--json", "j", "--html", "./j"], "j is to be written but is named twice"),
         (["--data", "d", "--weights", "w.pt", "--save-pred", "w.pt"], "w.pt is to be written"),
@@ -659,15 +674,13 @@ def test_script(folder, predictions):
 
 @pytest.fixture
 def model(monkeypatch):
-    """A stand-in for infer.Predictor that reads instances off the red channel; returns what it was given."""
-    import infer
-
+    """A stand-in for the Predictor that reads instances off the red channel; returns the values passed to it."""
     seen = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
         def __init__(self, weights, device, method="wsid", settings=None):
             seen.created.append((weights, device.type, method))
-            self.weights = weights or Path("bundled.pt")
+            self.weights, self.device, self.method = weights or Path("bundled.pt"), device, method
 
         def prepare(self, image):
             assert image.dtype == np.uint8 and image.shape[2] == 3
@@ -685,7 +698,7 @@ def model(monkeypatch):
             scores = np.array([0.9, 0.3], np.float32)[: len(masks)]
             return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency)
 
-    monkeypatch.setattr(infer, "Predictor", Predictor)
+    monkeypatch.setattr("engine.predictor.Predictor", Predictor)
     return seen
 
 
@@ -706,6 +719,64 @@ def test_default_weights_and_saved_predictions(folder, model):
     assert [record["image_id"] for record in records] == ["a", "a", "b"]
     again = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
     assert again == direct | {"saliency": None}
+
+
+def test_rows_are_compared_with_the_first(tmp_path, capsys):
+    """Method b misses the instance of every other photograph, c that of one."""
+    found = instance_map((1, 1, 6, 9))
+    records = {"a": [], "b": [], "c": []}
+    for number in range(20):
+        save_mask(tmp_path / "gt" / f"{number:02}.png", found)
+        every = prediction_records(f"{number:02}", [found == 1], [0.5])
+        for name, hit in (("a", True), ("b", number % 2), ("c", number)):
+            records[name] += every if hit else []
+    paths = [write(tmp_path / f"{name}.json", records[name]) for name in "abc"]
+    numbers = measure(tmp_path, "--pred", *paths, "--gt", tmp_path / "gt")
+    assert "differences" not in numbers["a"]
+    half, one = (numbers[name]["differences"]["per-image"]["0.5"] for name in "bc")
+    # AP of a photograph is 1 or 0: the standard error of its mean over n photographs is sqrt(p (1 - p) / n).
+    assert half == pytest.approx(
+        {"difference": -0.5, "standard_error": (0.25 / 20) ** 0.5, "exceeds_two": True}, rel=0.1
+    )
+    assert one["difference"] == pytest.approx(-1 / 20) and not one["exceeds_two"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].split()[-3:] == ["-50.0", "+/-", f"{100 * half['standard_error']:.1f}*"]
+    assert last[1].split()[-3:] == ["-5.0", "+/-", f"{100 * one['standard_error']:.1f}"]
+
+
+def test_perturbed_photographs_are_rows_and_their_mean(folder, model, capsys):
+    """The stand-in finds 80 and 160 in the red channel alone: changes of the exposure leave it nothing."""
+    saved = folder / "saved.json"
+    numbers = measure(folder, "--data", folder, "--perturb", "--save-pred", saved, "--html", folder / "page.html")
+    name = "bundled (wsid)"
+    rows = [name, *(f"{name}, {perturbation.name}" for perturbation in PERTURBATIONS), f"{name}, mean"]
+    assert list(numbers) == rows
+    ap = [numbers[row]["mAP"]["pooled"]["0.5"] for row in rows]
+    assert ap[0] == ap[2] == 1 and ap[3] == ap[4] == 0, "mirrored predictions are mirrored back"
+    assert ap[5] == pytest.approx(np.mean(ap[:5]))
+    assert numbers[rows[2]]["saliency"] == numbers[name]["saliency"]
+    assert numbers[rows[3]]["differences"]["pooled"]["0.5"]["difference"] == -1
+    assert "intervals" not in numbers[rows[5]] and "bundled (wsid), mean" in capsys.readouterr().out
+    assert [record["image_id"] for record in json.loads(saved.read_text())] == ["a", "a", "b"]
+    (folder / "images" / "b.png").write_bytes(b"no picture")
+    assert left_out(capsys, "--data", folder, "--perturb").count("b.png") == 1
+
+
+def test_perturbations():
+    image = read_image(SAMPLE)
+    small = reduce_and_compress(image, 360, 76)
+    height, width = image.shape[:2]
+    assert max(small.shape) == 360 and small.shape[0] / small.shape[1] == pytest.approx(height / width, rel=0.01)
+    expected = cv2.resize(image, small.shape[1::-1], interpolation=cv2.INTER_AREA).astype(int)
+    assert 0 < abs(small - expected).mean() < 6, "what JPEG changes, with red and blue in their places"
+    assert reduce_and_compress(image[:50, :60], 360, 76).shape == (50, 60, 3)
+    np.testing.assert_array_equal(mirror(mirror(image)), image)
+    np.testing.assert_array_equal(mirror(image)[:, 0], image[:, -1])
+    np.testing.assert_array_equal(expose(image, 0), image)
+    # sRGB 188 is half the linear light of white, and below 0.04045 the function is linear.
+    values = np.array([[[0, 4, 188]]], np.uint8)
+    assert expose(values, 1).ravel().tolist() == [0, 8, 255] and expose(expose(values, 1), -1)[0, 0, 2] == 188
+    assert len({perturbation.name for perturbation in PERTURBATIONS}) == 4
 
 
 def test_saliency_maps_given_to_the_model(folder, model, capsys):
@@ -840,7 +911,8 @@ def test_page_of_predictions(folder, predictions, label_maps):
     headings = [text for text in page.text if text in ("Best images", "a", "Worst images", "b")]
     assert headings == ["Best images", "a", "Worst images", "b"]
     assert "AP 100.0 %, predictions: 2" in page.text and "AP 0.0 %, predictions: 0" in page.text
-    assert page.text.count("44.2") == 6  # a row a method
+    assert page.text.count("44.2") == 6  # two rows
+    assert "+0.0 +/- 0.0 " in page.text
     # precision 2/3 up to recall 2/3, as in test_file_of_predictions_by_hand
     curves = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
     points = np.array([point.split(",") for point in curves[0].split()], float)
@@ -922,9 +994,9 @@ def test_page_shows_ten_at_either_end(folder):
     # Image n reaches n of the ten thresholds; above 10 all, the later the less confident.
     hits = {n: np.arange(10)[:, None] < n for n in range(25)}
     results = {f"{n:02}": ImageResult(np.array([1 - n / 100]), hit, 1) for n, hit in hits.items()}
-    method = evaluate.Method("m", results=results)
+    method = Method("m", results=results)
     masks = dict.fromkeys(results, MaskFile(folder / "gt.png"))
-    page = Page(format_page([method], {"m": method.summary(0)}, masks, {}))
+    page = Page(format_page([method], summarize_methods([method]), masks, {}))
     shown = [int(text) for text in page.text if text in results]
     assert shown == [*range(10, 20), *range(10)]
 
