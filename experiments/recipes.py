@@ -10,8 +10,8 @@ Every stage has a folder in OUT. A training that was stopped continues when the 
 
 import argparse
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ SMALL = replace(
     saliency_prior=None,
 )
 QUICK = replace(
-    override(SMALL, {"backbone": "mobilenetv2_100", "size": 128, "channels": 32, "batch_size": 8, "epochs": 2}),
+    override(SMALL, {"backbone": "tf_efficientnet_lite0", "size": 128, "channels": 32, "batch_size": 8, "epochs": 2}),
     name="quick",
     saliency_prior=SaliencyPriorConfig(size=128),
 )
@@ -64,12 +64,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the stages of a training have in common: the photographs, the machine and its device, and the seed."""
+    """What the stages of a training have in common: the photographs, the machine and its device, and the seed.
+
+    backbone_weights: {backbone: file of its ImageNet weights}, in place of downloads.
+    """
 
     data: Data
     machine: Machine
     device: torch.device
     seed: int = 0
+    backbone_weights: Mapping[str, Path] = field(default_factory=dict)
 
     def run(
         self,
@@ -79,20 +83,23 @@ class Setup:
         unlabelled: Sequence[str] = (),
         pseudo_labels: Path | None = None,
         start: Path | None = None,
+        backbone: str | None = None,
     ) -> Run:
         """The Run of a stage in the folder ``out``, with the labelled photographs, those of the sources in ``more`` and
         those in the folders ``unlabelled``.
 
-        pseudo_labels: the folder of these; start: the file of a network that the stage adds to.
+        pseudo_labels: the folder of these; start: the file of a network that the stage adds to; backbone: that of the
+        stage, where it is not that of the network.
         """
         samples = with_unlabelled(read_samples([*self.data.labelled, *more]), list(unlabelled))
         net = load_weights(start) if start else None
-        return Run(out, samples, preset, self.machine, self.device, self.seed, pseudo_labels, net, start)
+        file = self.backbone_weights.get(backbone or preset.network.backbone)
+        return Run(out, samples, preset, self.machine, self.device, self.seed, pseudo_labels, net, start, file)
 
 
 def train_labels(setup: Setup, preset: Preset, out: Path) -> Path:
     """The CAM classifier and its pseudo labels. Returns their folder, out/labels."""
-    run_stages(setup.run(preset, out, *setup.data.cam), ["cam"])
+    run_stages(setup.run(preset, out, *setup.data.cam, backbone=preset.cam.backbone), ["cam"])
     run_stages(setup.run(preset, out), ["labels"])
     return out / "labels"
 
@@ -203,8 +210,8 @@ def batch_sizes(preset: Preset) -> list[int]:
     return [config.schedule.batch_size for config in trained if config]
 
 
-def add_data_options(parser: Parser, out: str) -> None:
-    """The options of ``Data``, and --out."""
+def add_setup_options(parser: Parser, out: str) -> None:
+    """The options of a ``Setup`` beside those of the machine, and --out."""
     parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
     more = [
         ("--cam-data", "PATH[@SPLIT]", "more photographs with class labels, for the classifier"),
@@ -219,24 +226,41 @@ def add_data_options(parser: Parser, out: str) -> None:
         metavar="DIR",
         help="pseudo labels of another run (its labels/), in place of the stages cam and labels",
     )
+    parser.add_argument(
+        "--backbone-weights",
+        nargs="*",
+        type=named_path,
+        default=[],
+        metavar="NAME=FILE",
+        help="local ImageNet weights of backbones, instead of the download",
+    )
     parser.add_argument("--out", type=path_of, default=Path(out), help="folder of the training")
 
 
-def data_of(args: argparse.Namespace) -> Data:
-    """The Data that the options describe."""
+def named_path(argument: str) -> tuple[str, Path]:
+    """NAME=PATH -> (NAME, PATH)."""
+    name, _, path = argument.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{argument!r} does not fit; give NAME=PATH")
+    return name, path_of(path)
+
+
+def setup_of(args: argparse.Namespace, device: torch.device, seed: int) -> Setup:
+    """The Setup that the options describe."""
     labelled, cam, counted, unlabelled = map(tuple, (args.data, args.cam_data, args.counted, args.unlabelled))
-    return Data(labelled, cam, counted, unlabelled, args.pseudo_labels)
+    data = Data(labelled, cam, counted, unlabelled, args.pseudo_labels)
+    return Setup(data, options.machine_of(args), device, seed, dict(args.backbone_weights))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m experiments.recipes", description=__doc__)
     parser.add_argument("recipe", choices=RECIPES)
-    add_data_options(parser, "runs/recipe")
+    add_setup_options(parser, "runs/recipe")
     options.add_machine_options(parser)
     args = parser.parse_args(argv)
-    preset, machine = RECIPES[args.recipe], options.machine_of(args)
-    device = prepare_machine(machine, args.seed, batch_sizes(preset))
-    train_preset(Setup(data_of(args), machine, device, args.seed), preset, args.out)
+    preset = RECIPES[args.recipe]
+    device = prepare_machine(options.machine_of(args), args.seed, batch_sizes(preset))
+    train_preset(setup_of(args, device, args.seed), preset, args.out)
 
 
 if __name__ == "__main__":
