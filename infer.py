@@ -102,7 +102,7 @@ def get_args_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="replace settings of the fusion (models.fusion.FusionConfig) stored in the weights, such as "
+        help="replace settings of the fusion (models.fusion_config.FusionConfig) stored in the weights, such as "
         "grouping=count or power=10",
     )
 

@@ -24,7 +24,7 @@ from engine.run import Run
 from engine.stages import MAIN, STAGES, run_stages
 from engine.trainer import prepare_machine
 from models.attention import MutualAttention
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import WSIDNet, load_weights
 from utils.cli import InputError, Parser, path_of, run
 

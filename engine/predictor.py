@@ -21,9 +21,10 @@ from datasets.masks import read_saliency_mask
 from datasets.transforms import network_input, resize
 from models import AMP, MAX_INSTANCES, METHODS
 from models.count_head import expected_count, one_hot_count
-from models.fusion import FusionConfig, fuse, instance_masks
+from models.fusion import fuse, instance_masks
+from models.fusion_config import FusionConfig
 from models.grouping import connected_components
-from models.scoring import count_hypotheses
+from models.scoring import CountHypothesis, count_hypotheses
 from models.wsid_net import goes_on_from, load_weights
 from ops import compiled
 from utils import digest
@@ -133,7 +134,8 @@ class Predictor:
             raise InputError(f'count={count!r} is not understood; give 0 or, with method "wsid", up to {MAX_INSTANCES}')
         if not isinstance(settings, FusionConfig | list | tuple | None):
             raise InputError(
-                f"settings={settings!r} is not understood; give a models.fusion.FusionConfig, or a list as ['power=10']"
+                f"settings={settings!r} is not understood; give a models.fusion_config.FusionConfig or a list of "
+                "NAME=VALUE strings"
             )
         self.weights = Path(weights) if weights else default_weights()
         self.device, self.method, self.count = _usable(device), method, int(count)
@@ -237,14 +239,16 @@ class Predictor:
                 s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
                 s = s[0, 0].clamp(0, 1)
             saliency, boundary, offsets = (m.cpu().numpy() for m in (s, b, v))
-            hypotheses = []
+            soft: Tensor | np.ndarray
+            hypotheses: list[CountHypothesis] = []
             if self.method == "components":
                 soft, centroids = connected_components(saliency, self.settings)
             else:
                 count_probs = one_hot_count(self.count) if self.count else maps.count_probs.cpu()
                 by_count = self.count or self.settings.grouping == "count"
-                soft, centroids = fuse(s, b, v, self.settings, int(expected_count(count_probs)) if by_count else 0)
                 hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
+                number = int(expected_count(count_probs)) if by_count else 0
+                soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
             masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
         height, width = size
         # Pixel centres of the grid to pixel centres of the photograph.

@@ -113,8 +113,11 @@ def edges_and_instances(
     ``split_labels_by_count``; "divisors" float32 [5], of ``models.losses.divisors``.
     """
     instances = split_labels_by_count(maps["pseudo_classes"], count)
-    labels = (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
-    by = divisors(*(torch.from_numpy(label)[None] for label in labels), radius)
+    classes, salient, counts, of_count = (
+        torch.from_numpy(array)[None]
+        for array in (maps["pseudo_classes"], maps["pseudo_saliency"] > 0.5, np.array(count), instances)
+    )
+    by = divisors(classes, salient, counts, of_count, radius)
     return {"edges": canny_edges(image, mode=canny)[None], "instances": instances, "divisors": by[0].numpy()}
 
 
@@ -148,7 +151,7 @@ def train_branches(run: Run, samples: list[Sample]) -> None:
                 batch["count"],
                 bandwidth(progress, network.size),
                 seed=run.seed + int(progress * 1e9),
-                speaking=with_count[0],
+                valid_fraction=with_count[0],
                 form=config.lsu_form,
             )
         if config.centroid_target_weight:

@@ -26,7 +26,10 @@ except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 WEIGHT_DECAY, GAMMA = 1e-4, 0.9  # [IRN]
-OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "adamw": torch.optim.AdamW,
+}
 
 Batch = dict[str, Tensor]
 Losses = Callable[[Any, Batch, float], dict[str, Tensor]]

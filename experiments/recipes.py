@@ -24,7 +24,7 @@ from engine.pts import progressive_training
 from engine.run import Run
 from engine.stages import run_stages
 from engine.trainer import prepare_machine
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import load_weights, save_weights
 from train_pts import with_unlabelled
 from utils import checkpoint, distributed

@@ -53,7 +53,7 @@ from experiments.recipes import (
     train_progressively,
 )
 from models.branches import SaliencyNet
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint, digest, distributed
 from utils.cli import InputError, Parser, make_folder, run, select_device

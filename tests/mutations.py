@@ -110,38 +110,44 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ],
     ("models/losses.py", "test_method_values.py", ""): [
         ("errors = ops.displacement_pair_loss", "errors = 2 * ops.displacement_pair_loss"),
-        ("subset=256", "subset=64"),
+        ("subset: int = 256", "subset: int = 64"),
     ],
-    ("models/losses.py", "test_losses.py", "mean_over_photographs"): [
+    ("models/losses.py", "test_losses.py", "mean_over_images"): [
         ("(counts >= 1)", "(counts >= 0)"),
     ],
     ("models/losses.py", "test_losses.py", "salient_region_only"): [
         ("valid = rank >= 0", "valid = rank >= -1"),
     ],
     ("models/losses.py", "test_losses.py", "distance_to_the_centres"): [
-        ("[:, of] - places", "[:, of]"),
+        ("[:, index] - places", "[:, index]"),
         ("% 256 > 0)", "% 256 >= 0)"),
     ],
     ("ops/reference.py", "test_ops.py", "path"): [
         ("< dy * dy + dx * dx]", "<= dy * dy + dx * dx]"),
     ],
+    ("ops/reference.py", "test_ops.py", "reference and dense"): [
+        ("step.mul_(2).sub_(before)", "step.mul_(2)"),
+    ],
     # ---- the number of objects
     ("models/count_head.py", "test_models.py", "count_head"): [
         ("MAX_COUNT = 4", "MAX_COUNT = 5"),
         ("weight=1 / times", "weight=None"),
-        ("counts, decay=0.2", "counts, decay=0.02"),
-        ("self.linear.bias += ", "self.linear.bias -= "),
+        ("decay: float = 0.2", "decay: float = 0.02"),
+        ("self.linear.bias.add_(", "self.linear.bias.sub_("),
     ],
-    ("models/count_head.py", "test_losses.py", "as_many_as_the_count"): [
-        ("min_area=0.005", "min_area=0.0"),
+    ("models/wsid_net.py", "test_models.py", "count_net"): [
+        ("(count_probs + own) / 2", "own"),
+    ],
+    ("models/grouping.py", "test_losses.py", "as_many_as_the_count"): [
+        ("min_area: float = 0.005", "min_area: float = 0.0"),
     ],
     ("models/saliency_prior.py", "test_defaults.py", "left_alone"): [
-        ("ODDS = (0.65, 0.92, -0.75)", "ODDS = (1.0, 0.0, 0.0)"),
+        ("WEIGHTS = (0.65, 0.92, -0.75)", "WEIGHTS = (1.0, 0.0, 0.0)"),
     ],
-    ("models/saliency_prior.py", "test_models.py", "second_opinion_learns"): [
-        ("saliency, decay=0.1", "saliency, decay=0.01"),
+    ("models/saliency_prior.py", "test_models.py", "prior_learns"): [
+        ("decay: float = 0.1", "decay: float = 0.01"),
     ],
-    ("models/saliency_prior.py", "test_fusion.py", "pooled_odds"): [
+    ("models/saliency_prior.py", "test_fusion.py", "combined_logits"): [
         ("math.log(99)", "math.log(9999)"),
     ],
     # ---- activations and pseudo labels
@@ -151,7 +157,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("models/classifier.py", "test_classifier.py", ""): [
         ("WALKS = ((2, 3), (3, 2))", "WALKS = ((2, 3), (3, 3))"),
         ("maps.square().flatten(2)", "maps.flatten(2)"),
-        ("plain + mirrored.flip(3)", "plain + mirrored"),
+        ("plain + flipped.flip(3)", "plain + flipped"),
         ("both.relu()", "both"),
     ],
     ("engine/cam_labels.py", "test_defaults.py", "odds_of_spread"): [
@@ -184,14 +190,14 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("((127 / 255,) * 3, (128 / 255,) * 3)", "IMAGENET"),
         ("0.229, 0.224, 0.225", "0.5, 0.5, 0.5"),
     ],
-    ("models/enhancement.py", "test_defaults.py", "canny"): [
+    ("datasets/transforms.py", "test_defaults.py", "canny"): [
         ("np.array([0.67, 1.33])", "np.array([0.33, 1.33])"),
         ("np.array([0.67, 1.33])", "np.array([0.67, 1.5])"),
     ],
     ("models/attention.py", "test_models.py", "orders"): [
         ("(feature) + self.spatial_attention", "(feature) * self.spatial_attention"),
     ],
-    ("models/branches.py", "test_models.py", "build_saliency"): [
+    ("models/branches.py", "test_models.py", "saliency_net"): [
         ("RATES = (6, 12, 18, 24)", "RATES = (1, 12, 18, 24)"),
     ],
     ("models/branches.py", "test_models.py", "mean_offset"): [
@@ -214,7 +220,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(masks.any(0) + np.clip(soft, 0, 1)) / 2", "masks.any(0).astype(np.float32)"),
         ("known = (classes > 0)", "known = (classes >= 0)"),
     ],
-    ("models/fusion.py", "test_method_values.py", "score"): [
+    ("models/scoring.py", "test_method_values.py", "score"): [
         ("max(saliency.shape) / 25", "max(saliency.shape) / 20"),
     ],
     ("engine/pts.py", "test_fusion.py", "union"): [
@@ -224,16 +230,27 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("train_pts.py", "test_defaults.py", "settings_of_the_fusion"): [
         ('"mask_thresh=0.5"', '"mask_thresh=0.25"'),
     ],
-    ("models/fusion.py", "test_defaults.py", "settings_of_the_fusion"): [
+    ("models/fusion_config.py", "test_defaults.py", "settings_of_the_fusion"): [
         ("theta: float = 0.5", "theta: float = 0.2"),
         ("power: float = 5.0", "power: float = 10.0"),
-        ("background: float = 0.4", "background: float = 0.25"),
+        ("mask_thresh: float = 0.4", "mask_thresh: float = 0.25"),
+    ],
+    ("models/grouping.py", "test_fusion.py", ""): [
+        ("inside > settings.theta * size", "inside > 0"),
     ],
     ("models/fusion.py", "test_fusion.py", ""): [
-        ("inside > settings.theta * size", "inside > 0"),
-        ("start * (1 - boundary)", "start"),
+        ("(start * (1 - boundary))[None]", "start[None]"),
+        ("if count in known:", "if False:"),
+        ("score >= settings.min_score", "score >= 0"),
+    ],
+    ("models/scoring.py", "test_fusion.py", ""): [
         ("(within - beside)", "within"),
-        ("** settings.count_aware_scores", "** 0"),
+        ("expected += probability * ", "expected = "),
+        ("if not settings.count_aware_scores:", "if False:"),
+    ],
+    ("models/former_names.py", "test_models.py", "former_names"): [
+        ('"sink": "sink_thresh"', '"sink": None'),
+        ('settings["grouping"] = "count"', "pass"),
     ],
     # ---- metrics
     ("engine/metrics.py", "test_metrics.py", ""): [

@@ -192,7 +192,7 @@ def test_records_of_other_methods(folder):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three photographs of one COCO file with one instance each; ids and the numbers in the names are crosswise."""
+    """Three photographs of one COCO file with one instance each; the order of the ids is not that of the names."""
     for number in (1, 2, 3):
         save_mask(tmp_path / "images" / f"{number:06}.png", np.zeros((*SHAPE, 3), np.uint8))
     images = [{"id": 4 - n, "file_name": f"{n:06}.png", "height": 12, "width": 20} for n in (1, 2, 3)]
@@ -208,7 +208,7 @@ def coco(tmp_path):
 
 
 def found_in_coco(names, polygons=False):
-    """Records that are right; names: the image_id of the photographs 1, 2, 3."""
+    """Records of the exact instances; names: the image_id of the photographs 1, 2, 3."""
     for number, name in zip((1, 2, 3), names):
         mask = np.zeros(SHAPE, bool)
         mask[:, 2 * number : 2 * number + 5] = True
@@ -217,7 +217,7 @@ def found_in_coco(names, polygons=False):
 
 
 def masks_of(coco):
-    """The same truth as a folder of masks."""
+    """The same ground truth as a folder of masks."""
     for stem, mask in list_ground_truth(coco / "annotations" / "instances_default.json").items():
         save_mask(coco / "masks" / f"{stem}.png", mask.read())
     return coco / "masks"
@@ -283,20 +283,20 @@ def test_a_whole_coco_dictionary_is_read_with_its_own_images(coco, capsys, truth
         ((3, 2, "000002"), "calls the image 000002 both 2 and '000002'"),
     ],
 )
-def test_ids_that_cannot_be_told(coco, capsys, names, message):
+def test_ids_of_no_image_or_of_two(coco, capsys, names, message):
     path = write(coco / "p.json", list(found_in_coco(names)))
     gt = coco / "annotations" / "instances_default.json"
     assert message in failure(capsys, "--pred", path, "--gt", gt)
 
 
-def test_numbers_that_two_masks_share_are_none_of_them(coco, capsys):
+def test_a_number_of_two_masks_is_an_error(coco, capsys):
     gt = masks_of(coco)
     save_mask(gt / "01.png", instance_map())
     path = write(coco / "p.json", list(found_in_coco((1, 2, 3))))
     assert "p.json[0] is of the image 1" in failure(capsys, "--pred", path, "--gt", gt)
 
 
-def test_records_that_repeat_are_told(folder, predictions, capsys):
+def test_repeated_records_are_a_warning(folder, predictions, capsys):
     records = json.loads(predictions.read_text())
     path = write(folder / "twice.json", 2 * records)
     assert measure(folder, "--pred", path, "--gt", folder / "instance_masks")["predictions"] == 6
@@ -325,7 +325,7 @@ def test_saved_predictions_with_ids_are_what_pycocotools_takes(coco, model, caps
         assert message in failure(capsys, *options)
 
 
-# ---- truth that is no instance map
+# ---- ground truth that is no instance map
 
 
 WHITE = 255 * instance_map((2, 3, 9, 12))
@@ -349,7 +349,7 @@ PAINTED = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[TWO]
         (cv2.resize(PAINTED, (112, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
     ],
 )
-def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture, message):
+def test_ground_truth_that_is_no_instance_map_is_an_error(folder, model, capsys, picture, message):
     for stem in "abc":
         save_mask(folder / "instance_masks" / f"{stem}.png", picture)
         Image.fromarray(np.zeros((*picture.shape[:2], 3), np.uint8)).save(folder / "images" / f"{stem}.png")
@@ -360,7 +360,7 @@ def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture
     assert call(check.main, "--deep", folder) == 2 and f"a.png {message}" in capsys.readouterr().out
 
 
-def test_one_mask_that_is_no_instance_map_costs_its_image(folder, predictions, capsys):
+def test_an_image_whose_mask_is_no_instance_map_is_left_out(folder, predictions, capsys):
     save_mask(folder / "instance_masks" / "b.png", WHITE)
     assert "b.png shows nothing" in left_out(capsys, "--pred", predictions, "--gt", folder / "instance_masks")
 
@@ -467,7 +467,7 @@ def test_bad_label_maps(folder, label_maps, capsys, change, message):
         ({"b.png": "no picture"}, "b.png is not an image that can be read"),
     ],
 )
-def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys, change, message):
+def test_an_image_with_a_bad_label_map_is_left_out(folder, label_maps, predictions, capsys, change, message):
     alter(label_maps, change)
     argv = ["--pred", label_maps, f"json={predictions}", "--gt", folder / "instance_masks"]
     assert message in left_out(capsys, *argv, "--json", folder / "numbers.json")
@@ -483,7 +483,7 @@ def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys
         ({"a_1.png": instance_map((0, 0, 2, 2), (3, 3, 5, 5))}, "a_1.png holds several values"),
     ],
 )
-def test_a_bad_mask_costs_its_image(folder, single_masks, capsys, change, message):
+def test_an_image_with_a_bad_mask_is_left_out(folder, single_masks, capsys, change, message):
     alter(single_masks, change)
     assert message in left_out(capsys, "--pred", single_masks, "--gt", folder / "instance_masks")
 
@@ -601,7 +601,7 @@ def test_bad_record(folder, capsys, change, message):
         ({"segmentation": {"size": [*SHAPE], "counts": [0.5]}}, "cannot be decoded"),
     ],
 )
-def test_a_record_that_cannot_be_decoded_costs_its_image(folder, capsys, change, message):
+def test_an_image_with_a_record_that_cannot_be_decoded_is_left_out(folder, capsys, change, message):
     path = write(folder / "p.json", [GOOD, GOOD | {"image_id": "b"} | change])
     error = left_out(capsys, "--pred", path, "--gt", folder / "instance_masks")
     assert "p.json[1]" in error and message in error
@@ -675,11 +675,11 @@ def test_script(folder, predictions):
 @pytest.fixture
 def model(monkeypatch):
     """A stand-in for the Predictor that reads instances off the red channel; returns the values passed to it."""
-    seen = types.SimpleNamespace(created=[], maps={}, batches=[])
+    calls = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
         def __init__(self, weights, device, method="wsid", settings=None):
-            seen.created.append((weights, device.type, method))
+            calls.created.append((weights, device.type, method))
             self.weights, self.device, self.method = weights or Path("bundled.pt"), device, method
 
         def prepare(self, image):
@@ -687,19 +687,19 @@ def model(monkeypatch):
             return image[..., 0]
 
         def network(self, inputs):
-            seen.batches.append(len(inputs))
+            calls.batches.append(len(inputs))
             return inputs
 
         def instances(self, red, size, saliency=None):
             assert size == red.shape
-            seen.maps[int(red.max())] = saliency
+            calls.maps[int(red.max())] = saliency
             masks = [red == value for value in (80, 160) if (red == value).any()]
             saliency = (red > 0).astype(np.float32) if saliency is None else saliency
             scores = np.array([0.9, 0.3], np.float32)[: len(masks)]
             return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency)
 
     monkeypatch.setattr("engine.predictor.Predictor", Predictor)
-    return seen
+    return calls
 
 
 def test_weights(folder, model):
@@ -717,8 +717,8 @@ def test_default_weights_and_saved_predictions(folder, model):
     assert model.created == [(None, "cpu", "wsid")]
     records = json.loads((folder / "saved" / "p.json").read_text())
     assert [record["image_id"] for record in records] == ["a", "a", "b"]
-    again = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
-    assert again == direct | {"saliency": None}
+    from_file = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
+    assert from_file == direct | {"saliency": None}
 
 
 def test_rows_are_compared_with_the_first(tmp_path, capsys):
@@ -792,7 +792,7 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
     assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
 
 
-def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
+def test_figures_and_settings_of_a_run_for_tensorboard(folder, model, capsys):
     run = folder / "run"
     for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
         (run / stage).mkdir(parents=True)
@@ -801,8 +801,8 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     capsys.readouterr()
     events = EventAccumulator(str(run / "val" / "w (wsid)")).Reload()
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    told = HParamsPluginData.FromString(start).session_start_info.hparams
-    assert {name: value.number_value or value.string_value for name, value in told.items()} == {
+    hparams = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == {
         "branches/lr": 0.5,
         "branches/canny": "auto",
         "pts/keep": "",
@@ -977,15 +977,15 @@ def test_ranking_of_images():
         return ImageResult(np.array(scores, float), np.array([hits] * 10, bool).reshape(10, len(scores)), instances)
 
     results = {
-        "sure mistake": image([0.9], [0], 1),
+        "confident mistake": image([0.9], [0], 1),
         "nothing found": image([], [], 1),
-        "unsure mistake": image([0.2], [0], 1),
+        "hesitant mistake": image([0.2], [0], 1),
         "no instance": image([0.99], [0], 0),
         "half": image([0.5], [1], 2),
         "right": image([0.3], [1], 1),
-        "surely right": image([0.8], [1], 1),
+        "confident and right": image([0.8], [1], 1),
     }
-    ranked = ["surely right", "right", "half", "nothing found", "unsure mistake", "sure mistake"]
+    ranked = ["confident and right", "right", "half", "nothing found", "hesitant mistake", "confident mistake"]
     assert rank_images(results) == ranked
 
 
@@ -1025,7 +1025,7 @@ def test_instance_masks_of_every_kind(tmp_path):
     palette = Image.fromarray(labels).convert("P")
     palette.putdata(labels.ravel().tolist())
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    palette.save(path)  # VOC's own kind: the colours say nothing
+    palette.save(path)  # VOC's own kind: the colours are ignored
     np.testing.assert_array_equal(read_instance_mask(path), labels)
     Image.fromarray(labels.astype(np.uint16)).save(path)
     np.testing.assert_array_equal(read_instance_mask(path), labels)

@@ -21,7 +21,7 @@ from engine.run import Run
 from experiments import oracle_study, prm, recipes, tables
 from experiments.tables import Row
 from models.classifier import Classifier
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
 from utils import checkpoint
 from utils.cli import InputError

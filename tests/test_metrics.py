@@ -1,4 +1,4 @@
-"""The metrics against pycocotools and against tables worked out by hand."""
+"""The metrics against pycocotools and against tables computed by hand."""
 
 import tracemalloc
 
@@ -99,7 +99,7 @@ def test_pooled_equals_cocoeval(seed):
     assert any(not gt.any() and masks for gt, masks, _ in data)  # false positives in images without instances
     ours = pooled_ap([match_instances(masks, scores, gt) for gt, masks, scores in data])
     expected = coco_ap(data)
-    assert 0.05 < expected[IOU_70] < expected[IOU_50] < 0.95  # a case that tells something
+    assert 0.05 < expected[IOU_70] < expected[IOU_50] < 0.95  # not a trivial case
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
@@ -197,8 +197,8 @@ def test_void_is_as_if_its_pixels_did_not_exist():
     rng = np.random.default_rng(0)
     gt = rng.choice(np.array([0, 1, 2, 255], np.uint8), (1, 400))
     masks = rng.random((5, 1, 400)) < 0.5
-    judged = gt[0] != 255
-    np.testing.assert_array_equal(mask_ious(masks, gt)[0], mask_ious(masks[..., judged], gt[:, judged])[0])
+    valid = gt[0] != 255
+    np.testing.assert_array_equal(mask_ious(masks, gt)[0], mask_ious(masks[..., valid], gt[:, valid])[0])
 
 
 def test_prediction_wholly_in_void_is_neither_right_nor_wrong():
@@ -222,7 +222,7 @@ def test_without_predictions():
     assert count_metrics(results) == {"accuracy": 0.0, "mae": 1.0}
 
 
-def test_image_without_instances_costs_pooled_precision_only():
+def test_image_without_instances_lowers_pooled_precision_only():
     found = match_instances([strip((0, 10))], [0.5], labels((1, 10), (0, 10)))
     false = match_instances([strip((0, 10))], [0.9], labels((0, 20)))
     # Pooled: miss, hit: precision 1/2 at recall 1. Per image: only the first image has an AP, 1.
@@ -238,7 +238,7 @@ def test_set_without_instances_has_no_ap():
     assert summary["count"] == {"accuracy": 0.0, "mae": 1.0, "threshold": 0.0}
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_are_errors():
     gt = labels((1, 20))
     with pytest.raises(ValueError, match="compared"):
         match_instances([strip(length=19)], [1], gt)
