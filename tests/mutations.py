@@ -273,6 +273,20 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("> 2 * error", "> 0 * error"),
         ("base in (m.name, m.variant_of)", "base == m.variant_of"),
     ],
+    # ---- experiments
+    ("experiments/tables.py", "test_experiments.py", "changes_what_each_row or share_what"): [
+        ('NO_CA = {"mixing": False, "attention": "none"}', 'NO_CA = {"mixing": False}'),
+        ('NO_LSU = {"lsu_weight": 0.0}', 'NO_LSU = {"lsu_weight": 0.0, "count_head": False}'),
+        ("epochs=schedule.epochs + pts.iterations * pts.schedule.epochs", "epochs=schedule.epochs"),
+    ],
+    ("experiments/oracle_study.py", "test_experiments.py", "true_maps"): [
+        ("coarse[:, 1:] != coarse[:, :-1]", "coarse[:, 1:] != coarse[:, 1:]"),
+        ("centre[:, None] - position[:, owned]", "position[:, owned] - centre[:, None]"),
+    ],
+    ("experiments/prm.py", "test_experiments.py", "peaks_are_local"): [
+        ("response >= PEAK_THRESH * response.max()", "response >= 0"),
+        ("min(response.shape) // 6", "min(response.shape)"),
+    ],
 }
 
 
