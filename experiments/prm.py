@@ -28,7 +28,7 @@ from engine.presets import PAPER
 from models.backbones import BACKBONES
 from models.classifier import Classifier
 from models.fusion import FusionConfig, instance_masks
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
 from utils.progress import tqdm
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     classifier = load_classifier(args.classifier, args.backbone, args.output_stride).to(device)
     make_folder(args.out.parent)
     records, problems = predict_source(classifier, args.data, args.size, device)
-    checkpoint.save_json(records, args.out)
+    files.save_json(records, args.out)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problems else 0

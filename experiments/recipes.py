@@ -128,7 +128,7 @@ def self_training_round(setup: Setup, preset: Preset, out: Path, start: Path, la
     if not config:
         raise InputError(f"the preset {preset.name} has no self-training round; give best or one derived from it")
     teacher = make_folder(out / "teacher")
-    distributed.from_first(link, teacher / "weights.pt", start)
+    distributed.run_on_main(link, teacher / "weights.pt", start)
     train_progressively(setup, replace(preset, pts=config.pts), teacher, labels, *setup.data.counted)
     instances = teacher / "pts" / f"r{config.pts.iterations}" / "labels"
     round_preset = replace(preset, branches=config.branches)
@@ -181,7 +181,7 @@ def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
     train_network(setup, preset, first, labels)
     weights = train_progressively(setup, preset, first, labels)
     weights = extend(setup, preset, out, weights, labels, extensions_of(preset))
-    distributed.from_first(_publish, weights, path, note)
+    distributed.run_on_main(_publish, weights, path, note)
     return path
 
 

@@ -55,7 +55,7 @@ from experiments.recipes import (
 from models.branches import SaliencyNet
 from models.fusion_config import FusionConfig
 from models.wsid_net import load_weights, save_weights
-from utils import checkpoint, digest, distributed
+from utils import checkpoint, digest, distributed, files
 from utils.cli import InputError, Parser, make_folder, run, select_device
 
 Summary = dict[str, Any]  # of engine.evaluation.summarize_methods
@@ -277,7 +277,7 @@ def write_truth(val: str, out: Path) -> Path:
     _, made_from = digest_of_truth(val)
     folder = make_folder(out / f"truth_{made_from[:8]}")
     for sample in read_ground_truth(val):
-        checkpoint.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
+        files.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
     return folder
 
 
@@ -382,7 +382,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
         classifier = prm.load_classifier(weights, cam.backbone, cam.output_stride).to(device)
         records, problems = prm.predict_source(classifier, val, cam.size, device)
         found = weights.with_name("predictions.json")
-        checkpoint.save_json(records, found)
+        files.save_json(records, found)
         methods = measure_files({row.name: found}, masks, problems.append)
     else:
         settings = [f"{name}={value}" for name, value in changed.items()]
@@ -392,7 +392,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
     if problems:
         raise InputError(f"{len(problems)} of {len(samples)} photographs cannot be measured; the first: {problems[0]}")
     (summary,) = summarize_methods(methods).values()
-    checkpoint.save_json(summary, kept)
+    files.save_json(summary, kept)
     return summary
 
 

@@ -187,11 +187,11 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("SIGMA_ALPHA * scale", "SIGMA_ALPHA"),
     ],
     ("datasets/training.py", "test_training.py", "move_with"): [
-        ("window(read_map(", "(read_map("),
+        ("window(read_label_map(", "(read_label_map("),
         ("labels[::4, ::4]", "labels[3::4, 3::4]"),
     ],
     ("datasets/training.py", "test_stages.py", "mirrored"): [
-        ("array[:, ::-1] if mirror else array", "array"),
+        ("array[:, ::-1] if flip else array", "array"),
         ("rng.random() < 0.5", "rng.random() < 0.05"),
     ],
     # ---- the network

@@ -23,7 +23,7 @@ from experiments.tables import Row
 from models.classifier import Classifier
 from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.cli import InputError
 
 
@@ -34,7 +34,7 @@ def val(monkeypatch, tmp_path):
     make_val(tmp_path / "data" / "val")
     (tmp_path / "maps").mkdir()
     for stem in "ab":
-        checkpoint.save_png(np.full((72, 96), 90, np.uint8), tmp_path / "maps" / f"{stem}.png")
+        files.save_png(np.full((72, 96), 90, np.uint8), tmp_path / "maps" / f"{stem}.png")
     return tmp_path / "data" / "val"
 
 
@@ -45,7 +45,7 @@ def make_val(folder):
         (photographs / f"photo{number}.png").rename(photographs / f"{stem}.png")
         mask = np.zeros((72, 96), np.uint8)
         mask[20:54, 8:42] = 1
-        checkpoint.save_png(mask, folder / "instance_masks" / f"{stem}.png")
+        files.save_png(mask, folder / "instance_masks" / f"{stem}.png")
     return folder
 
 
@@ -330,7 +330,7 @@ def test_tables_that_a_recipe_does_not_have(called, tmp_path, capsys, table, opt
 def test_saliency_of_the_ground_truth(tmp_path):
     for kind in ("images", "instance_masks"):
         (tmp_path / kind).mkdir()
-        checkpoint.save_png(np.array([[0, 1, 2, 255]] * 3, np.uint8), tmp_path / kind / "a.png")
+        files.save_png(np.array([[0, 1, 2, 255]] * 3, np.uint8), tmp_path / kind / "a.png")
     maps = tables.write_truth(str(tmp_path), tmp_path / "out")
     assert cv2.imread(str(maps / "a.png"), 0)[0].tolist() == [0, 255, 255, 0]
 
@@ -418,7 +418,7 @@ def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
 )
 def test_what_cannot_be_measured_is_an_error_before_the_training(called, val, capsys, change, options, message):
     if change == "instance_masks/a.png":  # a mask of another size, a pixel off
-        checkpoint.save_png(np.zeros((72, 97), np.uint8), val / change)
+        files.save_png(np.zeros((72, 97), np.uint8), val / change)
         message = "a.png is 72 x 96 but the mask of its image 72 x 97"
     elif change:
         (val / change).unlink()
@@ -575,7 +575,7 @@ def test_prm_and_the_oracle_study_name_what_they_leave_out(val, capsys):
         assert call(main, *options) == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {val}/images/a.png is not an image")
     assert {record["image_id"] for record in json.loads(Path("new/found.json").read_text())} <= {"b"}
-    checkpoint.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
+    files.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
     assert call(oracle_study.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
     assert "none of 2 photographs can be measured" in capsys.readouterr().err
     assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
