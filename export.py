@@ -1,35 +1,52 @@
-"""Export the network part, S, B, V and the probable number of objects of a batch of photographs, with torch.export.
+"""Export the network, from images to S, B, V and count probabilities, with torch.export.
 
-    python export.py --out wsid.pt2                          # the weights infer.py would take
+    python export.py --out wsid.pt2                          # the default weights of infer.py
     python export.py --weights runs/mine/weights_pts.pt --out wsid.pt2
 
 The file runs without this repository: torch.export.load("wsid.pt2").module()(image, edges), with image RGB
-[N,3,size,size] in 0..1 and edges its Canny map [N,1,size,size] in 0 or 1 (models.enhancement.canny_edges), any N. What
-it returns is compared with the network's own answer before the file is named.
+[N,3,size,size] in 0..1 and edges its Canny map [N,1,size,size] of 0 and 1 (datasets.transforms.canny_edges), any N. It
+returns the tuple (saliency, boundary, offsets, count_probs) of models.wsid_net.NetOutput. The exported program is
+compared with the network before the file is written.
 """
 
+import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from infer import Predictor
-from utils import checkpoint
+from engine.predictor import default_weights
+from models.wsid_net import WSIDNet, load_weights
+from utils import files
 from utils.cli import InputError, Parser, path_of, run
 
-BOUND = 1e-4  # on the difference between what was exported and the network
+BOUND = 1e-4  # on the difference between the exported program and the network
 
 
-def export_network(net):
-    """A WSIDNet in evaluation mode as a torch.export.ExportedProgram, for any batch size from 1."""
+class _PlainTuple(nn.Module):
+    """A WSIDNet that returns a plain tuple: a file with a named one could only be loaded beside its class."""
+
+    def __init__(self, net: WSIDNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, image: Tensor, edges: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.net(image, edges))
+
+
+def export_network(net: WSIDNet) -> ExportedProgram:
+    """A WSIDNet in evaluation mode as an exported program, for any batch size from 1."""
     size = net.config.size
     image, edges = torch.rand(2, 3, size, size), torch.zeros(2, 1, size, size)
     batch = {0: torch.export.Dim("batch", min=1)}
-    return torch.export.export(net, (image, edges), dynamic_shapes=(batch, batch))
+    return torch.export.export(_PlainTuple(net), (image, edges), dynamic_shapes=(batch, batch))
 
 
-def difference(net, program):
-    """The largest difference between the network and what was exported of it, on a batch of three."""
+def difference(net: WSIDNet, program: ExportedProgram) -> float:
+    """The largest absolute difference between the outputs of the network and of the program, on a batch of three."""
     size = net.config.size
     generator = torch.Generator().manual_seed(0)
     image, edges = (torch.rand(3, channels, size, size, generator=generator) for channels in (3, 1))
@@ -38,7 +55,8 @@ def difference(net, program):
     return max((ours - theirs).abs().max().item() for ours, theirs in pairs)
 
 
-def get_args_parser():
+def get_args_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = Parser(description=__doc__)
     parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--out", type=path_of, default=Path("wsid.pt2"), help="file to write")
@@ -46,20 +64,22 @@ def get_args_parser():
 
 
 @torch.no_grad()
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Export, compare, write; InputError for weights or a path that cannot be used."""
     args = get_args_parser().parse_args(argv)
     if args.out.exists() and not args.out.is_file() or not args.out.parent.is_dir():
-        raise InputError(f"cannot write {args.out}, which is no file or in no folder; name a file in one that exists")
-    # Plain layout: torch.export takes weights that are stored channels last for parts of larger ones, and warns.
-    net = Predictor(args.weights).net.to(memory_format=torch.contiguous_format)
+        raise InputError(f"cannot write {args.out}: it must be a file in a folder that exists")
+    net = load_weights(args.weights or default_weights())
+    # Contiguous weights: torch.export takes channels-last ones for views of larger tensors, and warns.
+    net = net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     program = export_network(net)
-    whole = io.BytesIO()  # on a disk that is full, torch ends the process
+    whole = io.BytesIO()  # torch aborts the process where the disk is full
     torch.export.save(program, whole)
     whole.seek(0)
     error = difference(net, torch.export.load(whole))
     if not error < BOUND:
-        raise RuntimeError(f"what was exported differs from the network by {error:.1e}; {args.out} is not written")
-    checkpoint.replace(args.out, lambda file: file.write(whole.getbuffer()))
+        raise RuntimeError(f"the exported program differs from the network by {error:.1e}; {args.out} is not written")
+    files.write_atomically(args.out, lambda file: file.write(whole.getbuffer()))
     print(f"{args.out} (differs from the network by {error:.1e} at most)")
 
 

@@ -4,49 +4,61 @@
     python infer.py --img photos/*.jpg --visualize  # files, folders and patterns; also S, B and V as pictures
     python infer.py --img photos --weights runs/mine/weights_pts.pt --out results
 
-For every photograph <stem>_instances.png (palette indices: 0 background, 1..N in order of score) and <stem>_overlay.png
-are written at its own size, and predictions.json holds all instances as COCO result records. While the network runs on
-one batch, the next photographs load and the instances of the previous ones are fused and written. A run that was
-stopped continues when the same command is given again.
+For every photograph <stem>_instances.png (palette indices: 0 background, 1..N by descending score) and
+<stem>_overlay.png are written at its own size, and predictions.json holds all instances as COCO result records.
+Loading, network and fusion run at the same time. A run that was stopped continues with the same command.
 
 From Python: ``from infer import Predictor``.
 """
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent
 if str(ROOT) not in sys.path[:1]:  # the packages of this repository come before others of their names
     sys.path.insert(0, str(ROOT))
-for name in ("datasets", "models", "ops", "utils"):
+for name in ("datasets", "engine", "models", "ops", "utils"):
     if ROOT / name not in (Path(path).resolve() for path in getattr(sys.modules.get(name), "__path__", [ROOT / name])):
         raise ImportError(
             f"another package called {name!r} is imported already, and this repository has one of that name; "
             "import infer in a process that does not import the other, or run python infer.py"
         )
 
-# What a script needs that only says what is wrong with its arguments: torch and all that needs it comes later.
+# Only what checking the arguments needs: importing torch takes longer than a photograph.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, integer, make_folder, path_of, run, stop_at_once  # noqa: E402
-from utils.lazy import without_collection  # noqa: E402
+from utils.cli import InputError, Parser, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.lazy import gc_disabled  # noqa: E402
 
-OFFERS = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
-FEW = 10  # photographs whose results are named one by one
+if TYPE_CHECKING:
+    from engine.predictor import (  # noqa: F401
+        Maps,
+        Prediction,
+        Predictor,
+        default_batch_size,
+        default_weights,
+        process,
+    )
+
+EXPORTED = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
+LISTED = 10  # the files written are printed one by one up to so many photographs
 
 
-def __getattr__(name):
-    """``infer.Predictor`` and the rest of engine.inference, imported when asked for."""
-    if name not in OFFERS:
+def __getattr__(name: str) -> Any:
+    """``infer.Predictor`` and the rest of ``EXPORTED``, imported from engine.predictor on first use."""
+    if name not in EXPORTED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from engine import inference
+    from engine import predictor
 
-    return getattr(inference, name)
+    return getattr(predictor, name)
 
 
-def get_args_parser():
+def get_args_parser() -> Parser:
     parser = Parser(description=__doc__)
     files = parser.add_argument_group("files")
     files.add_argument(
@@ -67,7 +79,7 @@ def get_args_parser():
         "--coco-ids",
         type=path_of,
         metavar="FILE",
-        help="image_id is that of this COCO annotation file, not the photograph's stem",
+        help="image ids of this COCO annotation file instead of the stems of the photographs",
     )
     files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
 
@@ -76,22 +88,22 @@ def get_args_parser():
         "--method",
         choices=METHODS,
         default="wsid",
-        help="how instances are told apart; components of S are the baseline",
+        help="wsid: the fusion of S, B and V; components: the connected components of S, a baseline",
     )
     method.add_argument(
         "--count",
         type=integer(0, MAX_INSTANCES),
         default=0,
         metavar="N",
-        help="the number of objects, where you know it; 0: the network tells it",
+        help="the number of objects, where it is known: salient pixels are divided into N instances; 0: it is not",
     )
     method.add_argument(
         "--fusion",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="in place of the settings in the weights: those of models.fusion.FusionConfig, such as power=10 "
-        "mask_thresh=0.25",
+        help="replace settings of the fusion (models.fusion_config.FusionConfig) stored in the weights, such as "
+        "grouping=count or power=10",
     )
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
@@ -102,39 +114,42 @@ def get_args_parser():
     machine.add_argument(
         "--workers",
         type=integer(1, 256),
-        help="threads that load photographs, and as many that fuse and write; default: as many as "
-        "torch uses, at most 4",
+        help="threads that load photographs, and as many that fuse and write; default: the threads of torch, at most 4",
     )
     machine.add_argument(
         "--amp",
         choices=AMP,
         default="auto",
-        help="the network in bfloat16: where the machine is fast at it, always, never",
+        help="precision of the network; auto: bfloat16 where the machine computes it faster; bf16; off: float32",
     )
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     if args.count and args.method != "wsid":
         raise InputError(f"--count has no meaning with --method {args.method}; leave one of the two out")
     paths, failed = list_photographs(args.img)
-    with stop_at_once():
+    with raise_on_sigterm():
         return infer(args, paths, failed)
 
 
-def infer(args, paths, failed):
-    """Find the instances of ``paths``; failed: a list of InputErrors of what was asked for beside them."""
-    asked = len(paths) + len(failed)
-    with without_collection():
+def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError]) -> int:
+    """Write the results of the photographs ``paths``; returns the exit code.
+
+    args: of ``get_args_parser``. failed: the errors of the sources that ``list_photographs`` could not use. The code is
+    0, 1 when a part of what was asked for failed, or 2 when all of it did.
+    """
+    requested = len(paths) + len(failed)
+    with gc_disabled():
         from tqdm import tqdm
 
-        from engine.inference import Predictor, default_batch_size, default_workers, process
         from engine.predictions import coco_ids
+        from engine.predictor import Predictor, default_batch_size, default_workers, process
         from engine.results import Results
         from utils import digest, distributed
 
-        device = distributed.start(args.gpu)
+        device = distributed.init(args.gpu)
         predictor = Predictor(
             args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
         )
@@ -144,59 +159,66 @@ def infer(args, paths, failed):
     paths, clashes = results.without_clashes(paths)
     failed += clashes
     if ids:
-        ids([path.stem for path in paths])  # what is wrong is told before the work
+        ids([path.stem for path in paths])  # raises its InputError before the work begins
     own = distributed.shard(paths)
     todo = results.unfinished(own)
-    if distributed.is_first():
+    if distributed.is_main():
         print(f"weights: {predictor.weights}")
     if len(todo) < len(own):
         print(
             f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
-            "do them again"
+            "compute them anew"
         )
+
     batch_size = args.batch_size or default_batch_size(device)
     found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
-    written, wrong = [], []
-    silent = len(paths) < 2 or not distributed.is_first()
+    written: list[list[Path]] = []
+    errors: list[InputError] = []
+    silent = len(paths) < 2 or not distributed.is_main()
     try:
         with closing(found):
-            # None: a bar only where someone watches it.
+            # disable=None: a progress bar on a terminal only.
             for result in tqdm(found, total=len(todo), disable=silent or None, mininterval=1):
-                (wrong if isinstance(result, InputError) else written).append(result)
+                if isinstance(result, InputError):
+                    errors.append(result)
+                else:
+                    written.append(result)
     except BaseException:
         results.save(paths)
         raise
-    written, wrong = distributed.gather(written), distributed.gather(wrong)
-    if not distributed.is_first():
+    written, errors = distributed.gather(written), distributed.gather(errors)
+    if not distributed.is_main():
         return 0
-    failed += wrong
-    nothing, saved = len(failed) == asked, None
+
+    failed += errors
+    all_failed, records = len(failed) == requested, None
     try:
-        saved = results.save(paths)
+        records = results.save(paths)
     except InputError as error:
         failed.append(error)
-    if len(written) > FEW:
+    if len(written) > LISTED:
         print(f"{args.out}: pictures of {len(written)} photographs")
     else:
         for picture in sum(written, []):
             print(picture)
-    if saved:
-        print(saved)
-    for error in failed:
-        print(f"error: {error}", file=sys.stderr)
-    if nothing:
+    if records:
+        print(records)
+    for failure in failed:
+        print(f"error: {failure}", file=sys.stderr)
+    if all_failed:
         return 2
     return 1 if failed else 0
 
 
-def list_photographs(sources):
-    """(the files that ``sources`` name, each once, and the InputErrors of the sources that name none).
+def list_photographs(sources: Sequence[Path]) -> tuple[list[Path], list[InputError]]:
+    """The photographs that files, folders and globs name, each once, and the errors of the sources that name none.
 
-    What is passed over in them is told on stderr. The InputError itself where there is no photograph at all.
+    Files that are skipped in a folder are named on stderr. Raises the first error when there is no photograph at all.
     """
-    from datasets.images import list_images
+    from datasets.listing import list_images
 
-    found, failed = {}, []
+    found: dict[str, Path] = {}
+    failed = []
     for source in sources:
         try:
             listed = list_images(source, report=partial(print, file=sys.stderr))

@@ -1,9 +1,10 @@
 """Set-up of the operators: the package `ops` in the source tree, `wsid_ops` where it is installed.
 
-`python setup.py build_ext --inplace` builds them beside their sources (`make setup` does it), from whatever folder;
+`python setup.py build_ext --inplace` builds them beside their sources, from any folder (`make setup` runs it);
 `pip install --no-build-isolation .` installs them for use elsewhere, as `import wsid_ops`. The scripts run from the
-source tree. Sources are the .cpp files in ops/csrc, with ops/csrc/cuda where a CUDA toolkit that fits a CUDA build of
-torch is found or FORCE_CUDA=1; FORCE_CUDA=0 leaves it out. Not built, the operators are plain PyTorch.
+source tree. The sources are the .cpp files in ops/csrc, and those in ops/csrc/cuda where a CUDA toolkit of the major
+version of PyTorch's CUDA is found; FORCE_CUDA=1 makes it an error to find none, FORCE_CUDA=0 builds without CUDA. Where
+they are not built, the operators run in plain PyTorch.
 """
 
 import os
@@ -15,41 +16,43 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 
 
-def compiler():
-    """The C++ compiler as a command, a list: that of CXX, else the first that is there; None without any."""
+def compiler() -> list[str] | None:
+    """The command of the C++ compiler: that of CXX, else the first of c++, g++, clang++ that exists; None without."""
     names = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [["c++"], ["g++"], ["clang++"]]
     return next((command for command in names if shutil.which(command[0])), None)
 
 
-def cuda_toolkit(version):
-    """The folder of a whole CUDA toolkit of the same major version as the CUDA that torch was built with, or None.
+def cuda_toolkit(version: str | None) -> str | None:
+    """The folder of a complete CUDA toolkit of the major version of ``version``, PyTorch's CUDA; None without one.
 
-    It is where nvcc itself says it lies: what stands on the PATH may be a script that calls it.
+    It is searched in CUDA_HOME, CUDA_PATH, by the nvcc of the PATH and in /usr/local/cuda. nvcc itself is asked for its
+    folder, as the one on the PATH may be a script that calls it.
     """
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    homes = [home and Path(home, "bin/nvcc") for home in homes]
-    for nvcc in filter(None, (*homes[:2], shutil.which("nvcc"), homes[2])):
-        if not version or not Path(nvcc).exists():
+    in_home, in_path, usual = [home and str(Path(home, "bin/nvcc")) for home in homes]
+    for nvcc in (in_home, in_path, shutil.which("nvcc"), usual):
+        if not version or not nvcc or not Path(nvcc).exists():
             continue
-        asked = [
-            subprocess.run([nvcc, *how], capture_output=True, text=True)
-            for how in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])
-        ]
-        top = re.search(r"^#\$ TOP=(.+)$", asked[1].stderr, re.MULTILINE)
+        release, dry_run = (
+            subprocess.run([nvcc, *options], capture_output=True, text=True)
+            for options in (["--version"], ["--dryrun", "-c", "-x", "cu", os.devnull])
+        )
+        top = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
         folder = Path(top[1].strip() if top else Path(nvcc).parents[1]).resolve()
-        whole = (folder / "include/cuda_runtime.h").exists() and any(folder.glob("lib*/libcudart.so"))
-        if whole and f"release {version.split('.')[0]}." in asked[0].stdout:
+        complete = (folder / "include/cuda_runtime.h").exists() and any(folder.glob("lib*/libcudart.so"))
+        if complete and f"release {version.split('.')[0]}." in release.stdout:
             return str(folder)
     return None
 
 
-def takes(command, flag):
+def takes(command: list[str], flag: str) -> bool:
     """Whether a compiler builds a program with this flag."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
@@ -58,8 +61,11 @@ def takes(command, flag):
         return built.returncode == 0
 
 
-def operators():
-    """Keyword arguments of setup() that compile ops/csrc to wsid_ops._C, which lies in ops/ when built in place."""
+def operators() -> dict[str, Any]:
+    """Keyword arguments of setup() that compile ops/csrc to wsid_ops._C, which is placed in ops/ when built in place.
+
+    Exits with one sentence where FORCE_CUDA=1 and there is no toolkit, or at the build without a C++ compiler.
+    """
     import torch
 
     force = os.environ.get("FORCE_CUDA")
@@ -78,11 +84,11 @@ def operators():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
-        def build_extensions(self):
+        def build_extensions(self) -> None:
             if not found:
-                looked_for = os.environ.get("CXX") or "c++, g++ or clang++"
+                names = os.environ.get("CXX") or "c++, g++ or clang++"
                 sys.exit(
-                    f"there is no C++ compiler ({looked_for}): install one, as with apt install g++, and build "
+                    f"there is no C++ compiler ({names}): install one, as with apt install g++, and build "
                     "again; without it the operators run in plain PyTorch, slower"
                 )
             (extension,) = self.extensions
@@ -90,13 +96,13 @@ def operators():
                 print(f"{found[0]} builds nothing with -fopenmp: the operators will run in one thread", file=sys.stderr)
                 extension.extra_compile_args["cxx"].remove("-fopenmp")
                 extension.extra_link_args.remove("-fopenmp")
-            # What is built tells what it was built from, and is built again where that has changed.
-            how = f"// For PyTorch {torch.__version__}: {extension.sources} {extension.extra_compile_args}\n"
-            said = how + f'#define WSID_SOURCES "{sources_digest()}"\n'
+            # The extension holds the digest of its sources; everything is compiled anew where this header changes.
+            options = f"// For PyTorch {torch.__version__}: {extension.sources} {extension.extra_compile_args}\n"
+            text = options + f'#define WSID_SOURCES "{sources_digest()}"\n'
             header = Path(self.build_temp, "built_from.h").resolve()
             header.parent.mkdir(parents=True, exist_ok=True)
-            if not header.exists() or header.read_text() != said:
-                header.write_text(said)
+            if not header.exists() or header.read_text() != text:
+                header.write_text(text)
             extension.include_dirs.append(str(header.parent))
             extension.depends.append(str(header))
             super().build_extensions()
@@ -104,13 +110,13 @@ def operators():
     sources_digest = runpy.run_path(str(ROOT / "ops/sources.py"))["digest"]
     files = {end: sorted(map(str, Path("ops/csrc").rglob(f"*.{end}"))) for end in ("cpp", "cu", "cuh", "h", "inl")}
     sources, kind = files["cpp"], CppExtension
-    # As PyTorch itself is built; without no-trapping, GCC makes no vectors of loops that choose between numbers.
+    # -fno-trapping-math lets GCC vectorise loops with conditional values; PyTorch itself is built with it, too.
     flags = {"cxx": ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-trapping-math", "-Wno-psabi"]}
     if toolkit:
-        # Without a GPU to ask, build for the A100, and in a form that the driver translates for later ones.
+        # Without a GPU to query, build for the A100, and PTX, which the driver compiles for later ones.
         if not torch.cuda.is_available():
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX")
-        # Products and sums are fused only where the code says so: the centroids then agree with the CPU's bit by bit.
+        # No implicit fused multiply-add: centroids are then equal to the CPU's bit by bit.
         flags["nvcc"] = ["-O3", "-fmad=false"]
         sources, kind = sources + files["cu"], CUDAExtension
     headers = [*files["h"], *files["cuh"], *files["inl"]]
@@ -126,7 +132,7 @@ def operators():
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)  # what setuptools reads and writes goes by the current folder
+    os.chdir(ROOT)  # setuptools reads and writes relative to the current folder
     setup(
         name="wsid-net",
         version="0.1.0",

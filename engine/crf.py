@@ -1,4 +1,4 @@
-"""The dense CRF that turns coarse maps into masks that follow the image (Sec. 4.1; Kraehenbuehl and Koltun, 2011)."""
+"""The dense CRF that aligns coarse maps with the image (Sec. 4.1; Kraehenbuehl and Koltun, 2011)."""
 
 import numpy as np
 import pydensecrf.densecrf as dcrf
@@ -6,11 +6,11 @@ import pydensecrf.densecrf as dcrf
 W1, SIGMA_ALPHA, SIGMA_BETA = 4.0, 49.0, 5.0  # bilateral kernel: weight, pixels, grey levels
 W2, SIGMA_GAMMA = 3.0, 3.0  # smoothness kernel: weight, pixels
 ITERATIONS = 10
-PAPER_SIZE = 512  # the sigmas in pixels are those of a 512x512 image; other sizes scale them
+PAPER_SIZE = 512  # the sigmas in pixels are those of a 512x512 image and are scaled for other sizes
 
 
-def crf(image, probabilities):
-    """Refine label probabilities against the image.
+def crf(image: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Refine label probabilities with the image.
 
     image: uint8 RGB [H,W,3]; probabilities: [L,H,W], positive. Returns float32 [L,H,W] that sums to 1 over L.
     """
@@ -25,13 +25,16 @@ def crf(image, probabilities):
     return np.array(model.inference(ITERATIONS), dtype=np.float32).reshape(labels, height, width)
 
 
-def refine_saliency(image, foreground):
-    """Two labels: foreground probability float [H,W] in 0..1 -> the refined one, float32 [H,W]."""
+def refine_saliency(image: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Refine a foreground probability: float [H,W] in 0..1 -> float32 [H,W] in 0..1. image: uint8 RGB [H,W,3]."""
     return crf(image, np.stack([1 - foreground, foreground]))[1]
 
 
-def refine_labels(image, labels, count, confidence=0.7):
-    """Labels int [H,W] in 0..count-1, each trusted with ``confidence`` [IRN] -> refined labels int64 [H,W]."""
+def refine_labels(image: np.ndarray, labels: np.ndarray, count: int, confidence: float = 0.7) -> np.ndarray:
+    """Refine a label map: int [H,W] in 0..count-1 -> int64 [H,W] in the same range. image: uint8 RGB [H,W,3].
+
+    confidence: the probability that each label is given before the CRF [IRN].
+    """
     if count < 2:
         return np.zeros(labels.shape, np.int64)
     one_hot = np.arange(count)[:, None, None] == labels

@@ -1,24 +1,31 @@
-"""TensorBoard's HParams tab: the settings of every run beside what it reaches."""
+"""TensorBoard's HParams tab: the settings of every run beside its figures."""
+
+from pathlib import Path
+from typing import Any
 
 from utils import provenance
 from utils.cli import InputError, make_folder
 
 
-def settings_of(run):
-    """{stage/name: value} of what the stages in a run's folder were told; InputError when it is no run."""
-    found = {}
+def settings_of(run: Path) -> dict[str, bool | int | float | str]:
+    """{"stage/name": value} of the settings recorded by the stages in a run's folder.
+
+    Raises InputError when the folder holds none.
+    """
+    found: dict[str, bool | int | float | str] = {}
     for path in (*sorted(run.glob("*/config.json")), *run.glob("pts/r1/config.json")):
         stage = path.relative_to(run).parts[0]
-        for name, value in provenance.recorded(path.parent)["settings"].items():
+        record = provenance.read_record(path.parent)
+        for name, value in record["settings"].items() if record else ():
             found[f"{stage}/{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
     if not found:
         raise InputError(f"{run} holds no settings of a training; name the --out of a run")
     return found
 
 
-def write(run, name, summary):
-    """Put the main figures of engine.metrics.summarize beside the run's settings, in run/val/``name``."""
-    from torch.utils.tensorboard import SummaryWriter  # here, because few evaluations are put there
+def write(run: Path, name: str, summary: dict[str, Any]) -> None:
+    """Write the main figures of ``engine.metrics.summarize`` with the run's settings to run/val/``name``."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because few evaluations need it
 
     figures = {
         f"{protocol} mAP@{threshold}": ap for protocol, by in summary["mAP"].items() for threshold, ap in by.items()

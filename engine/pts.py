@@ -1,26 +1,81 @@
-"""The progressive training scheme: what Algorithm 1 adds to plain training (Sec. 3.4)."""
+"""The progressive training scheme of the saliency branch: Algorithm 1 (Sec. 3.4)."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from scipy.special import expit, logit
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
-from datasets.labels import IGNORE
-from engine.crf import refine_saliency
-from models.fusion import fuse, instance_masks, walk
-from models.grouping import components, masks_of, split_regions
-from models.saliency_prior import combine_logits
+from datasets.labels import Sample
+from datasets.training import TrainingImages, read_label_map
+from datasets.transforms import load_square, network_input, resize
+from engine import cam_labels, tensorboard
+from engine.config import PtsConfig, settings_of
+from engine.instance_labels import Maps, instance_label, pseudo_mask
+from engine.run import Run
+from engine.stages import saliency_losses
+from engine.trainer import train
+from models.count_head import expected_count
+from models.wsid_net import WSIDNet, read_weights, save_weights
+from utils import checkpoint, digest, distributed, files, provenance
+from utils.cli import InputError, make_folder
+from utils.parallel import WorkerPool
+from utils.progress import tqdm
 
-FG_THRESH, BG_THRESH = 0.6, 0.3  # rho above which a pixel is an instance's, and below which the background's [ours]
+State = dict[str, Tensor]
 
 
-def refresh(previous, current, iteration):
+def progressive_training(run: Run) -> None:
+    """Algorithm 1 from OUT/weights.pt on: R iterations, each in OUT/pts/r<N>. Result: OUT/weights_pts.pt.
+
+    In iteration r the network labels all ``run.samples`` (r<N>/labels), its saliency branch is trained E epochs on
+    these labels, and from r = 3 on averaged with the one before (Eq. 8). ``run.labels`` holds the initial pseudo masks
+    of the samples with classes. An iteration that is finished is passed over, one that was stopped is continued.
+    """
+    config, start = run.preset.pts, run.out / "weights.pt"
+    if config.logit_weights:
+        require_unrefined(run.labels)
+    if not start.exists():
+        raise InputError(f"there is no trained network at {start}; run train_branches.py --out {run.out} first")
+    net, start_digest = read_weights(start, run.device)
+    net.config = replace(net.config, size=config.size or net.config.size)
+    others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
+    inputs = distributed.run_on_main(_inputs, run, digest.of_state(others))
+    previous = _clone(net.saliency.state_dict())
+    with files.lock_folder(make_folder(run.out / "pts")) if distributed.is_main() else nullcontext():
+        for r in range(1, config.iterations + 1):
+            folder = make_folder(run.out / "pts" / f"r{r}")
+            distributed.run_on_main(_bind, run, net, inputs, previous, folder)
+            labelled = make_labels(run, net, folder)  # of a finished iteration too: labels that were deleted
+            finished = folder / "weights.pt"
+            if finished.exists():
+                current = checkpoint.load(finished, run.device)["model"]
+            else:
+                if config.schedule.epochs:
+                    train_iteration(run, net, labelled, folder, r)
+                current = refresh(previous, net.saliency.state_dict(), r)
+                if distributed.is_main():
+                    checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
+                distributed.barrier()
+            net.saliency.load_state_dict(current)
+            previous = _clone(current)
+    net.training_record = net.training_record | {"pts": settings_of(config, seed=run.seed, preset=run.preset.name)}
+    note = f"train_pts.py, {config.iterations} iterations"
+    distributed.run_on_main(save_weights, net, run.out / "weights_pts.pt", note, start_digest)
+    if distributed.is_main():
+        print(f"the network is in {run.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
+
+
+def refresh(previous: Mapping[str, Tensor], current: Mapping[str, Tensor], iteration: int) -> State:
     """Model refreshing, Eq. 8: alpha w_{r-1} + (1 - alpha) w_r with alpha = r / (r + 1), from iteration r = 3 on.
 
     previous, current: state dicts of one network. Returns a new state dict; before r = 3 it equals ``current``, and
-    what is no float always is that of ``current``.
+    tensors of integers always are those of ``current``.
     """
     if iteration <= 2:
         return dict(current)
@@ -31,87 +86,151 @@ def refresh(previous, current, iteration):
     }
 
 
-def pseudo_label(image, maps, count, settings, first=None, keep=0.0, odds=None):
-    """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
+def require_unrefined(labels: Path) -> None:
+    """InputError when the pseudo masks in the folder ``labels`` are recorded as refined by the CRF."""
+    made = provenance.read_record(labels)
+    if made and made["settings"].get("crf", False):
+        raise InputError(
+            f"the CRF has refined the masks in {labels}; --logit-weights needs those of --stage labels --no-crf"
+        )
 
-    image: uint8 RGB [S,S,3]; maps: saliency, boundary [h,w] in 0..1 and offsets [2,h,w] on its stride-4 grid; count:
-    as in ``fuse``.
-    The CRF starts from the mean of the union and of S, so that the network's doubts stay visible [ours].
-    first: float [S,S] in 0..1, the pseudo mask made from the photograph's class labels, which the network does not
-    know; keep: its share in what the CRF starts from; odds: or the weights of ``combine_logits`` [ours].
-    Returns float32 [S,S] in 0..1, or None when no instance was found: that says nothing about the photograph.
+
+def _clone(state: Mapping[str, Tensor]) -> State:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def _inputs(run: Run, network: str) -> dict[str, str]:
+    """The digests of what all iterations read: photographs, initial pseudo labels, and the ``network`` but for S."""
+    labelled = [sample for sample in run.samples if sample.classes]
+    cam_labels.require(run.labels, labelled, "run train_branches.py --stage labels on those with classes")
+    provenance.check_unchanged(run.labels, {}, labelled)
+    initial = cam_labels.inputs(run.labels, labelled, "saliency", "classes")
+    return provenance.digest_inputs(run.samples, "classes", "count") | {
+        "an initial pseudo label": digest.of_value(initial),
+        "the network": network,
+    }
+
+
+def _bind(run: Run, net: WSIDNet, inputs: dict[str, str], saliency: State, folder: Path) -> None:
+    """Bind the folder of an iteration to its settings, its inputs and the saliency branch that it starts from."""
+    settings = settings_of(run.preset.pts, seed=run.seed, size=net.config.size)
+    del settings["iterations"]  # more of them may be added
+    start = {"the saliency branch that the iteration starts from": digest.of_state(saliency)}
+    provenance.bind(folder, settings, inputs | start)
+    photographs = provenance.describe_photographs(run.samples, "classes", "count")
+    # The saliency branch that is trained on these labels, for a network whose branches are trained on them.
+    provenance.bind(make_folder(folder / "labels"), {"saliency_branch": "../weights.pt"}, photographs=photographs)
+
+
+def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
+    """Pseudo label generation (Sec. 3.4.1), for all photographs in which an instance is found.
+
+    Writes ``folder``/labels/saliency/<stem>.png and, for photographs with labels, classes/<stem>.png (see
+    ``write_label``). Returns the samples that have a label.
     """
-    saliency, boundary, offsets = maps
-    shares, _ = fuse(saliency, boundary, offsets, settings, count)
-    masks, _, _ = instance_masks(shares, saliency, image.shape[:2], settings)
-    if not len(masks):
-        return None
-    soft = torch.nn.functional.interpolate(saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
-    foreground = (masks.any(0) + np.clip(soft, 0, 1)) / 2
-    if first is not None and odds:
-        foreground = expit(combine_logits(logit(foreground), logit(first), odds))
-    elif first is not None:
-        foreground = (1 - keep) * foreground + keep * first
-    return refine_saliency(image, foreground)
+    net.eval()
+    labels = folder / "labels"
+    for kind in ("saliency", "classes"):
+        make_folder(labels / kind)
+    own = distributed.shard(run.samples)
+    todo = [sample for sample in own if not is_tried(labels, sample)]
+    with WorkerPool(run.machine.workers) as pool, torch.no_grad():
+        done = len(own) - len(todo)
+        for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
+            square = load_square(sample.path, net.config.size)
+            output = net(*network_input(square, net.config.canny, run.device))
+            # Arrays, not tensors: they pass to the worker without shared memory.
+            maps = [m[0].float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
+            count = int(expected_count(output.count_probs[0]))
+            initial = run.labels if sample.classes else None
+            pool.submit(write_label, labels, sample, square, maps, count, run.preset.pts, initial)
+    distributed.barrier()
+    # Photographs without an instance have a <stem>.none, so that a run that was stopped does not repeat them.
+    found = [sample for sample in run.samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
+    if not found:
+        raise InputError(f"the network finds no salient instance in any photograph; train the run {run.out} longer")
+    if distributed.is_main():
+        print(f"{folder.name}: {len(found)} of {len(run.samples)} photographs show salient instances")
+    return found
 
 
-def parts_of_classes(region, classes, count, least):
-    """The salient region of a photograph of several classes: what is known to be of each, in every component [ours].
+def is_tried(labels: Path, sample: Sample) -> bool:
+    """Whether ``write_label`` is finished with a photograph: one with classes always has a label."""
+    suffixes = (".png",) if sample.classes else (".png", ".none")
+    return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
-    region: bool [h,w]; classes: uint8 [h,w], 1..20, elsewhere 0 or 255; count: of objects; least: pixels below which a
-    part is noise. Returns (objects, rest), lists of int [M_k,2], the (y, x) of their pixels: as objects the largest
-    parts, of every class one before any has two; as rest those beyond ``count``. A component that shows one class is
-    whole, and so is one whose classes are not known; of others the undecided pixels are in no part.
+
+def write_label(
+    labels: Path,
+    sample: Sample,
+    image: np.ndarray,
+    arrays: list[np.ndarray],
+    count: int,
+    config: PtsConfig,
+    initial: Path | None,
+) -> None:
+    """The labels of one photograph, in a worker process.
+
+    saliency/<stem>.png is its next pseudo mask. With ``config.instance_labels`` classes/<stem>.png holds its instances,
+    for a later training of the branches; where not as many are found as its count label says, its initial class labels,
+    unless it shows several classes and ``config.by_class`` is set. Where there is no label, an empty <stem>.none is
+    written; of a photograph without an instance, the initial mask beside it.
+
+    image: uint8 RGB [S,S,3]; arrays: S [h,w], B [h,w] and V [2,h,w], as of ``Maps``; count: the predicted number of
+    objects; initial: the folder of its initial pseudo labels, None where it has none.
     """
-    parts = []
-    for component in components(region, least):
-        names = classes[component[:, 0], component[:, 1]]
-        of_each = [(name, component[names == name]) for name in np.unique(names) if 0 < name < IGNORE]
-        of_each = [(name, part) for name, part in of_each if len(part) >= least]
-        parts += of_each if len(of_each) > 1 else [(of_each[0][0] if of_each else 0, component)]
-    parts.sort(key=lambda part: -len(part[1]))
-    names = [name for name, _ in parts]
-    order = sorted(range(len(parts)), key=lambda k: names[k] in names[:k])  # the largest of every class come first
-    parts = [parts[k][1] for k in order]
-    return parts[:count], parts[count:]
+    maps = Maps(*map(torch.from_numpy, arrays))
+    size, png = image.shape[0], f"{sample.stem}.png"
+    mask = classes = instances = None
+    if initial:
+        mask = resize(read_label_map(initial / "saliency" / png), size) / 255
+        classes = read_label_map(initial / "classes" / png, size)
+    by_class = config.by_class and len(sample.classes or ()) > 1
+    label = pseudo_mask(
+        image,
+        maps,
+        count,
+        config.fusion,
+        config.saliency_weight,
+        mask,
+        config.init_mask_weight,
+        config.logit_weights,
+    )
+    if label is None:
+        (labels / "saliency" / f"{sample.stem}.none").touch()
+        label = mask
+    elif sample.count and config.instance_labels:
+        instances = instance_label(label, maps, sample.count, config.fusion, classes, by_class)
+    if config.instance_labels:
+        if by_class or instances is not None:
+            classes = instances
+        if classes is not None:
+            files.save_png(classes, labels / "classes" / png)
+        else:
+            (labels / "classes" / f"{sample.stem}.none").touch()
+    if label is not None:
+        files.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 
 
-def instance_label(label, maps, count, settings, classes=None, by_class=False):
-    """The salient region of a pseudo label in as many instances as were counted, for the branches to learn [ours].
-
-    The class labels that the branches first learn from hold touching objects of one class together; these part them,
-    by V and B as they are, and lie where the CRF has put the contour.
-    label: float32 [S,S] in 0..1 of ``pseudo_label``; maps: as there, but that this label takes the place of S; count:
-    the count label, 1 or more; classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255 unknown)
-    or None: where they contradict the class that most of an instance has, the instance is not known.
-    by_class: objects of two classes come apart by the class labels, where they know several in the region, and V
-    divides within a class.
-    Returns uint8 [S,S]: 0 background, 1..count instance, 255 not known; None when it does not show just as many
-    instances, each of ``settings.min_area`` of the image: then V has not understood the photograph.
-    """
-    _, boundary, offsets = maps
-    saliency = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(label)[None], boundary.shape)[0]
-    region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
-    if by_class:
-        names = cv2.resize(classes, boundary.shape[::-1], interpolation=cv2.INTER_NEAREST)
-        parts, rest = parts_of_classes(region, names, count, least)
-    else:
-        parts, rest = components(region, least), []
-    parts = split_regions(parts, count, offsets.numpy())
-    if len(parts) != count:
-        return None
-    # Where the region ends is settled, and a small part has as much of a say as a large one.
-    peaks = replace(settings, mask_rule="peak")
-    shares = walk(masks_of(parts + rest, boundary.shape), saliency, boundary, peaks)
-    shares = torch.nn.functional.interpolate(shares[None], label.shape, mode="bilinear")[0]
-    nearest = shares.argmax(0).numpy().astype(np.uint8) + 1
-    nearest[nearest > count] = IGNORE
-    result = np.where(label > FG_THRESH, nearest, np.where(label < BG_THRESH, 0, IGNORE)).astype(np.uint8)
-    if classes is not None:
-        known = (classes > 0) & (classes != IGNORE)
-        for number in range(1, count + 1):
-            inside = known & (result == number)
-            if inside.any():
-                result[inside & (classes != np.bincount(classes[inside]).argmax())] = IGNORE
-    size = np.bincount(result.ravel(), minlength=count + 1)[1 : count + 1]
-    return result if size.min() >= settings.min_area * result.size else None
+def train_iteration(run: Run, net: WSIDNet, samples: list[Sample], folder: Path, r: int) -> None:
+    """Lines 2-4 of Algorithm 1: E epochs of the saliency branch on the labels in ``folder``, in place."""
+    schedule, size = run.preset.pts.schedule, net.config.size
+    net.saliency.backbone.freeze(schedule.freeze)
+    maps = {"pseudo_saliency": folder / "labels" / "saliency"}
+    dataset = TrainingImages(samples, size, crop=0.7, jitter=0.2, maps=maps, seed=run.seed + r)
+    show = partial(
+        tensorboard.show_saliency, samples=samples[:8], size=size, device=run.device, labels=folder / "labels"
+    )
+    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
+        train(
+            net.saliency,
+            dataset,
+            saliency_losses,
+            schedule,
+            run.machine,
+            folder=folder,
+            device=run.device,
+            writer=writer,
+            show=show,
+            name="pts",
+        )

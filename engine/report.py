@@ -1,27 +1,31 @@
-"""What an evaluation shows: the table, and one HTML page with the curves and the best and worst images.
+"""The report of an evaluation: text tables, and one HTML page with the curves and the best and worst images.
 
-The page needs no other file and no network: its pictures are data URIs, its curves SVG. Methods are given as any
-objects with a name, ``found`` ({stem: load} of engine.predictions) and ``results`` ({stem: ImageResult}).
+The page needs no other file and no network: its pictures are data URIs, its curves SVG.
 """
 
 import base64
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from datasets.images import read_image
-from datasets.labels import fail
+from datasets.labels import Mask, Report, raise_or_warn
 from datasets.masks import VOID
-from engine.metrics import RECALLS, average_precision, pooled_precision
+from engine.bootstrap import DRAWS
+from engine.evaluation import Method
+from engine.metrics import RECALLS, ImageResult, average_precision, pooled_precision
 from engine.predictions import check_size
 from utils.cli import InputError
 
 SHOWN = 10  # images at either end of the ranking
 SIDE, QUALITY = 320, 80  # the longer side of a picture in pixels, and its JPEG quality: some 15 kB each
-GREY = 128  # stands for a photograph that is not there
-CURVES = (("0.5", 0, "none"), ("0.7", 4, "6 4"))  # name, index into IOU_THRESHOLDS, dashes
-COLOURS = ("#3b82c4", "#e0662f", "#2f9e6e", "#b55fb0", "#c79a1b", "#7a7a7a")  # seen on white and on black
+GREY = 128  # of the picture that replaces a missing photograph
+CURVES = (("0.5", 0, "none"), ("0.7", 4, "6 4"))  # name, row of IOU_THRESHOLDS, dashes
+COLOURS = ("#3b82c4", "#e0662f", "#2f9e6e", "#b55fb0", "#c79a1b", "#7a7a7a")  # visible on white and on black
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -40,25 +44,30 @@ figcaption { font-size: .85em; overflow-wrap: anywhere }
 """
 
 
-# ---- the table
+# ---- the tables
+
+Summary = dict[str, Any]  # of engine.evaluation.summarize_methods or engine.metrics.summarize
 
 
-def format_table(summaries):
-    """{method: summary of engine.metrics.summarize} as aligned text, a row per method."""
-    groups, rows = _table(summaries)
-    widths = [[max(len(column), 5) + 1 + (column == columns[0]) for column in columns] for _, columns in groups]
-    first = max(map(len, ["method", *rows])) + 1
-    flat = [width for group in widths for width in group]
-    lines = [
-        " " * first + "".join(f"{title:>{sum(group)}}" for (title, _), group in zip(groups, widths)),
-        _aligned("method", [column for _, columns in groups for column in columns], first, flat),
-    ]
-    lines += [_aligned(name, cells, first, flat) for name, cells in rows.items()]
-    return "\n".join([_headline(summaries), "", *lines])
+class Table(NamedTuple):
+    """title: of the table, or ""; groups: [(title, [column, ...]), ...]; rows: {method: [cell, ...]}."""
+
+    title: str
+    groups: list[tuple[str, list[str]]]
+    rows: dict[str, list[str]]
 
 
-def _table(summaries):
-    """Groups of columns, [(title, [column, ...]), ...], and rows, {method: [cell, ...]}; '-' is what is undefined."""
+def format_table(summaries: Mapping[str, Summary]) -> str:
+    """{method: summary} as aligned text: a row per method, then the intervals and differences that summaries have."""
+    return "\n\n".join([_headline(summaries), *map(_format, _tables(summaries))])
+
+
+def _tables(summaries: Mapping[str, Summary]) -> list[Table]:
+    return [table for table in (_figures(summaries), _intervals(summaries), _differences(summaries)) if table.rows]
+
+
+def _figures(summaries: Mapping[str, Summary]) -> Table:
+    """The main table; '-' is what is undefined."""
     groups = [("", ["predictions"])]
     groups += [(f"{name} mAP (%)", ["0.5", "0.7", "0.5:0.95"]) for name in ("pooled", "per-image")]
     groups += [("count", ["exact (%)", "MAE"])]
@@ -68,42 +77,95 @@ def _table(summaries):
     rows = {}
     for name, summary in summaries.items():
         ap, count, saliency = summary["mAP"], summary["count"], summary["saliency"] or {}
-        cells = [str(summary["predictions"]), *map(_percent, [*ap["pooled"].values(), *ap["per-image"].values()])]
+        cells = [f"{summary['predictions']:.0f}"]
+        cells += map(_percent, [*ap["pooled"].values(), *ap["per-image"].values()])
         cells += _percent(count["accuracy"]), _number(count["mae"])
         if with_saliency:
             cells += _percent(saliency.get("max_f")), _percent(saliency.get("adaptive_f")), _number(saliency.get("mae"))
         rows[name] = cells
-    return groups, rows
+    return Table("", groups, rows)
 
 
-def _headline(summaries):
+def _intervals(summaries: Mapping[str, Summary]) -> Table:
+    title = f"95 % intervals, from {DRAWS} bootstrap draws of the images"
+    return _ap_table(title, summaries, "intervals", lambda interval: "..".join(map(_percent, interval)))
+
+
+def _differences(summaries: Mapping[str, Summary]) -> Table:
+    title = f"difference from {next(iter(summaries))} +/- standard error; *: more than two standard errors"
+    return _ap_table(title, summaries, "differences", _difference)
+
+
+def _ap_table(title: str, summaries: Mapping[str, Summary], key: str, show: Callable[[Any], str]) -> Table:
+    """The table of what the summaries have under ``key``, {protocol: {IoU: value}}, with the cells show(value)."""
+    values = {name: summary[key] for name, summary in summaries.items() if key in summary}
+    columns: dict[str, Any] = next(iter(values.values()), {})
+    groups = [(f"{protocol} mAP (%)", list(by_iou)) for protocol, by_iou in columns.items()]
+    rows = {
+        name: [show(value) for by_iou in protocols.values() for value in by_iou.values()]
+        for name, protocols in values.items()
+    }
+    return Table(title, groups, rows)
+
+
+def _difference(cell: Mapping[str, Any]) -> str:
+    if cell["difference"] is None:
+        return "-"
+    mark = "*" if cell["exceeds_two"] else " "
+    return f"{100 * cell['difference']:+.1f} +/- {100 * cell['standard_error']:.1f}{mark}"
+
+
+def _headline(summaries: Mapping[str, Summary]) -> str:
     summary = next(iter(summaries.values()))  # the ground truth is the same in all
     with_instances = summary["images_with_instances"]
     return f"{summary['images']} images ({with_instances} with instances), {summary['instances']} instances"
 
 
-def _aligned(name, cells, first, widths):
-    return f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+def _format(table: Table) -> str:
+    cells = [column for _, columns in table.groups for column in columns]
+    widths = [max(map(len, [*column, " " * 5])) + 1 for column in zip(cells, *table.rows.values(), strict=True)]
+    sizes = [len(columns) for _, columns in table.groups]
+    starts = np.cumsum([0, *sizes[:-1]])
+    for start in starts:  # a wider gap before each group
+        widths[start] += 1
+    name_width = max(map(len, ["method", *table.rows])) + 1
+    grouped = [sum(widths[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    lines = [table.title] if table.title else []
+    lines.append(_aligned("", [title for title, _ in table.groups], name_width, grouped))
+    lines.append(_aligned("method", cells, name_width, widths))
+    lines += [_aligned(name, row, name_width, widths) for name, row in table.rows.items()]
+    return "\n".join(lines)
 
 
-def _percent(share):
-    return "-" if share is None else f"{100 * share:.1f}"
+def _aligned(name: str, cells: Iterable[str], name_width: int, widths: Iterable[int]) -> str:
+    return f"{name:<{name_width}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
-def _number(value):
+def _percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 # ---- the page
 
 
-def format_page(methods, summaries, gt_masks, photographs, threshold=0.0, report=fail):
-    """The whole evaluation as one HTML page, a str.
+def format_page(
+    methods: Sequence[Method],
+    summaries: Mapping[str, Summary],
+    gt_masks: Mapping[str, Mask],
+    photographs: Mapping[str, Path],
+    threshold: float = 0.0,
+    report: Report = raise_or_warn,
+) -> str:
+    """The whole evaluation as one HTML page.
 
-    methods: the rows of the table, the first of which ranks the images; summaries: {name: summary}; gt_masks: {stem:
-    ground-truth mask}; photographs: {stem: photograph}, may lack any; threshold: predictions that score less are
-    not drawn. A photograph that cannot be read or is not of the size of its mask is grey, and ``report`` gets an
-    InputError.
+    methods: the rows of the table, of which the first ranks the images; summaries: {name: summary}; gt_masks: {stem:
+    ground-truth mask}; photographs: {stem: path}, of any of the images; threshold: the lowest score that is drawn.
+    A photograph that is missing, unreadable or of another size than its mask is grey; for the latter two ``report``
+    gets an InputError.
     """
     ranked = rank_images(methods[0].results)
     best = ranked[: min(SHOWN, (len(ranked) + 1) // 2)]
@@ -124,37 +186,37 @@ def format_page(methods, summaries, gt_masks, photographs, threshold=0.0, report
 <h1>Salient instances: evaluation</h1>
 <p>{_headline(summaries)}. Average precision (AP) is of class-agnostic masks, at the IoU named or averaged over
 0.5:0.95. Pooled: all predictions of the set ranked together. Per-image: AP of each image, averaged.</p>
-<div class="wide">{_html_table(summaries)}</div>
+{"".join(map(_html_table, _tables(summaries)))}
 <h2>Precision and recall, pooled</h2>
 {_curves(methods)}
 <p>Below are the best and the worst images of {escape(methods[0].name)} by AP at 0.5:0.95. Images without instances have
-no AP and are not shown. Drawn are the predictions that score at least {threshold:g}; pale ground truth is void.</p>
+no AP and are not shown. Predictions of a score below {threshold:g} are not drawn; pale ground truth is void.</p>
 {"".join(sections)}
 </body>
 </html>
 """
 
 
-def rank_images(results):
-    """Stems of the images with instances, best AP (mean over IoU 0.5:0.95) first. results: {stem: ImageResult}.
+def rank_images(results: Mapping[str, ImageResult]) -> list[str]:
+    """Stems of the images with instances, by descending AP (mean over IoU 0.5:0.95). results: {stem: ImageResult}.
 
-    Among equals the most confident success comes first and, at AP 0, the most confident mistake last.
+    Of equal AP the one with the highest score comes first; of AP 0 it comes last, as the most confident mistake.
     """
 
-    def key(stem):
+    def key(stem: str) -> tuple[float, float]:
         ap, confidence = image_ap(results[stem]), results[stem].scores.max(initial=-np.inf)
         return -ap, confidence if ap == 0 else -confidence
 
     return sorted((stem for stem, result in results.items() if result.instances), key=key)
 
 
-def image_ap(result):
-    """AP of one image (an ImageResult), averaged over IoU 0.5:0.95, in 0..1; NaN without instances."""
+def image_ap(result: ImageResult) -> float:
+    """AP of one image, averaged over IoU 0.5:0.95, in 0..1; NaN without instances."""
     return float(average_precision(result.scores, result.hits, result.instances).mean())
 
 
-def tint(image, masks):
-    """uint8 RGB [H, W, 3] with masks, a list of bool [H, W] whose first lies on top, tinted and outlined."""
+def tint(image: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """``image``, uint8 RGB [H, W, 3], with ``masks``, bool [H, W], tinted and outlined; the first mask is on top."""
     from engine.visualize import instance_colours
 
     picture = image.copy()
@@ -165,20 +227,20 @@ def tint(image, masks):
     return picture
 
 
-def _html_table(summaries):
-    groups, rows = _table(summaries)
-    titles = "".join(f'<th colspan="{len(columns)}">{title}</th>' for title, columns in groups)
-    columns = "".join(f"<th>{column}</th>" for _, columns in groups for column in columns)
+def _html_table(table: Table) -> str:
+    titles = "".join(f'<th colspan="{len(columns)}">{title}</th>' for title, columns in table.groups)
+    columns = "".join(f"<th>{column}</th>" for _, columns in table.groups for column in columns)
     body = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-        for name, cells in rows.items()
+        for name, cells in table.rows.items()
     )
     head = f'<tr><th></th>{titles}</tr>\n<tr><th scope="row">method</th>{columns}</tr>'
-    return f"<table>\n<thead>{head}</thead>\n<tbody>{body}</tbody>\n</table>"
+    title = f"<p>{escape(table.title)}</p>\n" if table.title else ""
+    return f'{title}<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>{body}</tbody>\n</table></div>\n'
 
 
-def _curves(methods):
-    """The precision-recall curves as SVG with a legend: a colour per method, a dash per IoU."""
+def _curves(methods: Sequence[Method]) -> str:
+    """The pooled precision-recall curves as SVG with a legend: a colour per method, a dash per IoU."""
     if not any(result.instances for result in methods[0].results.values()):
         return "<p>The ground truth holds no instance: there is no curve.</p>"
     left, top, width, height = 56, 10, 500, 300
@@ -191,10 +253,10 @@ def _curves(methods):
     for number, method in enumerate(methods):
         precision = pooled_precision(list(method.results.values()))
         for iou, row, dashes in CURVES:
-            look = f'class="curve" stroke="{COLOURS[number % len(COLOURS)]}" stroke-dasharray="{dashes}"'
+            stroke = f'class="curve" stroke="{COLOURS[number % len(COLOURS)]}" stroke-dasharray="{dashes}"'
             points = zip(left + width * RECALLS, top + height * (1 - precision[row]))
-            marks.append(f'<polyline {look} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
-            key = f'<svg width="32" height="8"><line {look} x2="32" y1="4" y2="4"/></svg>'
+            marks.append(f'<polyline {stroke} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+            key = f'<svg width="32" height="8"><line {stroke} x2="32" y1="4" y2="4"/></svg>'
             legend.append(f"<li>{key} {escape(method.name)}, IoU {iou}</li>")
     below, beside = f'x="{left + width / 2:g}" y="{top + height + 36}"', f'x="{-top - height / 2:g}" y="14"'
     marks.append(f'<text {below} text-anchor="middle">recall</text>')
@@ -203,8 +265,8 @@ def _curves(methods):
     return f'<svg class="curves" {box}>\n' + "\n".join(marks) + f"\n</svg>\n<ul>{''.join(legend)}</ul>"
 
 
-def _photograph(path, shape, size, report):
-    """uint8 RGB of ``size`` (W, H): the photograph of a mask of ``shape`` (H, W), or grey without one."""
+def _photograph(path: Path | None, shape: tuple[int, ...], size: tuple[int, int], report: Report) -> np.ndarray:
+    """uint8 RGB of ``size`` (W, H): the photograph at ``path``, if it is of ``shape`` (H, W), else grey."""
     try:
         if path is not None:
             image = read_image(path)
@@ -215,14 +277,21 @@ def _photograph(path, shape, size, report):
     return np.full((size[1], size[0], 3), GREY, np.uint8)
 
 
-def _image_row(stem, methods, gt_mask, photograph, threshold, report):
+def _image_row(
+    stem: str,
+    methods: Sequence[Method],
+    gt_mask: Mask,
+    photograph: Path | None,
+    threshold: float,
+    report: Report,
+) -> str:
     gt = gt_mask.read()
     height, width = gt.shape
     scale = min(1, SIDE / max(gt.shape))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = _photograph(photograph, gt.shape, size, report)
 
-    def shrink(mask):
+    def shrink(mask: np.ndarray) -> np.ndarray:
         return cv2.resize(mask.astype(np.uint8) * 255, size, interpolation=cv2.INTER_AREA) > 127
 
     truth = image.copy()
@@ -239,9 +308,9 @@ def _image_row(stem, methods, gt_mask, photograph, threshold, report):
     return f'<h3>{escape(stem)}</h3>\n<div class="row">\n' + "\n".join(figures) + "\n</div>\n"
 
 
-def _figure(stem, name, note, picture):
+def _figure(stem: str, name: str, note: str, picture: np.ndarray) -> str:
     jpeg = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1]
-    data = base64.b64encode(jpeg).decode("ascii")
+    data = base64.b64encode(jpeg.tobytes()).decode("ascii")
     height, width = picture.shape[:2]
     size = f'width="{width}" height="{height}"'
     image = f'<img {size} alt="{escape(f"{stem}: {name}")}" src="data:image/jpeg;base64,{data}">'

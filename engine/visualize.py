@@ -1,34 +1,29 @@
-"""Pictures: of results for people, and of every intermediate map for TensorBoard. Arrays are uint8 RGB [H,W,3]."""
+"""Pictures of maps and of results. Arrays are uint8 RGB [H,W,3] unless said otherwise."""
 
 import colorsys
 
 import cv2
 import numpy as np
 
-from datasets.training import read_map
-from datasets.transforms import load_square, network_input, to_tensor
-from models.classifier import CAM_SIZE, activations
-from models.grouping import find_clusters
 
-
-def instance_colours(count):
-    """``count`` well separated colours, uint8 [count,3]: hues a golden section apart."""
+def instance_colours(count: int) -> np.ndarray:
+    """``count`` well separated colours, float [count,3] in 0..255: hues a golden section apart."""
     hues = [(0.02 + 0.618034 * i) % 1 for i in range(count)]
     return np.array([colorsys.hsv_to_rgb(hue, 0.75, 1.0) for hue in hues]).reshape(-1, 3) * 255
 
 
-def heat(values, image=None):
-    """A map [H,W] in 0..1 as colours, over ``image`` at half strength where one is given."""
+def heat(values: np.ndarray, image: np.ndarray | None = None) -> np.ndarray:
+    """A map [H,W] in 0..1 as colours, blended with ``image`` where one is given."""
     colour = cv2.applyColorMap(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8), cv2.COLORMAP_VIRIDIS)[..., ::-1]
     return colour.copy() if image is None else cv2.addWeighted(image, 0.4, np.ascontiguousarray(colour), 0.6, 0)
 
 
-def grey(values):
+def grey(values: np.ndarray) -> np.ndarray:
     """A map [H,W] in 0..1 as grey."""
     return np.repeat(np.round(np.clip(values, 0, 1) * 255).astype(np.uint8)[..., None], 3, 2)
 
 
-def colour_wheel(offsets, reach=None):
+def colour_wheel(offsets: np.ndarray, reach: float | None = None) -> np.ndarray:
     """Offsets [2,H,W] (dy, dx): direction as hue, length as saturation, full at ``reach`` (default: the longest)."""
     dy, dx = offsets
     length = np.hypot(dy, dx)
@@ -38,8 +33,8 @@ def colour_wheel(offsets, reach=None):
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-def mark(picture, points):
-    """Draw (y, x) points, in pixels of ``picture``, as ringed dots; returns a new picture."""
+def mark(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Draw (y, x) points [n,2], in pixels of ``picture``, as ringed dots; returns a new picture."""
     picture = np.ascontiguousarray(picture).copy()
     radius = max(2, round(max(picture.shape) / 100))
     for y, x in np.asarray(points).reshape(-1, 2):
@@ -49,11 +44,11 @@ def mark(picture, points):
     return picture
 
 
-def overlay(image, masks, scores, centroids):
+def overlay(image: np.ndarray, masks: np.ndarray, scores: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """A photograph with its instances tinted, outlined, and labelled with their scores at their centroids.
 
     image: uint8 RGB [H,W,3]; masks: bool [n,H,W]; scores: n values in 0..1; centroids: (y, x) in image pixels
-    [n,2]. What is no instance keeps its shades but loses colour, so that the instances stand out.
+    [n,2]. The rest of the photograph is shown in grey.
     """
     height, width = image.shape[:2]
     rest = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -76,52 +71,3 @@ def overlay(image, masks, scores, centroids):
         cv2.rectangle(picture, (left - 2, top - h - 3), (left + w + 2, top + base), colour.tolist(), -1)
         cv2.putText(picture, text, (left, top), cv2.FONT_HERSHEY_SIMPLEX, scale, (0, 0, 0), 1, cv2.LINE_AA)
     return picture
-
-
-def _add_rows(writer, tag, rows, step):
-    """Rows of equally sized pictures as one TensorBoard image."""
-    sheet = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
-    writer.add_image(tag, sheet, step, dataformats="HWC")
-
-
-def _shrink(picture, side=192):
-    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
-
-
-def show_cams(model, writer, step, samples, args, device, labels=None):
-    """TensorBoard: photographs beside the maximum of their classes' activation maps."""
-    rows = []
-    for sample in samples:
-        image = load_square(sample.path, CAM_SIZE)
-        cams = activations(model, to_tensor(image)[None].to(device), sample.classes, args)[0].cpu().numpy()
-        image = _shrink(image)
-        cam = cams.max(0, initial=0)
-        rows.append([image, heat(_shrink(cam), image)])
-    _add_rows(writer, "cam", rows, step)
-
-
-def show_branches(model, writer, step, samples, args, device, labels):
-    """TensorBoard: photograph, pseudo labels, B, and V as a colour wheel with the centroids pixels converge to."""
-    rows = []
-    for sample in samples:
-        image = load_square(sample.path, args.size)
-        boundary, offsets, *_ = model(*network_input(image, args.canny, device))
-        boundary, offsets = boundary[0, 0].cpu().numpy(), offsets[0]
-        wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
-        classes = read_map(labels / "classes" / f"{sample.stem}.png")
-        tints = instance_colours(256)
-        tints[0], tints[255] = 0, 255
-        wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
-        rows.append([_shrink(image), _shrink(tints[classes].astype(np.uint8)), grey(_shrink(boundary)), wheel])
-    _add_rows(writer, "boundary and centroids", rows, step)
-
-
-def show_saliency(model, writer, step, samples, args, device, labels):
-    """TensorBoard: photograph, the pseudo mask it is trained on, S. labels: the folder of saliency/."""
-    rows = []
-    for sample in samples:
-        image = load_square(sample.path, args.size)
-        saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
-        mask = read_map(labels / "saliency" / f"{sample.stem}.png") / 255
-        rows.append([_shrink(image), grey(_shrink(mask)), grey(_shrink(saliency))])
-    _add_rows(writer, "saliency", rows, step)

@@ -1,5 +1,5 @@
-"""The network of the paper, part by part: see wsid_net.py for how the parts meet."""
+"""The network of the paper and the fusion of its maps into instances: wsid_net.py puts the network together."""
 
 METHODS = ("wsid", "components")  # the fusion of the paper; or connected components of S, a baseline
-AMP = ("auto", "bf16", "off")  # the network in bfloat16: where it pays, always, never
-MAX_INSTANCES = 254  # instances that a label map can hold: 0 is background, and 255 void
+AMP = ("auto", "bf16", "off")  # the network in bfloat16: where that is faster, always, never
+MAX_INSTANCES = 254  # instances that a label map can hold: 0 is background, 255 void

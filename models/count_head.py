@@ -1,95 +1,101 @@
-"""Subitizing: how many salient objects a photograph shows, and a region in as many parts (Sec. 3.1.3, and [ours])."""
+"""The number of salient objects of an image: a head on the branches' backbone, or a network of its own [ours]."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from models.backbones import Backbone, at_size
+from models.backbones import Backbone, to_square
 
-MAX_COUNT = 4  # the last number the head tells stands for itself and all above: more are rare in every data set
+MAX_COUNT = 4  # the largest number that is predicted stands for itself and all above, which are rare in every data set
 
 
 class CountHead(nn.Module):
-    """The number of salient objects, 1 to MAX_COUNT [ours]: linear in the averages of f4 and f5, standardized.
+    """Probabilities of 1 to MAX_COUNT salient objects: linear in the standardised averages of f4 and f5 [ours].
 
-    On the branches' backbone it is fitted to the count labels after all other training (``fit``) and leaves the
-    backbone as it is; in a CountNet both are trained.
+    On the branches' backbone it is fitted to the count labels after all other training (``fit``), with the backbone
+    frozen; in a CountNet both are trained.
     """
 
-    def __init__(self, channels):
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, channels: int) -> None:
+        """channels: C_4 + C_5."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.linear = nn.Linear(channels, MAX_COUNT).requires_grad_(False)
 
     @staticmethod
-    def pool(features):
+    def pool(features: Sequence[Tensor]) -> Tensor:
         """f1..f5 of [N,C_l,h_l,w_l] -> the averages of f4 and f5 [N,C_4 + C_5]."""
         return torch.cat([feature.mean((2, 3)) for feature in features[3:]], 1)
 
-    def logits(self, features):
+    def logits(self, features: Sequence[Tensor]) -> Tensor:
         """f1..f5 -> the logits of 1..MAX_COUNT objects [N,MAX_COUNT]."""
         return self.linear((self.pool(features).float() - self.mean) * self.scale)
 
-    def forward(self, features):
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
         """f1..f5 -> the probabilities of 1..MAX_COUNT objects [N,MAX_COUNT]."""
         return self.logits(features).softmax(1)
 
-    def standardize(self, pooled):
-        """Take the mean and the spread of the features over photographs, pooled [M,C_4 + C_5] of ``pool``."""
+    def standardize(self, pooled: Tensor) -> None:
+        """Set the mean and the scale of the features to those of images, pooled [M,C_4 + C_5] of ``pool``."""
         mean, scale = mean_and_scale(pooled)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
 
-    def fit(self, pooled, counts, decay=0.2):
-        """Multinomial logistic regression in which every number weighs the same, as most photographs show one object;
-        how often each comes is put back afterwards.
+    def fit(self, pooled: Tensor, counts: Tensor, decay: float = 0.2) -> None:
+        """Multinomial logistic regression with equal weight for every number, since most images show one object; the
+        prior of the numbers is added to the bias afterwards.
 
-        pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: of the squared parameters, for standardised
-        features (.2 from five-fold cross-validation on the training photographs).
+        pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: weight of the squared parameters, for
+        standardised features (.2 from five-fold cross-validation on the training images).
         """
         self.standardize(pooled)
         x, y = (pooled - self.mean) * self.scale, counts.long().clamp(max=MAX_COUNT) - 1
         times = torch.bincount(y, minlength=MAX_COUNT).clamp(min=1)
 
-        def loss():
-            size = sum(parameter.square().sum() for parameter in self.linear.parameters())
-            return F.cross_entropy(self.linear(x), y, weight=1 / times) + decay / 2 * size
+        def loss() -> Tensor:
+            squares = torch.stack([parameter.square().sum() for parameter in self.linear.parameters()]).sum()
+            return F.cross_entropy(self.linear(x), y, weight=1 / times) + decay / 2 * squares
 
         fit_convex(self.linear, loss)
-        self.linear.bias += (times / times.sum()).log()
+        self.linear.bias.add_((times / times.sum()).log())
 
 
-def mean_and_scale(features):
-    """What standardises features [M,C], (x - mean) * scale: their mean and one by their spread, each [C]."""
+def mean_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of features [M,C], each [C], for (x - mean) * scale."""
     return features.mean(0), 1 / (features.std(0, correction=0) + 1e-3)
 
 
 @torch.enable_grad()
-def fit_convex(layer, loss):
-    """Bring a linear ``layer``, in place, from zero to where the convex ``loss()`` is least; there it stays."""
+def fit_convex(layer: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Minimise the convex ``loss()`` over the parameters of ``layer``, in place, from zero (L-BFGS); then freeze it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter).requires_grad_(True)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure():
+    def closure() -> float:
         optimizer.zero_grad()
         value = loss()
         value.backward()
-        return value
+        return value  # type: ignore[return-value]  # L-BFGS takes a tensor, too
 
     optimizer.step(closure)
     layer.requires_grad_(False)
 
 
 class CountNet(nn.Module):
-    """The number of salient objects from a backbone of its own, which learns nothing else [ours; salient object
-    subitizing, Zhang et al., CVPR 2015].
+    """The number of salient objects from a backbone that is trained for it alone [ours; salient object subitizing,
+    Zhang et al., CVPR 2015].
 
-    It needs count labels alone, and a small square is enough for it: ``size``, pixels.
+    It needs count labels only, and a small input: a square of ``size`` pixels.
     """
 
-    def __init__(self, backbone, output_stride, size):
+    def __init__(self, backbone: str, output_stride: int, size: int) -> None:
         super().__init__()
         self.size = size
         self.backbone = Backbone(backbone, output_stride)
@@ -97,24 +103,25 @@ class CountNet(nn.Module):
         for parameter in self.count_head.linear.parameters():
             nn.init.zeros_(parameter).requires_grad_(True)
 
-    def features(self, image):
-        """RGB [N,3,H,W] in 0..1, of any size -> f1..f5 at the network's own."""
-        return self.backbone(at_size(image, self.size))
+    def features(self, image: Tensor) -> list[Tensor]:
+        """RGB [N,3,H,W] in 0..1, of any size -> f1..f5 of the image at ``size``."""
+        return self.backbone(to_square(image, self.size))
 
-    def forward(self, image):
+    def forward(self, image: Tensor) -> Tensor:
         """RGB [N,3,H,W] in 0..1 -> the probabilities of 1..MAX_COUNT objects [N,MAX_COUNT]."""
         return self.count_head(self.features(image))
 
 
-def expected_count(shares):
-    """The expected number of objects: it is seldom far off, where the likeliest is often an extreme.
+def expected_count(count_probs: Tensor) -> Tensor:
+    """The expected number of objects, rounded: it errs less than the most probable number.
 
-    shares: the probabilities of 1..M objects [..,M]; all 0 where the number is not known. Returns [..], a float tensor
-    of integers in 1..M, or 0 where it is not known.
+    count_probs: the probabilities of 1..M objects [..,M], all 0 where the number is not predicted. Returns [..], a
+    float tensor of integers in 1..M, or 0 where it is not predicted.
     """
-    return (shares * torch.arange(1, shares.shape[-1] + 1, device=shares.device)).sum(-1).round()
+    numbers = torch.arange(1, count_probs.shape[-1] + 1, device=count_probs.device)
+    return (count_probs * numbers).sum(-1).round()
 
 
-def one_hot_count(count):
-    """The probabilities of 1..count objects [count] where there are known to be ``count``, 0 or more."""
+def one_hot_count(count: int) -> Tensor:
+    """The probabilities of 1..count objects [count] when the number is given as ``count``, 0 or more."""
     return (torch.arange(1, count + 1) == count).float()

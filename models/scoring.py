@@ -1,49 +1,63 @@
-"""Scores of instances, for average precision [ours]."""
+"""Scores of instances, for average precision [ours]. All maps are on the stride-4 grid [h,w]."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+from torch import Tensor
 
-from models.grouping import group_by_count
+from models.fusion_config import FusionConfig
+from models.grouping import Clusters, group_by_count
 
 
-def count_hypotheses(saliency, offsets, shares, settings):
-    """What the salient region would come apart into, were there 1, 2, ... objects [ours].
+class CountHypothesis(NamedTuple):
+    """The instances of an image if it showed ``number`` objects, and the probability of that."""
 
-    saliency: [H,W] in 0..1; offsets: V [2,H,W], both arrays; shares: float [M], the probability of each number. Returns
-    a list of (probability, bool [n,H,W]); those of less than 1 % are left out, and all where ``doubt`` is 0.
+    number: int
+    probability: float
+    clusters: Clusters
+
+
+def count_hypotheses(
+    saliency: np.ndarray, offsets: np.ndarray, count_probs: Sequence[float] | Tensor, settings: FusionConfig
+) -> list[CountHypothesis]:
+    """The salient region grouped by every probable number of objects, for ``expected_iou``.
+
+    saliency: S [h,w] in 0..1; offsets: V [2,h,w]; count_probs: [M], the probabilities of 1..M objects. Numbers with a
+    probability of at most 1 % are left out; the list is empty where ``count_aware_scores`` is off.
     """
     if not settings.count_aware_scores:
         return []
-    likely = [(float(share), count) for count, share in enumerate(shares, 1) if share > 0.01]
-    return [(share, group_by_count(saliency, offsets, count, settings)[0]) for share, count in likely]
+    probable = [(number, float(probability)) for number, probability in enumerate(count_probs, 1) if probability > 0.01]
+    return [CountHypothesis(*each, group_by_count(saliency, offsets, each[0], settings)) for each in probable]
 
 
-def on_grid(mask, grid):
-    """A mask bool [H,W] on a coarser grid (h, w) over the same photograph: the share of each cell, float32 in 0..1."""
+def on_grid(mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """A mask bool [H,W] on a coarser grid (h, w) of the same image: the covered fraction of each cell, float32."""
     return cv2.resize(mask.astype(np.float32), grid[::-1], interpolation=cv2.INTER_AREA)
 
 
-def score_of(inside, saliency):
-    """How sure an instance is, in (0, 1]: the geometric mean of S inside and of how far S falls around it [ours].
+def score_of(inside: np.ndarray, saliency: np.ndarray) -> float:
+    """The score of an instance, in (0, 1]: the geometric mean of S inside it and of the drop of S across its contour.
 
-    A wrong instance is weakly salient, or it is a part of something or a blur: then S hardly falls at its contour.
-    inside: of ``on_grid``, on the grid of S; saliency: float32 [h,w] in 0..1. Around is a band of a 25th of S's side.
+    A false instance has low saliency, or it is a part of an object or a blurred region: S then hardly drops around it.
+    inside: of ``on_grid``; saliency: S float32 [h,w] in 0..1. Around it is a band of 1/25 of the longer side of S.
     """
     reach = 2 * max(1, round(max(saliency.shape) / 25)) + 1
     around = cv2.dilate(inside, np.ones((reach, reach), np.uint8)) - inside
-    within, beside = ((saliency * share).sum() / max(share.sum(), 1e-6) for share in (inside, around))
+    within, beside = ((saliency * weight).sum() / max(weight.sum(), 1e-6) for weight in (inside, around))
     return float(np.sqrt(np.clip(within * (within - beside), 1e-6, 1)))
 
 
-def expected_iou(inside, alternatives):
-    """How far an instance is there whatever the number of objects: its expected IoU with its like, in 0..1 [ours].
+def expected_iou(inside: np.ndarray, hypotheses: Sequence[CountHypothesis]) -> float:
+    """The expectation over the number of objects of the largest IoU of an instance with those of that number, 0..1.
 
-    One that only this number brings forth is as sure as the number is.
-    inside: of ``on_grid``, on the grid of S; alternatives: those of ``count_hypotheses``, one or more.
+    It is low for an instance that appears for improbable numbers only. inside: of ``on_grid``.
     """
     expected = 0.0
-    for share, clusters in alternatives:
-        common = (clusters * inside).sum((1, 2))
-        united = clusters.sum((1, 2)) + inside.sum() - common
-        expected += share * (common / np.maximum(united, 1e-6)).max(initial=0)
+    for _, probability, clusters in hypotheses:
+        common = (clusters.masks * inside).sum((1, 2))
+        union = clusters.masks.sum((1, 2)) + inside.sum() - common
+        expected += probability * (common / np.maximum(union, 1e-6)).max(initial=0)
     return float(expected)

@@ -1,32 +1,34 @@
-"""The compiled operators: loads `_C` where it is built, and gives them fake implementations and autograd.
+"""The compiled operators: loads the extension `_C` and registers fake implementations and autograd for its operators.
 
-Build it with `python setup.py build_ext --inplace`; it then registers `torch.ops.wsid.*`. Without it, or where it was
-built from other sources or for another PyTorch, `available` is False and `reason` says why; the public functions then
-use `reference`.
+`python setup.py build_ext --inplace` builds it; importing it registers `torch.ops.wsid.*`. Where it is not built, or
+was built from other sources or for another PyTorch, `available` is False and `reason` says why; the public functions
+then use `reference`.
 """
 
 import importlib
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference, sources
 
 
-def _refuse_second_copy():
-    """ImportError where this package is loaded under another name: PyTorch dies of a second registration of wsid."""
+def _refuse_second_copy() -> None:
+    """ImportError where this package is loaded under another name: a second registration of wsid aborts PyTorch."""
     if f"{__package__}._C" in sys.modules or not hasattr(torch.ops.wsid, "random_walk"):
         return
     extensions = [module for name, module in sys.modules.items() if name.endswith("._C")]
-    copies = [module.__file__ for module in extensions if hasattr(module, "SOURCES")]
+    copies = [str(module.__file__) for module in extensions if hasattr(module, "SOURCES")]
     raise ImportError(
-        f"the operators are loaded already, from {' '.join(copies) or 'elsewhere'}, and {__package__} is "
+        f"the operators are already loaded from {' '.join(copies) or 'another place'}, and {__package__} is "
         "another copy of them: import either ops, of the source tree, or wsid_ops, as installed"
     )
 
 
-def _reason():
-    """Why the compiled operators cannot be used, or ""."""
+def _reason() -> str:
+    """Why the compiled operators cannot be used; empty where they can."""
     _refuse_second_copy()
     try:
         built = importlib.import_module("._C", __package__)  # registers torch.ops.wsid
@@ -53,39 +55,42 @@ _KERNELS = frozenset(
 BUILD = "python setup.py build_ext --inplace"
 
 
-def has_kernels(device_type):
+def has_kernels(device_type: str) -> bool:
     """Whether the compiled operators run on this type of device ('cpu', 'cuda', ...)."""
     return device_type in _KERNELS
 
 
-def converge_centroids(offsets, max_iters, tol):
+# Called by the public functions in __init__.py, which check and document the arguments.
+
+
+def converge_centroids(offsets: Tensor, max_iters: int, tol: float) -> Tensor:
     return torch.ops.wsid.converge_centroids(offsets, max_iters, tol)
 
 
-def boundary_affinity(boundary, radius):
-    # Where no gradient is asked for, the winners are neither looked for nor kept.
+def boundary_affinity(boundary: Tensor, radius: int) -> Tensor:
+    # The positions of the maxima are computed only where a gradient is needed.
     with_winner = torch.is_grad_enabled() and boundary.requires_grad
     return torch.ops.wsid.boundary_affinity(boundary, radius, with_winner)[0]
 
 
-def pair_counts(labels, radius):
+def pair_counts(labels: Tensor, radius: int) -> Tensor:
     return torch.ops.wsid.pair_counts(labels, radius)
 
 
-def boundary_pair_loss(boundary, labels, radius):
+def boundary_pair_loss(boundary: Tensor, labels: Tensor, radius: int) -> Tensor:
     return torch.ops.wsid.boundary_pair_loss(boundary, labels, radius)
 
 
-def displacement_pair_loss(offsets, labels, radius):
+def displacement_pair_loss(offsets: Tensor, labels: Tensor, radius: int) -> Tensor:
     return torch.ops.wsid.displacement_pair_loss(offsets, labels, radius)
 
 
-def random_walk(x, affinity, radius, power, steps, method, tol):
-    coefficients = reference.walk_coefficients(steps, method, tol) or ()  # none: step by step
+def random_walk(x: Tensor, affinity: Tensor, radius: int, power: float, steps: int, method: str, tol: float) -> Tensor:
+    coefficients = reference.walk_coefficients(steps, method, tol) or ()  # empty: step by step
     return torch.ops.wsid.random_walk(x, affinity, radius, power, steps, coefficients)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_affinity(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, ctx.radius, ctx.with_winner = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -93,28 +98,28 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, grad, _):
+def _affinity_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple:
     if not ctx.with_winner:
-        raise RuntimeError("boundary_affinity was asked for a gradient but computed without its winners")
+        raise RuntimeError("boundary_affinity has no gradient here: it was computed without its winners")
     if grad is None:
         return None, None, None
     return torch.ops.wsid.boundary_affinity_backward(grad, ctx.saved_tensors[0], ctx.radius), None, None
 
 
-def _keep_inputs(ctx, inputs, output):
+def _setup_pair_loss(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *maps, ctx.radius = inputs
     ctx.save_for_backward(*maps)
 
 
-def _entropy_backward(ctx, grad):
-    return torch.ops.wsid.affinity_entropy_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+def _boundary_backward(ctx: Any, grad: Tensor) -> tuple:
+    return torch.ops.wsid.boundary_pair_loss_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
 
 
-def _error_backward(ctx, grad):
-    return torch.ops.wsid.displacement_error_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+def _displacement_backward(ctx: Any, grad: Tensor) -> tuple:
+    return torch.ops.wsid.displacement_pair_loss_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
 
 
-def _no_second(ctx, *grads):
+def _no_second(ctx: Any, *grads: Any) -> None:
     raise RuntimeError("the operators are differentiable once: their gradient has no gradient of its own")
 
 
@@ -146,7 +151,7 @@ if available:
         n, height, width = boundary.shape
         return boundary.new_empty(n, 2, height, width)
 
-    @torch.library.register_fake("wsid::affinity_entropy_backward")
+    @torch.library.register_fake("wsid::boundary_pair_loss_backward")
     def _(grad, boundary, labels, radius):
         return boundary.new_empty(boundary.shape)
 
@@ -154,7 +159,7 @@ if available:
     def _(offsets, labels, radius):
         return offsets.new_empty(labels.shape)
 
-    @torch.library.register_fake("wsid::displacement_error_backward")
+    @torch.library.register_fake("wsid::displacement_pair_loss_backward")
     def _(grad, offsets, labels, radius):
         return offsets.new_empty(offsets.shape)
 
@@ -162,8 +167,10 @@ if available:
     def _(x, affinity, radius, power, steps, coefficients):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    torch.library.register_autograd("wsid::boundary_affinity", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("wsid::boundary_pair_loss", _entropy_backward, setup_context=_keep_inputs)
-    torch.library.register_autograd("wsid::displacement_pair_loss", _error_backward, setup_context=_keep_inputs)
+    torch.library.register_autograd("wsid::boundary_affinity", _affinity_backward, setup_context=_setup_affinity)
+    torch.library.register_autograd("wsid::boundary_pair_loss", _boundary_backward, setup_context=_setup_pair_loss)
+    torch.library.register_autograd(
+        "wsid::displacement_pair_loss", _displacement_backward, setup_context=_setup_pair_loss
+    )
     for name in ("boundary_affinity", "boundary_pair_loss", "displacement_pair_loss"):
         torch.library.register_autograd(f"wsid::{name}_backward", _no_second)

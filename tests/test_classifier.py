@@ -1,4 +1,4 @@
-"""Class activation maps against their formulas, with a classifier whose answers are known."""
+"""Class activation maps against their formulas, with stand-ins for the classifier."""
 
 from types import SimpleNamespace
 
@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from models.classifier import class_activation_maps, spread_activations
 
 
-def test_activation_maps_are_summed_over_the_scales_and_both_mirror_images():
-    """IRN: the positive part of the class maps, of the photograph at 1, .5, 1.5 and 2 times its size and mirrored."""
-    seen = []
+def test_activation_maps_are_summed_over_scales_and_flips():
+    """IRN: the positive part of the class maps of the image at 1, .5, 1.5 and 2 times its size, plain and flipped."""
+    sizes = []
 
-    def class_maps(images):  # of no symmetry: a mirrored photograph has other maps than the mirrored maps
-        seen.append(images.shape[-2:])
+    def class_maps(images):  # not equivariant to flips
+        sizes.append(images.shape[-2:])
         pooled = F.avg_pool2d(images, 16)
         tilt = torch.linspace(-0.3, 0.3, pooled.shape[-1])
         return torch.cat([pooled[:, k % 3, None] - 0.5 + tilt * k / 20 for k in range(20)], 1)
 
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     found = class_activation_maps(SimpleNamespace(class_maps=class_maps), image)
-    assert seen == [(64, 64), (32, 32), (96, 96), (128, 128)]
+    assert sizes == [(64, 64), (32, 32), (96, 96), (128, 128)]
     total = torch.zeros(1, 20, 16, 16)
     for side in (64, 32, 96, 128):
         for flip in (False, True):
@@ -32,20 +32,19 @@ def test_activation_maps_are_summed_over_the_scales_and_both_mirror_images():
     assert torch.allclose(found, total / total.amax((2, 3), keepdim=True), atol=1e-5)
 
 
-def test_maps_are_looked_for_at_the_size_that_is_given():
-    """On the stride-4 grid of the photograph, however large the squares are that the classifier looks at."""
-    seen = []
+def test_activation_maps_have_the_stride_4_grid_of_the_image_at_any_input_size():
+    sizes = []
 
     def class_maps(images):
-        seen.append(images.shape[-1])
+        sizes.append(images.shape[-1])
         return torch.ones(len(images), 20, 4, 4)
 
     classifier = SimpleNamespace(class_maps=class_maps)
     maps = class_activation_maps(classifier, torch.rand(1, 3, 128, 128), (1.0, 2.0), size=64)
-    assert seen == [64, 128] and maps.shape == (1, 20, 32, 32)
+    assert sizes == [64, 128] and maps.shape == (1, 20, 32, 32)
 
 
-def test_activations_walk_over_f3_with_the_third_and_over_f4_with_the_second_power():
+def test_activations_spread_by_the_third_power_of_f3_and_the_second_of_f4():
     """c <- D^-1 relu(cos)^k c from the squared activations, written out pixel by pixel."""
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(1, channels, 4, 4, generator=generator) for channels in (2, 3, 6, 8, 5)]

@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import evaluate
 from datasets import check
+from datasets.images import read_image
 from datasets.masks import (
     MaskFile,
     decode_rle,
@@ -31,13 +32,16 @@ from datasets.masks import (
     read_saliency_mask,
 )
 from datasets.sources import list_ground_truth
+from engine.evaluation import Method, summarize_methods
 from engine.metrics import ImageResult
+from engine.perturbations import PERTURBATIONS, expose, mirror, reduce_and_compress
 from engine.report import SIDE, format_page, rank_images, tint
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, provenance
 from utils.cli import InputError
 
 SHAPE = (12, 20)
+SAMPLE = Path(evaluate.__file__).parent / "samples" / "cat.jpg"
 
 
 def instance_map(*boxes):
@@ -130,6 +134,10 @@ def test_file_of_predictions_by_hand(folder, predictions, capsys):
     assert table[3].split() == "method predictions 0.5 0.7 0.5:0.95 0.5 0.7 0.5:0.95 exact (%) MAE".split()
     assert table[4].split() == "predictions 3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667".split()
     assert len({len(line) for line in table[2:5]}) == 1  # aligned
+    assert table[6].startswith("95 % intervals") and len(table) == 10
+    low, high = numbers["intervals"]["pooled"]["0.5"]
+    assert 0 <= low < pooled < high <= 1
+    assert table[9].split()[:2] == ["predictions", f"{100 * low:.1f}..{100 * high:.1f}"]
 
 
 def test_count_threshold(folder, predictions):
@@ -184,7 +192,7 @@ def test_records_of_other_methods(folder):
 
 @pytest.fixture
 def coco(tmp_path):
-    """Three photographs of one COCO file with one instance each; ids and the numbers in the names are crosswise."""
+    """Three photographs of one COCO file with one instance each; the order of the ids is not that of the names."""
     for number in (1, 2, 3):
         save_mask(tmp_path / "images" / f"{number:06}.png", np.zeros((*SHAPE, 3), np.uint8))
     images = [{"id": 4 - n, "file_name": f"{n:06}.png", "height": 12, "width": 20} for n in (1, 2, 3)]
@@ -200,7 +208,7 @@ def coco(tmp_path):
 
 
 def found_in_coco(names, polygons=False):
-    """Records that are right; names: the image_id of the photographs 1, 2, 3."""
+    """Records of the exact instances; names: the image_id of the photographs 1, 2, 3."""
     for number, name in zip((1, 2, 3), names):
         mask = np.zeros(SHAPE, bool)
         mask[:, 2 * number : 2 * number + 5] = True
@@ -209,7 +217,7 @@ def found_in_coco(names, polygons=False):
 
 
 def masks_of(coco):
-    """The same truth as a folder of masks."""
+    """The same ground truth as a folder of masks."""
     for stem, mask in list_ground_truth(coco / "annotations" / "instances_default.json").items():
         save_mask(coco / "masks" / f"{stem}.png", mask.read())
     return coco / "masks"
@@ -275,20 +283,20 @@ def test_a_whole_coco_dictionary_is_read_with_its_own_images(coco, capsys, truth
         ((3, 2, "000002"), "calls the image 000002 both 2 and '000002'"),
     ],
 )
-def test_ids_that_cannot_be_told(coco, capsys, names, message):
+def test_ids_of_no_image_or_of_two(coco, capsys, names, message):
     path = write(coco / "p.json", list(found_in_coco(names)))
     gt = coco / "annotations" / "instances_default.json"
     assert message in failure(capsys, "--pred", path, "--gt", gt)
 
 
-def test_numbers_that_two_masks_share_are_none_of_them(coco, capsys):
+def test_a_number_of_two_masks_is_an_error(coco, capsys):
     gt = masks_of(coco)
     save_mask(gt / "01.png", instance_map())
     path = write(coco / "p.json", list(found_in_coco((1, 2, 3))))
     assert "p.json[0] is of the image 1" in failure(capsys, "--pred", path, "--gt", gt)
 
 
-def test_records_that_repeat_are_told(folder, predictions, capsys):
+def test_repeated_records_are_a_warning(folder, predictions, capsys):
     records = json.loads(predictions.read_text())
     path = write(folder / "twice.json", 2 * records)
     assert measure(folder, "--pred", path, "--gt", folder / "instance_masks")["predictions"] == 6
@@ -317,7 +325,7 @@ def test_saved_predictions_with_ids_are_what_pycocotools_takes(coco, model, caps
         assert message in failure(capsys, *options)
 
 
-# ---- truth that is no instance map
+# ---- ground truth that is no instance map
 
 
 WHITE = 255 * instance_map((2, 3, 9, 12))
@@ -341,7 +349,7 @@ PAINTED = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0)], np.uint8)[TWO]
         (cv2.resize(PAINTED, (112, 75), interpolation=cv2.INTER_AREA), "holds shades of grey or soft edges"),
     ],
 )
-def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture, message):
+def test_ground_truth_that_is_no_instance_map_is_an_error(folder, model, capsys, picture, message):
     for stem in "abc":
         save_mask(folder / "instance_masks" / f"{stem}.png", picture)
         Image.fromarray(np.zeros((*picture.shape[:2], 3), np.uint8)).save(folder / "images" / f"{stem}.png")
@@ -349,10 +357,10 @@ def test_truth_that_is_no_instance_map_is_refused(folder, model, capsys, picture
     for given in (["--pred", empty, "--gt", folder / "instance_masks"], ["--data", folder]):
         error = failure(capsys, *given)
         assert "none of 3 images can be measured" in error and f"a.png {message}" in error
-    assert call(check.main, "--deep", folder) == 2 and f"a.png {message}" in capsys.readouterr().out
+    assert call(check.main, folder) == 2 and f"a.png {message}" in capsys.readouterr().out
 
 
-def test_one_mask_that_is_no_instance_map_costs_its_image(folder, predictions, capsys):
+def test_an_image_whose_mask_is_no_instance_map_is_left_out(folder, predictions, capsys):
     save_mask(folder / "instance_masks" / "b.png", WHITE)
     assert "b.png shows nothing" in left_out(capsys, "--pred", predictions, "--gt", folder / "instance_masks")
 
@@ -405,8 +413,11 @@ def test_every_form_is_a_row_of_one_table(folder, predictions, label_maps, singl
     named = [f"json={predictions}", f"maps of mine={label_maps}", single_masks, folder / "results"]
     capsys.readouterr()
     several = measure(folder, "--pred", *named, "--gt", gt)
-    assert several == {"json": one, "maps of mine": one, "masks": one, "results": one}
-    rows = capsys.readouterr().out.splitlines()[4:]
+    no_difference = {"difference": 0, "standard_error": 0, "exceeds_two": False}
+    same = {protocol: {"0.5": no_difference, "0.7": no_difference} for protocol in ("pooled", "per-image")}
+    other = one | {"differences": same}
+    assert several == {"json": one, "maps of mine": other, "masks": other, "results": other}
+    rows = capsys.readouterr().out.splitlines()[4:8]
     figures = "3 44.2 44.2 44.2 50.0 50.0 50.0 33.3 0.667"
     assert [" ".join(row.split()) for row in rows] == [f"{name} {figures}" for name in several]
 
@@ -456,11 +467,12 @@ def test_bad_label_maps(folder, label_maps, capsys, change, message):
         ({"b.png": "no picture"}, "b.png is not an image that can be read"),
     ],
 )
-def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys, change, message):
+def test_an_image_with_a_bad_label_map_is_left_out(folder, label_maps, predictions, capsys, change, message):
     alter(label_maps, change)
     argv = ["--pred", label_maps, f"json={predictions}", "--gt", folder / "instance_masks"]
     assert message in left_out(capsys, *argv, "--json", folder / "numbers.json")
     numbers = json.loads((folder / "numbers.json").read_text())
+    del numbers["json"]["differences"]
     assert numbers["maps"] == numbers["json"] and numbers["json"]["instances"] == 2, "no row has the image"
 
 
@@ -471,7 +483,7 @@ def test_a_bad_label_map_costs_its_image(folder, label_maps, predictions, capsys
         ({"a_1.png": instance_map((0, 0, 2, 2), (3, 3, 5, 5))}, "a_1.png holds several values"),
     ],
 )
-def test_a_bad_mask_costs_its_image(folder, single_masks, capsys, change, message):
+def test_an_image_with_a_bad_mask_is_left_out(folder, single_masks, capsys, change, message):
     alter(single_masks, change)
     assert message in left_out(capsys, "--pred", single_masks, "--gt", folder / "instance_masks")
 
@@ -589,7 +601,7 @@ def test_bad_record(folder, capsys, change, message):
         ({"segmentation": {"size": [*SHAPE], "counts": [0.5]}}, "cannot be decoded"),
     ],
 )
-def test_a_record_that_cannot_be_decoded_costs_its_image(folder, capsys, change, message):
+def test_an_image_with_a_record_that_cannot_be_decoded_is_left_out(folder, capsys, change, message):
     path = write(folder / "p.json", [GOOD, GOOD | {"image_id": "b"} | change])
     error = left_out(capsys, "--pred", path, "--gt", folder / "instance_masks")
     assert "p.json[1]" in error and message in error
@@ -629,6 +641,9 @@ def test_saliency_map_of_wrong_size(folder, predictions, capsys):
         (["--data", "d", "--gpu", "0.5"], "--gpu"),
         (["--pred", "p.json", "--gt", "d", "--method", "components"], "--method has no meaning with --pred"),
         (["--data", "d", "--coco-ids", "c.json"], "--coco-ids has no meaning without --save-pred"),
+        (["--pred", "p.json", "--gt", "d", "--perturb"], "--perturb has no meaning with --pred"),
+        (["--data", "d", "--perturb", "--saliency-dir", "d"], "--perturb changes the photographs but not"),
+        (["--pred", "~no_such_user/p.json", "--gt", "d"], "names a home folder that is not known"),
         (["--pred", "p.json", "--gt", "d", "--json", "p.json"], "p.json is to be written but is named twice, or is"),
         (["--data", "d", "--json", "j", "--html", "./j"], "j is to be written but is named twice"),
         (["--data", "d", "--weights", "w.pt", "--save-pred", "w.pt"], "w.pt is to be written"),
@@ -659,34 +674,32 @@ def test_script(folder, predictions):
 
 @pytest.fixture
 def model(monkeypatch):
-    """A stand-in for infer.Predictor that reads instances off the red channel; returns what it was given."""
-    import infer
-
-    seen = types.SimpleNamespace(created=[], maps={}, batches=[])
+    """A stand-in for the Predictor that reads instances off the red channel; returns the values passed to it."""
+    calls = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
         def __init__(self, weights, device, method="wsid", settings=None):
-            seen.created.append((weights, device.type, method))
-            self.weights = weights or Path("bundled.pt")
+            calls.created.append((weights, device.type, method))
+            self.weights, self.device, self.method = weights or Path("bundled.pt"), device, method
 
         def prepare(self, image):
             assert image.dtype == np.uint8 and image.shape[2] == 3
             return image[..., 0]
 
         def network(self, inputs):
-            seen.batches.append(len(inputs))
+            calls.batches.append(len(inputs))
             return inputs
 
         def instances(self, red, size, saliency=None):
             assert size == red.shape
-            seen.maps[int(red.max())] = saliency
+            calls.maps[int(red.max())] = saliency
             masks = [red == value for value in (80, 160) if (red == value).any()]
             saliency = (red > 0).astype(np.float32) if saliency is None else saliency
             scores = np.array([0.9, 0.3], np.float32)[: len(masks)]
             return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency)
 
-    monkeypatch.setattr(infer, "Predictor", Predictor)
-    return seen
+    monkeypatch.setattr("engine.predictor.Predictor", Predictor)
+    return calls
 
 
 def test_weights(folder, model):
@@ -704,8 +717,66 @@ def test_default_weights_and_saved_predictions(folder, model):
     assert model.created == [(None, "cpu", "wsid")]
     records = json.loads((folder / "saved" / "p.json").read_text())
     assert [record["image_id"] for record in records] == ["a", "a", "b"]
-    again = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
-    assert again == direct | {"saliency": None}
+    from_file = measure(folder, "--pred", folder / "saved" / "p.json", "--gt", folder / "instance_masks")
+    assert from_file == direct | {"saliency": None}
+
+
+def test_rows_are_compared_with_the_first(tmp_path, capsys):
+    """Method b misses the instance of every other photograph, c that of one."""
+    found = instance_map((1, 1, 6, 9))
+    records = {"a": [], "b": [], "c": []}
+    for number in range(20):
+        save_mask(tmp_path / "gt" / f"{number:02}.png", found)
+        every = prediction_records(f"{number:02}", [found == 1], [0.5])
+        for name, hit in (("a", True), ("b", number % 2), ("c", number)):
+            records[name] += every if hit else []
+    paths = [write(tmp_path / f"{name}.json", records[name]) for name in "abc"]
+    numbers = measure(tmp_path, "--pred", *paths, "--gt", tmp_path / "gt")
+    assert "differences" not in numbers["a"]
+    half, one = (numbers[name]["differences"]["per-image"]["0.5"] for name in "bc")
+    # AP of a photograph is 1 or 0: the standard error of its mean over n photographs is sqrt(p (1 - p) / n).
+    assert half == pytest.approx(
+        {"difference": -0.5, "standard_error": (0.25 / 20) ** 0.5, "exceeds_two": True}, rel=0.1
+    )
+    assert one["difference"] == pytest.approx(-1 / 20) and not one["exceeds_two"]
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].split()[-3:] == ["-50.0", "+/-", f"{100 * half['standard_error']:.1f}*"]
+    assert last[1].split()[-3:] == ["-5.0", "+/-", f"{100 * one['standard_error']:.1f}"]
+
+
+def test_perturbed_photographs_are_rows_and_their_mean(folder, model, capsys):
+    """The stand-in finds 80 and 160 in the red channel alone: changes of the exposure leave it nothing."""
+    saved = folder / "saved.json"
+    numbers = measure(folder, "--data", folder, "--perturb", "--save-pred", saved, "--html", folder / "page.html")
+    name = "bundled (wsid)"
+    rows = [name, *(f"{name}, {perturbation.name}" for perturbation in PERTURBATIONS), f"{name}, mean"]
+    assert list(numbers) == rows
+    ap = [numbers[row]["mAP"]["pooled"]["0.5"] for row in rows]
+    assert ap[0] == ap[2] == 1 and ap[3] == ap[4] == 0, "mirrored predictions are mirrored back"
+    assert ap[5] == pytest.approx(np.mean(ap[:5]))
+    assert numbers[rows[2]]["saliency"] == numbers[name]["saliency"]
+    assert numbers[rows[3]]["differences"]["pooled"]["0.5"]["difference"] == -1
+    assert "intervals" not in numbers[rows[5]] and "bundled (wsid), mean" in capsys.readouterr().out
+    assert [record["image_id"] for record in json.loads(saved.read_text())] == ["a", "a", "b"]
+    (folder / "images" / "b.png").write_bytes(b"no picture")
+    assert left_out(capsys, "--data", folder, "--perturb").count("b.png") == 1
+
+
+def test_perturbations():
+    image = read_image(SAMPLE)
+    small = reduce_and_compress(image, 360, 76)
+    height, width = image.shape[:2]
+    assert max(small.shape) == 360 and small.shape[0] / small.shape[1] == pytest.approx(height / width, rel=0.01)
+    expected = cv2.resize(image, small.shape[1::-1], interpolation=cv2.INTER_AREA).astype(int)
+    assert 0 < abs(small - expected).mean() < 6, "what JPEG changes, with red and blue in their places"
+    assert reduce_and_compress(image[:50, :60], 360, 76).shape == (50, 60, 3)
+    np.testing.assert_array_equal(mirror(mirror(image)), image)
+    np.testing.assert_array_equal(mirror(image)[:, 0], image[:, -1])
+    np.testing.assert_array_equal(expose(image, 0), image)
+    # sRGB 188 is half the linear light of white, and below 0.04045 the function is linear.
+    values = np.array([[[0, 4, 188]]], np.uint8)
+    assert expose(values, 1).ravel().tolist() == [0, 8, 255] and expose(expose(values, 1), -1)[0, 0, 2] == 188
+    assert len({perturbation.name for perturbation in PERTURBATIONS}) == 4
 
 
 def test_saliency_maps_given_to_the_model(folder, model, capsys):
@@ -721,7 +792,7 @@ def test_saliency_maps_given_to_the_model(folder, model, capsys):
     assert "maps has no saliency map of c" in failure(capsys, "--data", folder, "--saliency-dir", maps)
 
 
-def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
+def test_figures_and_settings_of_a_run_for_tensorboard(folder, model, capsys):
     run = folder / "run"
     for stage, settings in (("branches", {"lr": 0.5, "canny": "auto"}), ("pts/r1", {"keep": 0, "scales": [1, 2]})):
         (run / stage).mkdir(parents=True)
@@ -730,8 +801,8 @@ def test_figures_beside_the_settings_of_the_run(folder, model, capsys):
     capsys.readouterr()
     events = EventAccumulator(str(run / "val" / "w (wsid)")).Reload()
     start = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    told = HParamsPluginData.FromString(start).session_start_info.hparams
-    assert {name: value.number_value or value.string_value for name, value in told.items()} == {
+    hparams = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in hparams.items()} == {
         "branches/lr": 0.5,
         "branches/canny": "auto",
         "pts/keep": "",
@@ -840,7 +911,8 @@ def test_page_of_predictions(folder, predictions, label_maps):
     headings = [text for text in page.text if text in ("Best images", "a", "Worst images", "b")]
     assert headings == ["Best images", "a", "Worst images", "b"]
     assert "AP 100.0 %, predictions: 2" in page.text and "AP 0.0 %, predictions: 0" in page.text
-    assert page.text.count("44.2") == 6  # a row a method
+    assert page.text.count("44.2") == 6  # two rows
+    assert "+0.0 +/- 0.0 " in page.text
     # precision 2/3 up to recall 2/3, as in test_file_of_predictions_by_hand
     curves = [attributes["points"] for tag, attributes in page.tags if tag == "polyline"]
     points = np.array([point.split(",") for point in curves[0].split()], float)
@@ -905,15 +977,15 @@ def test_ranking_of_images():
         return ImageResult(np.array(scores, float), np.array([hits] * 10, bool).reshape(10, len(scores)), instances)
 
     results = {
-        "sure mistake": image([0.9], [0], 1),
+        "confident mistake": image([0.9], [0], 1),
         "nothing found": image([], [], 1),
-        "unsure mistake": image([0.2], [0], 1),
+        "hesitant mistake": image([0.2], [0], 1),
         "no instance": image([0.99], [0], 0),
         "half": image([0.5], [1], 2),
         "right": image([0.3], [1], 1),
-        "surely right": image([0.8], [1], 1),
+        "confident and right": image([0.8], [1], 1),
     }
-    ranked = ["surely right", "right", "half", "nothing found", "unsure mistake", "sure mistake"]
+    ranked = ["confident and right", "right", "half", "nothing found", "hesitant mistake", "confident mistake"]
     assert rank_images(results) == ranked
 
 
@@ -922,9 +994,9 @@ def test_page_shows_ten_at_either_end(folder):
     # Image n reaches n of the ten thresholds; above 10 all, the later the less confident.
     hits = {n: np.arange(10)[:, None] < n for n in range(25)}
     results = {f"{n:02}": ImageResult(np.array([1 - n / 100]), hit, 1) for n, hit in hits.items()}
-    method = evaluate.Method("m", results=results)
+    method = Method("m", results=results)
     masks = dict.fromkeys(results, MaskFile(folder / "gt.png"))
-    page = Page(format_page([method], {"m": method.summary(0)}, masks, {}))
+    page = Page(format_page([method], summarize_methods([method]), masks, {}))
     shown = [int(text) for text in page.text if text in results]
     assert shown == [*range(10, 20), *range(10)]
 
@@ -953,7 +1025,7 @@ def test_instance_masks_of_every_kind(tmp_path):
     palette = Image.fromarray(labels).convert("P")
     palette.putdata(labels.ravel().tolist())
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    palette.save(path)  # VOC's own kind: the colours say nothing
+    palette.save(path)  # VOC's own kind: the colours are ignored
     np.testing.assert_array_equal(read_instance_mask(path), labels)
     Image.fromarray(labels.astype(np.uint16)).save(path)
     np.testing.assert_array_equal(read_instance_mask(path), labels)

@@ -26,7 +26,7 @@ def test_export_equals_the_network_for_any_batch(net):
         for ours, theirs in zip(net(image, edges), program.module()(image, edges), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
         other = WSIDNet(net.config).eval()
-        assert difference(other, program) > 1e-3, "the comparison sees a difference"
+        assert difference(other, program) > 1e-3, "a different network differs"
 
 
 def test_exported_file_runs_alone(net, tmp_path, capsys):
@@ -37,19 +37,19 @@ def test_exported_file_runs_alone(net, tmp_path, capsys):
     assert "differs from the network by" in capsys.readouterr().out
     program = torch.export.load(tmp_path / "net.pt2")
     inputs = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
-    saliency, boundary, offsets, shares = program.module()(*inputs)
+    saliency, boundary, offsets, count_probs = program.module()(*inputs)
     assert saliency.shape == boundary.shape == (2, 16, 16)
-    assert offsets.shape == (2, 2, 16, 16) and shares.shape == (2, 4)
+    assert offsets.shape == (2, 2, 16, 16) and count_probs.shape == (2, 4)
 
 
 @pytest.mark.parametrize("out", ["absent/net.pt2", ".", "pipe"])
-def test_a_place_that_cannot_be_written_to(tmp_path, capsys, out):
+def test_an_output_that_cannot_be_written(tmp_path, capsys, out):
     os.mkfifo(tmp_path / "pipe")
     assert call(export.main, "--out", tmp_path / out) == 2
     assert capsys.readouterr().err.startswith("error: cannot write")
 
 
-def test_a_file_that_differs_is_not_left(net, tmp_path, monkeypatch):
+def test_an_export_that_differs_is_not_written(net, tmp_path, monkeypatch):
     save_weights(net, tmp_path / "weights.pt")
     (tmp_path / "net.pt2").write_text("from before")
     monkeypatch.setattr(export, "difference", lambda *_: float("nan"))

@@ -1,4 +1,4 @@
-"""infer.py on photographs of every kind and size, with a small network made for the purpose."""
+"""infer.py on photographs of every kind and size, with a small untrained network."""
 
 import itertools
 import json
@@ -28,11 +28,20 @@ from pycocotools.coco import COCO
 import infer
 from datasets.images import read_image
 from datasets.masks import decode_rle, read_instance_mask
-from engine import inference, visualize
+from engine import visualize
+from engine.predictor import (
+    DEFAULT_WEIGHTS,
+    ROOT,
+    Predictor,
+    as_rgb,
+    bfloat16_pays,
+    default_weights,
+    process,
+)
 from engine.results import Results
 from models.fusion import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
-from utils import checkpoint, lazy
+from utils import checkpoint, files, lazy
 from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
 
@@ -54,8 +63,8 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
-BUNDLED = inference.DEFAULT_WEIGHTS[-1]
-FG_THRESH = FusionConfig(min_score=0)  # what a network that nobody trained finds is unsure
+BUNDLED = DEFAULT_WEIGHTS[-1]
+ALL_SCORES = FusionConfig(min_score=0)  # the scores of an untrained network are low
 
 
 def test_ids_of_a_coco_file(weights, tmp_path, capsys):
@@ -79,8 +88,8 @@ def noise(height, width):
 
 
 def cat(height, width):
-    """A photograph of which the bundled weights are sure."""
-    return cv2.resize(read_image(infer.ROOT / "samples" / "cat.jpg"), (width, height), interpolation=cv2.INTER_AREA)
+    """A photograph in which the bundled weights find an instance."""
+    return cv2.resize(read_image(ROOT / "samples" / "cat.jpg"), (width, height), interpolation=cv2.INTER_AREA)
 
 
 def write_kinds(folder, image):
@@ -121,11 +130,11 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
 
 
 def test_a_very_large_photograph(weights):
-    prediction = inference.Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
+    prediction = Predictor(weights).predict(np.zeros((6000, 6000, 3), np.uint8))
     assert prediction.masks.shape[1:] == (6000, 6000) and prediction.saliency.shape == (6000, 6000)
 
 
-def test_nothing_salient_is_a_valid_answer(weights, tmp_path):
+def test_nothing_salient_is_a_valid_result(weights, tmp_path):
     Image.fromarray(noise(30, 30)).save(tmp_path / "a.png")
     maps = tmp_path / "maps"
     maps.mkdir()
@@ -136,7 +145,7 @@ def test_nothing_salient_is_a_valid_answer(weights, tmp_path):
     assert cv2.imread(str(tmp_path / "out" / "a_instances.png"), 0).max() == 0
 
 
-def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
+def test_a_given_count_replaces_the_predicted_one(weights, tmp_path, capsys):
     Image.fromarray(noise(64, 64)).save(tmp_path / "a.png")
     options = ["--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out", "--fusion", "min_score=0"]
     for count in (1, 2, 3):
@@ -148,10 +157,19 @@ def test_a_given_number_replaces_the_told_one(weights, tmp_path, capsys):
         assert "--count" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("grouping, count", [("sinks", 1), ("count", 3)])
+def test_pixels_are_grouped_by_sinks_or_by_the_predicted_count(weights, grouping, count):
+    """All offsets of the network are 0, which is one sink; three objects are predicted."""
+    predictor = Predictor(weights, settings=[f"grouping={grouping}", "min_score=0"])
+    (maps,) = predictor.network([predictor.prepare(noise(64, 64))])
+    maps = maps._replace(count_probs=torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    assert len(predictor.instances(maps, (64, 64)).masks) == count
+
+
 def test_a_given_saliency_map_replaces_the_branch(weights):
     image, saliency = noise(64, 64), np.zeros((64, 64), np.float32)
     saliency[:, :32] = 1
-    prediction = inference.Predictor(weights, method="components").predict(image, saliency)
+    prediction = Predictor(weights, method="components").predict(image, saliency)
     assert len(prediction.masks) == 1
     assert prediction.masks[0][:, :28].all() and not prediction.masks[0][:, 36:].any()
 
@@ -200,7 +218,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
 
 
 def test_a_batch_equals_its_photographs_one_by_one():
-    predictor = inference.Predictor(BUNDLED, amp="off")
+    predictor = Predictor(BUNDLED, amp="off")
     images = [cat(40, 60), cat(90, 30), cat(300, 451)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
     for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
@@ -218,7 +236,7 @@ def results(folder):
     return json.loads((folder / "predictions.json").read_text()), pictures
 
 
-def test_batches_and_threads_leave_the_results_as_they_are(tmp_path, capsys):
+def test_results_do_not_depend_on_batches_and_threads(tmp_path, capsys):
     photographs = write_kinds(tmp_path / "in", cat(180, 260))
     _truncated(photographs / "cut.jpg")
     printed = []
@@ -259,8 +277,8 @@ def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
         count(-1)
         return path
 
-    monkeypatch.setattr(inference, "read_image", read)
-    found = inference.process(itertools.count(), inference.Predictor(weights), finish, batch_size=2, workers=2)
+    monkeypatch.setattr("engine.predictor.read_image", read)
+    found = process(itertools.count(), Predictor(weights), finish, batch_size=2, workers=2)
     assert list(itertools.islice(found, 40)) == list(range(40))
     found.close()
     assert most <= 3 * 2 + 2 * 2 + 2
@@ -277,19 +295,19 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
         return item
 
     for workers, ahead in ((1, 0), (3, 1), (2, 5)):
-        seen = []
+        values = []
         with pytest.raises(InputError, match="seven"):
             for value in map_ahead(slow, itertools.count(), workers, ahead):
-                seen.append(value)
-        assert seen == list(range(7))
+                values.append(value)
+        assert values == list(range(7))
     assert list(map_ahead(slow, range(3), 2, 10)) == [0, 1, 2] and list(map_ahead(slow, [], 2, 1)) == []
     assert torch.get_num_threads() == threads
 
 
 def test_bfloat16_is_near_float32(weights):
-    exact, rounded = (inference.Predictor(weights, amp=amp, settings=FG_THRESH) for amp in ("off", "bf16"))
+    exact, rounded = (Predictor(weights, amp=amp, settings=ALL_SCORES) for amp in ("off", "bf16"))
     assert (exact.bf16, rounded.bf16) == (False, True)
-    assert inference.Predictor(weights).bf16 == inference.bfloat16_pays(torch.device("cpu"))
+    assert Predictor(weights).bf16 == bfloat16_pays(torch.device("cpu"))
     inputs = [exact.prepare(noise(50, 50))]
     for one, other in zip(exact.network(inputs)[0][:2], rounded.network(inputs)[0][:2]):
         assert one.dtype == other.dtype == torch.float32
@@ -343,33 +361,33 @@ def not_finite(saved):
 def test_weights_of_another_kind(weights, tmp_path, change):
     checkpoint.save(change(checkpoint.load(weights)), tmp_path / "odd.pt")
     with pytest.raises(InputError, match="odd.pt (does not hold the weights of a whole|holds weights that are not)"):
-        inference.Predictor(tmp_path / "odd.pt")
+        Predictor(tmp_path / "odd.pt")
 
 
 @torch.no_grad()
 def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bundled = inference.default_weights()
+    bundled = default_weights()
     assert bundled.parent.name == "weights" and bundled.exists()
     run_ = tmp_path / "runs" / "default"
     run_.mkdir(parents=True)
     (run_ / "weights.pt").touch()
-    assert inference.default_weights().name == "weights.pt"
+    assert default_weights().name == "weights.pt"
     net = WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8))
     save_weights(net, run_ / "weights.pt")
-    save_weights(net, run_ / "weights_pts.pt")  # of an earlier version, which does not say
-    assert inference.default_weights().name == "weights_pts.pt"
+    save_weights(net, run_ / "weights_pts.pt")  # of an earlier version, which does not record it
+    assert default_weights().name == "weights_pts.pt"
     save_weights(net, run_ / "weights_pts.pt", start=digest_of_weights(run_ / "weights.pt"))
-    assert inference.default_weights().name == "weights_pts.pt"
+    assert default_weights().name == "weights_pts.pt"
     next(net.saliency.parameters()).add_(1)
     save_weights(net, run_ / "weights.pt")
     with pytest.raises(InputError, match="weights_pts.pt was made from another weights.pt"):
-        inference.default_weights()
+        default_weights()
 
 
 def test_bundled_weights_find_the_cat():
-    image = read_image(infer.ROOT / "samples" / "cat.jpg")
-    prediction = inference.Predictor(inference.default_weights()).predict(image)
+    image = read_image(ROOT / "samples" / "cat.jpg")
+    prediction = Predictor(default_weights()).predict(image)
     assert len(prediction.masks) >= 1
     height, width = image.shape[:2]
     middle = prediction.masks.any(0)[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
@@ -416,7 +434,7 @@ print([name for name in names.split() if name in sys.modules])
         capture_output=True,
         text=True,
         timeout=240,
-        cwd=inference.ROOT,
+        cwd=ROOT,
         env=conftest.environment(),
     )
     assert done.returncode == 0, done.stderr
@@ -425,7 +443,7 @@ print([name for name in names.split() if name in sys.modules])
     assert not done.stderr, "no progress bar in a log file"
 
 
-def test_a_package_in_part_is_whole_when_asked(tmp_path, monkeypatch):
+def test_a_partly_imported_package_is_imported_when_used(tmp_path, monkeypatch):
     folder = tmp_path / "large_package" / "inner"
     folder.mkdir(parents=True)
     (folder.parent / "__init__.py").write_text("from .inner.part import name\nfrom .inner import other\n")
@@ -449,12 +467,12 @@ def test_a_package_in_part_is_whole_when_asked(tmp_path, monkeypatch):
         lazy.package("absent_package")
 
 
-def test_another_package_of_our_name_is_told(tmp_path):
+def test_another_package_of_the_same_name_is_an_error(tmp_path):
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").touch()
     for script in ("import datasets; sys.path.insert(0, ROOT); import infer", "sys.path.append(ROOT); import infer"):
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; ROOT = {str(inference.ROOT)!r}; {script}"],
+            [sys.executable, "-c", f"import sys; ROOT = {str(ROOT)!r}; {script}"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
@@ -466,7 +484,7 @@ def test_another_package_of_our_name_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("closed", ["reader", "before", "full"])
-def test_output_that_nobody_takes_is_no_failure(tmp_path, closed):
+def test_a_closed_output_is_no_failure(tmp_path, closed):
     script = "from utils.cli import run; run(lambda: [print('b\\udcff\\u7167', flush=True) for _ in range(9)] and 7)"
     command = f"{sys.executable} -c {json.dumps(script)}"
     command += {"reader": " | head -1; exit ${PIPESTATUS[0]}", "before": " >&-", "full": " >/dev/full"}[closed]
@@ -474,7 +492,7 @@ def test_output_that_nobody_takes_is_no_failure(tmp_path, closed):
         ["bash", "-c", command],
         capture_output=True,
         text=True,
-        cwd=inference.ROOT,
+        cwd=ROOT,
         env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 7
@@ -511,7 +529,7 @@ def added(monkeypatch):
 
 @pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background are born deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes started in the background ignore it
     photographs, out = make_photographs(tmp_path / "in", 12), tmp_path / "out"
     options = ("--img", photographs, "--weights", weights, "--fusion", "min_score=0", "--batch-size", 1, "--workers", 1)
     added.after[2] = lambda: (os.kill(os.getpid(), kind), time.sleep(0.5))
@@ -531,7 +549,7 @@ def test_a_stopped_run_continues(weights, tmp_path, capsys, added, kind, code):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_done_again(weights, tmp_path, capsys, added):
+def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
     photographs, out = make_photographs(tmp_path / "in", 3), tmp_path / "out"
     options = ("--weights", weights, "--out", out, "--fusion", "min_score=0")
 
@@ -560,7 +578,7 @@ def test_what_is_done_again(weights, tmp_path, capsys, added):
         assert "other settings or weights" in capsys.readouterr().out
 
 
-def test_runs_of_two_settings_at_once_are_told(weights, tmp_path, capsys, added):
+def test_runs_of_two_settings_at_once_are_an_error(weights, tmp_path, capsys, added):
     photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
     options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "min_score=0")
     added.after[1] = lambda: call(*options, "--count", 2)
@@ -575,7 +593,7 @@ def test_an_error_leaves_no_empty_predictions(weights, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_names_that_cannot_be_cost_themselves(weights, tmp_path, capsys):
+def test_impossible_names_are_skipped_with_an_error(weights, tmp_path, capsys):
     photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
     long = "n" * 236
     for name in (f"{long}.png", f"{'m' * 245}.png", os.fsdecode(b"b\xe4r \xff.png"), "a b.png", "~c.png", "[d].png"):
@@ -609,16 +627,16 @@ def test_results_are_no_photographs(weights, tmp_path, capsys, added):
     assert sorted(path.name for path in photographs.iterdir()) == there and sorted(added.stems) == ["p00", "p01"]
     capsys.readouterr()
     other = make_photographs(tmp_path / "other", 1)
-    shutil.copy(other / "p00.png", other / "p00_instances.png")  # not ours
+    shutil.copy(other / "p00.png", other / "p00_instances.png")  # not written by infer.py
     before = (other / "p00_instances.png").read_bytes()
     assert call("--img", *other.glob("*.png"), "--weights", weights, "--out", other) == 1
     assert "would replace a photograph" in capsys.readouterr().err
     assert (other / "p00_instances.png").read_bytes() == before
 
 
-def test_label_maps_are_seen_and_read(tmp_path):
+def test_label_maps_are_visible_and_exact(tmp_path):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    checkpoint.save_labels(labels, tmp_path / "a.png")
+    files.save_label_png(labels, tmp_path / "a.png")
     assert np.array_equal(read_instance_mask(tmp_path / "a.png"), labels)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), labels)
     colours = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
@@ -643,8 +661,8 @@ RGB = noise(20, 30)
         (Image.new("LA", (30, 20), (0, 0)), np.full_like(RGB, 255)),
     ],
 )
-def test_images_that_programs_have(image, same):
-    taken = inference.as_rgb(image)
+def test_images_in_memory(image, same):
+    taken = as_rgb(image)
     assert taken.dtype == np.uint8 and np.array_equal(taken, same) and taken.flags.c_contiguous
 
 
@@ -667,12 +685,12 @@ def test_images_that_programs_have(image, same):
         Image.new("I;16", (3, 3)),
     ],
 )
-def test_images_that_are_none_are_told(image):
+def test_arguments_that_are_no_image(image):
     with pytest.raises(InputError, match="^the image (is|has) .*; (give|convert)"):
-        inference.as_rgb(image)
+        as_rgb(image)
 
 
-def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
+def test_wrong_arguments_of_a_predictor(weights, tmp_path):
     for wrong in (
         {"method": "best"},
         {"amp": True},
@@ -681,11 +699,11 @@ def test_wrong_arguments_of_a_predictor_are_told(weights, tmp_path):
         {"count": 2, "method": "components"},
     ):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
-            inference.Predictor(weights, **wrong)
+            Predictor(weights, **wrong)
     for wrong in ({"device": "cuda:99"}, {"device": "gpu"}, {"settings": {"power": 3}}):
         with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):
-            inference.Predictor(weights, **wrong)
-    predictor = inference.Predictor(weights, count=np.int64(2))
+            Predictor(weights, **wrong)
+    predictor = Predictor(weights, count=np.int64(2))
     for one in (RGB, Image.fromarray(RGB)):
         with pytest.raises(InputError, match="a list of images"):
             predictor.predict_batch(one)
@@ -707,7 +725,7 @@ def test_a_forked_process_predicts(weights):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        predictor = inference.Predictor(weights, amp="off")
+        predictor = Predictor(weights, amp="off")
         predictor.net.config = replace(predictor.net.config, size=256)  # large enough for several threads
         expected = predictor.predict(noise(90, 90)).saliency
         context = multiprocessing.get_context("fork")
@@ -723,12 +741,12 @@ def test_a_forked_process_predicts(weights):
         torch.set_num_threads(threads)
 
 
-def test_a_predictor_is_sent_by_its_file(weights):
-    predictor = inference.Predictor(weights, method="components", settings=FG_THRESH, amp="off")
+def test_a_predictor_is_pickled_as_its_file(weights):
+    predictor = Predictor(weights, method="components", settings=ALL_SCORES, amp="off")
     sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(predictor))
     assert len(sent) < 10_000, "no handle of each of its tensors"
     other = pickle.loads(sent)
-    assert (other.method, other.settings, other.bf16) == ("components", FG_THRESH, False)
+    assert (other.method, other.settings, other.bf16) == ("components", ALL_SCORES, False)
     assert np.array_equal(other.predict(RGB).masks, predictor.predict(RGB).masks)
 
 
@@ -742,12 +760,12 @@ def test_home_folders_in_paths(tmp_path, monkeypatch, capsys):
     assert "names a home folder that is not known" in capsys.readouterr().err
 
 
-def test_files_are_whole_whatever_others_left(tmp_path):
+def test_files_are_whole_after_killed_and_concurrent_writers(tmp_path):
     path = tmp_path / ("n" * 251 + ".txt")
     path.with_name(f".{path.name[-60:]}.partial").write_bytes(b"what a killed process left, longer than the new")
 
     def write(number):
-        checkpoint.replace(path, lambda file: [file.write(bytes([number])) for _ in range(1000)])
+        files.write_atomically(path, lambda file: [file.write(bytes([number])) for _ in range(1000)])
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -757,14 +775,14 @@ def test_files_are_whole_whatever_others_left(tmp_path):
     content = path.read_bytes()
     assert len(content) == 1000 and len(set(content)) == 1
     with pytest.raises(ZeroDivisionError):
-        checkpoint.replace(path, lambda file: file.write(b"half") / 0)
+        files.write_atomically(path, lambda file: file.write(b"half") / 0)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="shorten"):
-        checkpoint.replace(tmp_path / ("n" * 256), lambda file: None)
+        files.write_atomically(tmp_path / ("n" * 256), lambda file: None)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_disk_that_takes_no_more_is_told(tmp_path):
+def test_a_full_disk_is_one_sentence(tmp_path):
     """Torch itself answers with errors of its own, or ends the process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
@@ -779,26 +797,26 @@ def test_a_disk_that_takes_no_more_is_told(tmp_path):
 def test_pipes_are_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDWR)
-    checkpoint.save_json([1], tmp_path / "pipe")
+    files.save_json([1], tmp_path / "pipe")
     assert json.loads(os.read(end, 99)) == [1] and (tmp_path / "pipe").is_fifo()
     os.close(end)
 
 
-def test_what_is_done_is_told_where_predictions_cannot_be_written(weights, tmp_path, capsys):
+def test_pictures_are_listed_where_predictions_cannot_be_written(weights, tmp_path, capsys):
     photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
-    replace_file = checkpoint.replace
+    replace_file = files.write_atomically
 
     def full(path, write):
         if path.name == "predictions.json":
-            raise checkpoint.cannot_write(path, OSError(28, "No space left on device"))
+            raise files.write_error(path, OSError(28, "No space left on device"))
         replace_file(path, write)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "replace", full)
+        patch.setattr(files, "write_atomically", full)
         assert call("--img", photographs, tmp_path / "absent.png", "--weights", weights, "--out", out) == 1
-    said = capsys.readouterr()
-    assert "p00_instances.png" in said.out and "predictions.json" not in said.out
-    assert "predictions.json (No space" in said.err and "absent.png" in said.err
+    output = capsys.readouterr()
+    assert "p00_instances.png" in output.out and "predictions.json" not in output.out
+    assert "predictions.json (No space" in output.err and "absent.png" in output.err
 
 
 def test_links_of_another_name_have_results(weights, tmp_path):

@@ -1,4 +1,4 @@
-"""L_B, L_V and L_su against their formulas, and what the subitizing loss does to a free offset field."""
+"""L_B, L_V and L_su against their formulas, and the effect of the subitizing loss on a free offset field."""
 
 import math
 
@@ -26,8 +26,8 @@ def test_boundary_loss_by_hand():
     # Radius 2 on 1x3: the pairs (0,1) and (1,2) only. Labels 1 1 0: one foreground pair, one different pair.
     labels = torch.tensor([[[1, 1, 0]]])
     boundary = torch.tensor([[[[0.1, 0.2, 0.7]]]])
-    together, apart = -math.log(0.8 + 1e-5), -math.log(1 + 1e-5 - 0.3)
-    expected = (together / 2 + apart) / 2
+    same, different = -math.log(0.8 + 1e-5), -math.log(1 + 1e-5 - 0.3)
+    expected = (same / 2 + different) / 2
     assert boundary_loss(boundary, labels, 2).item() == pytest.approx(expected, rel=1e-3)
 
 
@@ -36,14 +36,14 @@ def test_centroid_loss_vanishes_on_the_ideal_field_only():
     labels[0, 8:20, 10:30] = 3
     ideal = torch.where(labels[:, None] > 0, torch.tensor([14.0, 20.0]).view(1, 2, 1, 1) - POINTS, 0)
     assert centroid_loss(ideal, labels, 5).item() < 1e-6
-    assert centroid_loss(ideal + 3.0, labels, 5).item() < 1e-4, "the loss fixes V only up to a constant"
+    assert centroid_loss(ideal + 3.0, labels, 5).item() < 1e-4, "V is determined only up to a constant"
     # V = 0: |delta - (q - p)| = |q - p|, averaged over foreground pairs; nothing in the background.
     of_step = [(abs(dy) + abs(dx), (12 - abs(dy)) * (20 - abs(dx))) for dy, dx in ops.path_offsets(5)[0].tolist()]
     expected = sum(length * pairs for length, pairs in of_step) / (2 * sum(pairs for _, pairs in of_step)) / 2
     assert centroid_loss(torch.zeros(1, 2, 32, 40), labels, 5).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_centroid_loss_ignores_what_is_undecided():
+def test_pair_losses_ignore_undecided_pixels():
     labels = torch.full((1, 8, 8), 255)
     assert centroid_loss(torch.randn(1, 2, 8, 8), labels, 3).item() == 0
     assert boundary_loss(torch.rand(1, 1, 8, 8), labels, 3).item() == 0
@@ -57,7 +57,7 @@ def test_soft_count_is_the_number_of_centroids_on_ideal_fields(centres):
     assert centroid_count(points, 3.0).item() == pytest.approx(len(centres), rel=0.05)
 
 
-def test_subitizing_loss_touches_the_salient_region_only():
+def test_subitizing_loss_has_a_gradient_in_the_salient_region_only():
     torch.manual_seed(0)
     field = torch.randn(2, 2, 32, 40, requires_grad=True)
     region = torch.zeros(2, 32, 40, dtype=torch.bool)
@@ -65,10 +65,10 @@ def test_subitizing_loss_touches_the_salient_region_only():
     subitizing_loss(field, region, torch.tensor([2.0, 1.0]), 3.0).backward()
     touched = field.grad.abs().sum(1) > 0
     assert touched[0].any() and not touched[0][~region[0]].any()
-    assert not touched[1].any(), "a photograph without a salient region teaches nothing"
+    assert not touched[1].any(), "no gradient without a salient region"
 
 
-def test_subitizing_loss_is_the_mean_over_photographs_that_have_region_and_count():
+def test_subitizing_loss_is_the_mean_over_images_with_region_and_count():
     torch.manual_seed(0)
     field, region = 3 * torch.randn(5, 2, 32, 40), torch.zeros(5, 32, 40, dtype=torch.bool)
     region[0, 5:15, 5:35] = region[1, 3, 3] = region[2, :20] = region[4] = True
@@ -81,26 +81,26 @@ def test_subitizing_loss_is_the_mean_over_photographs_that_have_region_and_count
     assert found == pytest.approx(2 * F.smooth_l1_loss(centroid_count(points, 2.0), counts[0]).item(), rel=1e-4)
 
 
-def test_counted_instances_are_as_many_as_the_count():
+def test_pseudo_instances_are_as_many_as_the_count():
     classes = np.zeros((32, 40), np.uint8)
     classes[4:14, 4:14] = 3  # touches the next, of another class
     classes[4:14, 14:18] = 8
     classes[20:30, 10:38] = 3
-    classes[0, 39] = 5  # noise, no instance
+    classes[0, 39] = 5  # too small
     classes[18, :] = 255
     three = split_labels_by_count(classes, 3)
     assert three.max() == 3 and three[0, 39] == 0 and (three[18] == 0).all()
     assert len({three[5, 5].item(), three[5, 15].item(), three[25, 20].item()}) == 3
     one = split_labels_by_count(classes, 1)
-    assert (one > 0).sum() == 10 * 28, "of too many, the largest"
+    assert (one > 0).sum() == 10 * 28, "of too many components, the largest"
     four = split_labels_by_count(classes, 4)
     assert four.max() == 4 and (four[20:30, 10:22] == four[25, 12]).all() and (four[20:30, 26:38] == four[25, 30]).all()
-    assert four[25, 12] != four[25, 30], "of too few, the largest is halved"
+    assert four[25, 12] != four[25, 30], "of too few, the largest is split in two"
     assert split_labels_by_count(classes * 0, 2).max() == 0
     assert split_labels_by_count(classes, 0).max() == 0
 
 
-def test_counted_centroid_loss_is_the_distance_to_the_centres():
+def test_centroid_target_loss_is_the_distance_to_the_centres():
     classes = np.zeros((32, 40), np.uint8)
     classes[4:14, 4:14] = classes[20:30, 24:38] = 3
     instances = torch.from_numpy(split_labels_by_count(classes, 2))
@@ -110,7 +110,7 @@ def test_counted_centroid_loss_is_the_distance_to_the_centres():
         ideal[:, :, place] = (POINTS[:, place].mean(1, keepdim=True) - POINTS[:, place])[None]
     instances = torch.stack([instances, torch.zeros_like(instances)])
     assert centroid_target_loss(ideal, instances).item() < 1e-5
-    # Off by (3, -1) in one of the two: half of |3| + |-1|; the photograph without a class does not speak.
+    # Off by (3, -1) in one of the two: half of |3| + |-1|; the image without instances does not count.
     off = ideal + (instances == 1)[:, None] * torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
     off.requires_grad_()
     loss = centroid_target_loss(off, instances)
@@ -123,7 +123,7 @@ def test_counted_centroid_loss_is_the_distance_to_the_centres():
 
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts):
-    """Of every loss, also where the parts differ in size and in what they hold, down to nothing."""
+    """For every loss, also where the parts differ in size and in their labels, or have none."""
     torch.manual_seed(0)
     boundary, offsets = torch.rand(5, 1, 16, 20, dtype=torch.double), 3 * torch.randn(5, 2, 16, 20, dtype=torch.double)
     labels = torch.randint(0, 3, (5, 4, 5)).repeat_interleave(4, 1).repeat_interleave(4, 2)
@@ -144,7 +144,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts):
             terms = (
                 boundary_loss(b, y, 3, means and by.mean(0)[:3]),
                 centroid_loss(v, y, 3, means and by.mean(0)[:3]),
-                subitizing_loss(v, s, t, 2.0, subset=99, speaking=means and by.mean(0)[3]),
+                subitizing_loss(v, s, t, 2.0, subset=99, valid_fraction=means and by.mean(0)[3]),
                 centroid_target_loss(v, k, means and by.mean(0)[4]),
             )
             weighted = torch.stack(terms) * len(y) / 5
@@ -168,19 +168,19 @@ def field_towards(*columns):
     return torch.stack([torch.full_like(nearest, 16.0), nearest]) - POINTS
 
 
-def test_number_loss_by_hand():
+def test_count_loss_by_hand():
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 0, 0, 1.0]])
-    wanted = [(0.925, 0.025, 0.025, 0.025), (0.025, 0.025, 0.025, 0.925)]  # one object; seven, which are MAX_COUNT
+    targets = [(0.925, 0.025, 0.025, 0.025), (0.025, 0.025, 0.025, 0.925)]  # one object; seven, which are MAX_COUNT
     total = [math.log(math.e**2 + 3), math.log(math.e + 3)]
-    errors = [sum(w * (t - z) for w, z in zip(ws, zs)) for ws, t, zs in zip(wanted, total, logits.tolist())]
+    errors = [sum(w * (t - z) for w, z in zip(ws, zs)) for ws, t, zs in zip(targets, total, logits.tolist())]
     assert count_loss(logits, torch.tensor([1.0, 7.0])).item() == pytest.approx(sum(errors) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("start, count", [((20.0,), 2), ((14.0, 26.0), 1), ((20.0,), 1), ((14.0, 26.0), 2)])
 def test_subitizing_loss_splits_and_merges_touching_discs(start, count):
-    """A free field over two touching discs goes to the asked number of centroids, from merged and split starts.
+    """A free field over two touching discs reaches the given number of centroids from merged and split starts.
 
-    A mean-shift term keeps clusters tight, the part that L_V plays in training.
+    A mean-shift term keeps clusters tight, as L_V does in training.
     """
     torch.manual_seed(0)
     region = two_discs()

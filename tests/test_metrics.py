@@ -1,4 +1,4 @@
-"""The metrics against pycocotools and against tables worked out by hand."""
+"""The metrics against pycocotools and against tables computed by hand."""
 
 import tracemalloc
 
@@ -8,6 +8,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.masks import encode_rle
+from engine import bootstrap
 from engine.metrics import (
     IOU_THRESHOLDS,
     SaliencyMetrics,
@@ -98,7 +99,7 @@ def test_pooled_equals_cocoeval(seed):
     assert any(not gt.any() and masks for gt, masks, _ in data)  # false positives in images without instances
     ours = pooled_ap([match_instances(masks, scores, gt) for gt, masks, scores in data])
     expected = coco_ap(data)
-    assert 0.05 < expected[IOU_70] < expected[IOU_50] < 0.95  # a case that tells something
+    assert 0.05 < expected[IOU_70] < expected[IOU_50] < 0.95  # not a trivial case
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
 
 
@@ -196,8 +197,8 @@ def test_void_is_as_if_its_pixels_did_not_exist():
     rng = np.random.default_rng(0)
     gt = rng.choice(np.array([0, 1, 2, 255], np.uint8), (1, 400))
     masks = rng.random((5, 1, 400)) < 0.5
-    judged = gt[0] != 255
-    np.testing.assert_array_equal(mask_ious(masks, gt)[0], mask_ious(masks[..., judged], gt[:, judged])[0])
+    valid = gt[0] != 255
+    np.testing.assert_array_equal(mask_ious(masks, gt)[0], mask_ious(masks[..., valid], gt[:, valid])[0])
 
 
 def test_prediction_wholly_in_void_is_neither_right_nor_wrong():
@@ -221,7 +222,7 @@ def test_without_predictions():
     assert count_metrics(results) == {"accuracy": 0.0, "mae": 1.0}
 
 
-def test_image_without_instances_costs_pooled_precision_only():
+def test_image_without_instances_lowers_pooled_precision_only():
     found = match_instances([strip((0, 10))], [0.5], labels((1, 10), (0, 10)))
     false = match_instances([strip((0, 10))], [0.9], labels((0, 20)))
     # Pooled: miss, hit: precision 1/2 at recall 1. Per image: only the first image has an AP, 1.
@@ -237,7 +238,7 @@ def test_set_without_instances_has_no_ap():
     assert summary["count"] == {"accuracy": 0.0, "mae": 1.0, "threshold": 0.0}
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_are_errors():
     gt = labels((1, 20))
     with pytest.raises(ValueError, match="compared"):
         match_instances([strip(length=19)], [1], gt)
@@ -263,6 +264,46 @@ def test_average_precision_of_hits_in_any_order():
     hits = np.array([[False, True, True]])
     # By score: hit .9, hit .5, miss .1; of 4 instances recall reaches 1/2 at precision 1: 51 recalls.
     assert average_precision(np.array([0.1, 0.9, 0.5]), hits, 4)[0] == pytest.approx(51 / 101)
+
+
+# ---- bootstrap
+
+
+def test_draws_equal_lists_with_repetitions():
+    rng = np.random.default_rng(0)
+    data = [(gt, masks, rng.random(len(masks))) for gt, masks, _ in random_set(8)]  # scores that do not tie
+    results = [match_instances(masks, scores, gt) for gt, masks, scores in data]
+    draws = bootstrap.draw_images(len(results), 250)
+    assert (draws.sum(1) == len(results)).all() and (draws > 1).any() and (draws == 0).any()
+    samples = bootstrap.ap_of_draws(results, draws)
+    for number in (0, 99, 100, 249):  # in all chunks
+        drawn = [result for result, times in zip(results, draws[number]) for _ in range(times)]
+        for protocol, ap in (("pooled", pooled_ap(drawn)), ("per-image", per_image_ap(drawn))):
+            values = [samples[protocol][iou][number] for iou in ("0.5", "0.7")]
+            np.testing.assert_allclose(values, ap[[IOU_50, IOU_70]], rtol=0, atol=1e-12)
+
+
+def test_intervals_and_standard_errors_by_hand():
+    """AP of an image is 1 in 30 of 100 images and 0 in the others, so its mean is binomial."""
+    right = match_instances([strip((0, 10))], [0.5], labels((1, 10), (0, 10)))
+    wrong = match_instances([], [], labels((1, 10), (0, 10)))
+    draws = bootstrap.draw_images(100)
+    samples = bootstrap.ap_of_draws([right] * 30 + [wrong] * 70, draws)
+    low, high = bootstrap.intervals(samples)["per-image"]["0.5"]
+    assert (low, high) == pytest.approx((0.3 - 1.96 * 0.0458, 0.3 + 1.96 * 0.0458), abs=0.015)
+    better = bootstrap.ap_of_draws([right] * 40 + [wrong] * 60, draws)
+    # In pairs, 10 of 100 images differ by 1: sqrt(.1 * .9 / 100) = .03; unpaired it would be .067.
+    assert bootstrap.standard_errors(samples, better)["per-image"]["0.5"] == pytest.approx(0.03, rel=0.1)
+
+
+def test_bootstrap_without_instances_or_predictions():
+    empty = match_instances([strip((0, 10))], [0.9], labels((0, 20)))
+    nothing_found = match_instances([], [], labels((1, 10), (0, 10)))
+    draws = bootstrap.draw_images(2)
+    undefined = bootstrap.ap_of_draws([empty, empty], draws)
+    assert np.isnan(bootstrap.intervals(undefined)["pooled"]["0.5"]).all()
+    assert np.isnan(bootstrap.standard_errors(undefined, undefined)["per-image"]["0.7"])
+    assert bootstrap.intervals(bootstrap.ap_of_draws([nothing_found, empty], draws))["pooled"]["0.5"] == [0, 0]
 
 
 # ---- count

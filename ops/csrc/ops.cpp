@@ -1,8 +1,8 @@
-// Schemas of the operators; kernels, fake implementations and autograd are registered beside their code.
+// Schemas of the operators. Kernels are registered in cpu/ and cuda/, fake implementations and autograd in compiled.py.
 #include <Python.h>
 #include <torch/library.h>
 
-#include "built_from.h"  // setup.py writes it: WSID_SOURCES, of ops/sources.py
+#include "built_from.h"  // written by setup.py: WSID_SOURCES, the digest of ops/sources.py
 
 TORCH_LIBRARY(wsid, m) {
   m.def("converge_centroids(Tensor offsets, int max_iters, float tol) -> Tensor");
@@ -10,16 +10,16 @@ TORCH_LIBRARY(wsid, m) {
   m.def("boundary_affinity_backward(Tensor grad, Tensor winner, int radius) -> Tensor");
   m.def("pair_counts(Tensor labels, int radius) -> Tensor");
   m.def("boundary_pair_loss(Tensor boundary, Tensor labels, int radius) -> Tensor");
-  m.def("affinity_entropy_backward(Tensor grad, Tensor boundary, Tensor labels, int radius) -> Tensor");
+  m.def("boundary_pair_loss_backward(Tensor grad, Tensor boundary, Tensor labels, int radius) -> Tensor");
   m.def("displacement_pair_loss(Tensor offsets, Tensor labels, int radius) -> Tensor");
-  m.def("displacement_error_backward(Tensor grad, Tensor offsets, Tensor labels, int radius) -> Tensor");
+  m.def("displacement_pair_loss_backward(Tensor grad, Tensor offsets, Tensor labels, int radius) -> Tensor");
   m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
 }
 
 #define WSID_TEXT_OF(name) #name
 #define WSID_TEXT(name) WSID_TEXT_OF(name)
 
-// Importing ops._C is what loads the library; the module itself only says what it was built from and for.
+// Importing ops._C loads the library; the module only holds the source digest and PyTorch version it was built for.
 PyMODINIT_FUNC PyInit__C(void) {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
   PyObject* const module = PyModule_Create(&definition);

@@ -1,10 +1,11 @@
-// What the losses L_B and L_V sum over the pairs (p, p + d) of labelled pixels, at each pixel p (Sec. 3.1, 4.2):
-// how many pairs there are, the cross entropy of their affinity, the error of their displacement.
-// Nothing is kept for every pair; backward computes paths and differences again.
+// Sums over the pairs (p, p + d) of labelled pixels, accumulated at p (Sec. 3.1, 4.2): the number of pairs, the cross
+// entropy of their affinity (L_B) and the error of their displacement (L_V). Nothing is stored per pair: the backward
+// pass recomputes paths and differences.
 //
-// Labels have the maps' precision: 0 background, above it things, NaN undecided. Backend<T> does the sums, on the CPU
-// in cpu/pairs.cpp and on CUDA in cuda/pairs.cu, from labels [N, H, W], boundary [N, H, W] and field [N, 2, H, W] to
-// counts and entropy [N, 2, H, W] and error [N, H, W]; results come to it filled with 0.
+// Labels have the precision of the maps: 0 background, above 0 foreground, NaN undecided. PairOperators checks
+// arguments and allocates results; Backend<T> computes them, on the CPU in cpu/pairs.cpp and on CUDA in cuda/pairs.cu.
+// Its results are passed in filled with 0: counts and boundary loss [N, 2, H, W] (same label, different label),
+// displacement loss [N, H, W].
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -41,7 +42,7 @@ struct PairOperators {
     return result;
   }
 
-  static at::Tensor entropy(const at::Tensor& boundary, const at::Tensor& labels, int64_t radius) {
+  static at::Tensor boundary_loss(const at::Tensor& boundary, const at::Tensor& labels, int64_t radius) {
     check_pairs(boundary, labels, radius, 3);
     const c10::DeviceGuard guard(labels.device());
     const Grid grid(labels, radius);
@@ -49,14 +50,14 @@ struct PairOperators {
     at::Tensor result = at::zeros({grid.n, 2, grid.height, grid.width}, b.options());
     if (l.numel())
       AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "boundary_pair_loss", [&] {
-        Backend<scalar_t>::entropy(b.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
-                                   result.mutable_data_ptr<scalar_t>());
+        Backend<scalar_t>::boundary_loss(b.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
+                                         result.mutable_data_ptr<scalar_t>());
       });
     return result;
   }
 
-  static at::Tensor entropy_backward(const at::Tensor& grad, const at::Tensor& boundary, const at::Tensor& labels,
-                                     int64_t radius) {
+  static at::Tensor boundary_loss_backward(const at::Tensor& grad, const at::Tensor& boundary, const at::Tensor& labels,
+                                           int64_t radius) {
     check_pairs(boundary, labels, radius, 3);
     const c10::DeviceGuard guard(labels.device());
     const Grid grid(labels, radius);
@@ -64,14 +65,15 @@ struct PairOperators {
     const at::Tensor b = checked_boundary(boundary, radius), l = labels.contiguous(), g = grad.contiguous();
     at::Tensor result = at::zeros(b.sizes(), b.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "affinity_entropy_backward", [&] {
-        Backend<scalar_t>::entropy_backward(g.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
-                                            l.const_data_ptr<scalar_t>(), grid, result.mutable_data_ptr<scalar_t>());
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "boundary_pair_loss_backward", [&] {
+        Backend<scalar_t>::boundary_loss_backward(g.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
+                                                  l.const_data_ptr<scalar_t>(), grid,
+                                                  result.mutable_data_ptr<scalar_t>());
       });
     return result;
   }
 
-  static at::Tensor error(const at::Tensor& offsets, const at::Tensor& labels, int64_t radius) {
+  static at::Tensor displacement_loss(const at::Tensor& offsets, const at::Tensor& labels, int64_t radius) {
     check_pairs(offsets, labels, radius, 4);
     const c10::DeviceGuard guard(labels.device());
     const Grid grid(labels, radius);
@@ -79,14 +81,14 @@ struct PairOperators {
     at::Tensor result = at::zeros(l.sizes(), l.options());
     if (l.numel())
       AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_pair_loss", [&] {
-        Backend<scalar_t>::error(v.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
-                                 result.mutable_data_ptr<scalar_t>());
+        Backend<scalar_t>::displacement_loss(v.const_data_ptr<scalar_t>(), l.const_data_ptr<scalar_t>(), grid,
+                                             result.mutable_data_ptr<scalar_t>());
       });
     return result;
   }
 
-  static at::Tensor error_backward(const at::Tensor& grad, const at::Tensor& offsets, const at::Tensor& labels,
-                                   int64_t radius) {
+  static at::Tensor displacement_loss_backward(const at::Tensor& grad, const at::Tensor& offsets,
+                                               const at::Tensor& labels, int64_t radius) {
     check_pairs(offsets, labels, radius, 4);
     const c10::DeviceGuard guard(labels.device());
     const Grid grid(labels, radius);
@@ -94,19 +96,20 @@ struct PairOperators {
     const at::Tensor v = offsets.contiguous(), l = labels.contiguous(), g = grad.contiguous();
     at::Tensor result = at::zeros(v.sizes(), v.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_error_backward", [&] {
-        Backend<scalar_t>::error_backward(g.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(),
-                                          l.const_data_ptr<scalar_t>(), grid, result.mutable_data_ptr<scalar_t>());
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_pair_loss_backward", [&] {
+        Backend<scalar_t>::displacement_loss_backward(g.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(),
+                                                      l.const_data_ptr<scalar_t>(), grid,
+                                                      result.mutable_data_ptr<scalar_t>());
       });
     return result;
   }
 
   static void implement(torch::Library& m) {
     m.impl("pair_counts", &counts);
-    m.impl("boundary_pair_loss", &entropy);
-    m.impl("affinity_entropy_backward", &entropy_backward);
-    m.impl("displacement_pair_loss", &error);
-    m.impl("displacement_error_backward", &error_backward);
+    m.impl("boundary_pair_loss", &boundary_loss);
+    m.impl("boundary_pair_loss_backward", &boundary_loss_backward);
+    m.impl("displacement_pair_loss", &displacement_loss);
+    m.impl("displacement_pair_loss_backward", &displacement_loss_backward);
   }
 };
 

@@ -1,4 +1,4 @@
-// The pairs of pixels within a radius and the straight paths between them; the same order as reference.path_offsets.
+// Pairs of pixels within a radius and the straight paths between them, in the order of reference.path_offsets.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline std::vector<Offset> half_plane(int64_t radius) {
   return offsets;
 }
 
-// Integer points of the rectangle spanned by 0 and d less than one pixel off the line, from 0 to d.
+// Integer points of the rectangle spanned by 0 and d that lie less than one pixel off the line, ordered from 0 to d.
 inline std::vector<Offset> path(Offset d) {
   std::vector<Offset> points;
   for (int64_t y = 0; y <= d.dy; ++y)
@@ -34,7 +34,7 @@ inline std::vector<Offset> path(Offset d) {
   return points;
 }
 
-// Every offset's path as steps through a map of this width.
+// The path of each offset as index steps in a map of this width.
 inline std::vector<std::vector<int64_t>> path_steps(const std::vector<Offset>& offsets, int64_t width) {
   std::vector<std::vector<int64_t>> steps;
   for (const Offset d : offsets) {
@@ -44,7 +44,7 @@ inline std::vector<std::vector<int64_t>> path_steps(const std::vector<Offset>& o
   return steps;
 }
 
-// Columns [begin, end) of the pixels p of row y for which p + d is inside the image; begin == end when there are none.
+// Columns [begin, end) of the pixels p of row y for which p + d is inside the image; begin == end where there are none.
 struct Span {
   int64_t begin, end;
 };

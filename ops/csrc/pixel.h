@@ -1,6 +1,6 @@
-// The step of Eq. 1 for one pixel, or for one vector of pixels: c <- clip(c + V(c)), shared by CPU and CUDA.
-// V is float, double or a GCC vector of them. No product may be fused with a sum here: the results then agree to the
-// last bit with plain PyTorch, whatever the processor.
+// One step of Eq. 1, c <- clip(c + V(c)), for one pixel or one vector of pixels; shared by CPU and CUDA.
+// V is float, double or a GCC vector of them. Products and sums must not be fused here: the results are then equal to
+// plain PyTorch's bit by bit on every processor.
 #pragma once
 
 #ifdef __CUDACC__
@@ -10,7 +10,7 @@
 #endif
 
 #ifndef __CUDACC__
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to inlined functions only
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed to inlined functions
 #endif
 
 namespace wsid {

@@ -1,6 +1,6 @@
 // Affinity of neighbouring pixels: a(p, p + d) = 1 - max of B over the path from p to p + d (Sec. 3.2).
-// Backward: -da(p, p + d) goes to the pixel that holds the maximum, the first on the path when several do. All that is
-// kept for it is that pixel's position on the path, one byte per entry.
+// Backward: -da(p, p + d) goes to the pixel that holds the maximum, the first on the path where several do. Only the
+// position of that pixel on the path is stored, one byte per entry.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,7 @@ void forward(const T* boundary,  // [N, H, W]
   const auto steps = wsid::path_steps(offsets, width);
   const int64_t size = height * width, k_count = offsets.size();
   const auto with_winner = WSID_SELECT(path_max<T, true>);
-  const auto without = WSID_SELECT(path_max<T, false>);
+  const auto without_winner = WSID_SELECT(path_max<T, false>);
   at::parallel_for(0, n * height, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / height, y = row % height;
@@ -43,8 +43,8 @@ void forward(const T* boundary,  // [N, H, W]
         if (winner) std::fill(winner + at, winner + at + width, uint8_t(0));
         if (span.begin == span.end) continue;
         const int64_t p = at + span.begin;
-        (winner ? with_winner : without)(boundary + row * width + span.begin, steps[k].data(), steps[k].size(),
-                                         span.end - span.begin, affinity + p, winner ? winner + p : nullptr);
+        (winner ? with_winner : without_winner)(boundary + row * width + span.begin, steps[k].data(), steps[k].size(),
+                                                span.end - span.begin, affinity + p, winner ? winner + p : nullptr);
       }
     }
   });
@@ -57,10 +57,10 @@ void backward(const T* grad,          // [N, K, H, W]
               T* result) {  // [N, H, W]
   const auto offsets = wsid::half_plane(radius);
   auto steps = wsid::path_steps(offsets, width);
-  for (auto& step : steps) step.resize(256, 0);  // whatever byte a winner holds, the read stays inside
+  for (auto& step : steps) step.resize(256, 0);  // any byte in winner is then a valid index
   const int64_t size = height * width, k_count = offsets.size();
   at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    // Neighbours often share their winner; two sums in turn keep one addition from waiting for the last.
+    // Neighbours often share their maximum: alternating between two sums avoids waiting for the previous addition.
     std::vector<T> second(size);
     for (int64_t image = begin; image < end; ++image) {
       T* const first = result + image * size;

@@ -1,4 +1,5 @@
-// Maximum of b over the path at `count` neighbouring start pixels, and (kWinner) the path position that first has it.
+// Maximum of b over the path at `count` neighbouring first pixels, and (kWinner) the first position on the path that
+// has it.
 
 template <typename T, bool kWinner, int U>
 inline void path_max_block(const T* b, const int64_t* steps, int length, T* out, uint8_t* winner) {
@@ -30,7 +31,7 @@ inline void path_max_block(const T* b, const int64_t* steps, int length, T* out,
 }
 
 template <typename T, bool kWinner>
-void path_max(const T* b,            // at the first start pixel
+void path_max(const T* b,            // at the first of these pixels
               const int64_t* steps,  // [length]
               int length, int64_t count,
               T* out,             // [count]
@@ -41,7 +42,7 @@ void path_max(const T* b,            // at the first start pixel
     path_max_block<T, kWinner, U>(b + x, steps, length, out + x, kWinner ? winner + x : winner);
   for (; x + lanes <= count; x += lanes)
     path_max_block<T, kWinner, 1>(b + x, steps, length, out + x, kWinner ? winner + x : winner);
-  if (x < count && count >= lanes) {  // the last ones once more, together with neighbours already done
+  if (x < count && count >= lanes) {  // the rest, overlapping with pixels already computed
     x = count - lanes;
     path_max_block<T, kWinner, 1>(b + x, steps, length, out + x, kWinner ? winner + x : winner);
     x = count;

@@ -25,7 +25,7 @@ at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, doub
   const int64_t height = field.size(2), width = field.size(3), size = height * width;
   if (points.numel() == 0) return points;
   AT_DISPATCH_FLOATING_TYPES(field.scalar_type(), "converge_centroids", [&] {
-    const auto kernel = WSID_SELECT(follow<scalar_t>);
+    const auto kernel = WSID_SELECT(converge<scalar_t>);
     const scalar_t* const in = field.const_data_ptr<scalar_t>();
     scalar_t* const out = points.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, field.size(0) * height, 16, [&](int64_t begin, int64_t end) {

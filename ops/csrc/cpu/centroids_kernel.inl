@@ -1,9 +1,9 @@
-// One vector of pixels is followed at a time; a pixel that is done is held still until its neighbours are, too.
+// Iterates one vector of pixels at a time; a converged pixel stays where it is until the whole vector has converged.
 
 template <typename T>
-void follow(const T* field,  // [2, H, W]
-            int64_t height, int64_t width, int64_t begin, int64_t end, int64_t max_iters, T tol2,
-            T* points) {  // [2, H, W]
+void converge(const T* field,  // [2, H, W]
+              int64_t height, int64_t width, int64_t begin, int64_t end, int64_t max_iters, T tol2,
+              T* points) {  // [2, H, W]
   using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T V __attribute__((vector_size(WSID_VECTOR_BYTES)));
   typedef I M __attribute__((vector_size(WSID_VECTOR_BYTES)));
@@ -34,7 +34,7 @@ void follow(const T* field,  // [2, H, W]
         ax[i] = field_x[a[i]], bx[i] = field_x[right[i]], cx[i] = field_x[c[i]], dx[i] = field_x[d[i]];
       }
       const V move_y = wsid::bilinear(ay, by, cy, dy, wy, wx), move_x = wsid::bilinear(ax, bx, cx, dx, wy, wx);
-      // Infinity and NaN minus themselves are NaN: such a move is not made.
+      // Infinite and NaN moves minus themselves are NaN: they are skipped.
       const M go = active & (move_y - move_y == V{}) & (move_x - move_x == V{});
       const V next_y = go ? wsid::clip(y + move_y, limit_y) : y, next_x = go ? wsid::clip(x + move_x, limit_x) : x;
       const V step_y = next_y - y, step_x = next_x - x;

@@ -1,6 +1,7 @@
-// Compiles the kernel header named by WSID_KERNEL for each instruction set and lets WSID_SELECT choose at run time.
-// Include all other headers first: what is compiled under a target pragma must not leak into the rest of the program.
-// WSID_FUSED says whether a product and a sum may be fused. Set WSID_ISA=baseline or avx2 to hold the choice down.
+// Compiles the kernel file named by WSID_KERNEL for each instruction set; WSID_SELECT chooses one at run time.
+// Include all other headers first: code compiled under a target pragma must not leak into the rest of the program.
+// WSID_FUSED: whether products and sums may be fused. The environment variable WSID_ISA=baseline or avx2 limits the
+// choice.
 #ifndef WSID_FOR_EACH_ISA
 #define WSID_FOR_EACH_ISA
 #include <cstdlib>
@@ -64,7 +65,7 @@ namespace avx2 {
 #pragma GCC pop_options
 #endif
 
-#if WSID_FUSED  // AVX-512 cannot be had without fused operations
+#if WSID_FUSED  // AVX-512 implies fused operations
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
 #else

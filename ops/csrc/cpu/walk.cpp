@@ -1,6 +1,6 @@
 // Random walk: M^steps x with M = D^-1 H^power, H the symmetric affinity with 1 on its diagonal, D its row sums.
-// M = D^-1/2 S D^1/2 with S symmetric, so half of the weights are kept, and S^steps is either applied step by step or
-// as a Chebyshev series sum_k c_k T_k(S), T_k+1 = 2 S T_k - T_k-1. Images and maps run in parallel, a step does not.
+// M = D^-1/2 S D^1/2 with S symmetric, so half of the weights are stored, and S^steps is applied either step by step or
+// as a Chebyshev series sum_k c_k T_k(S), T_k+1 = 2 S T_k - T_k-1. Parallel over images and maps, not within a step.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -16,7 +16,7 @@
 #include "../paths.h"
 #include "walk.h"
 
-// Keeps a value in a register where the compiler would rather load it twice.
+// Keeps a value in a register where the compiler would load it twice.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define WSID_KEEP(value) asm("" : "+v"(value))
 #else
@@ -41,7 +41,7 @@ Stencil make_stencil(int64_t height, int64_t width, int64_t radius) {
   s.guard = (radius * s.stride + radius + widest) / widest * widest;
   s.plane = s.rows * s.stride + 2 * s.guard;
   const auto offsets = wsid::half_plane(radius);
-  // Where a pixel finds the weight of its neighbour at (dy, dx); -1 when there is no such neighbour.
+  // Index of the weight of the neighbour at (dy, dx), relative to the pixel.
   const auto inside = [&](int64_t dy, int64_t dx) { return (dy || dx) && dy * dy + dx * dx < radius * radius; };
   const auto weight = [&](int64_t dy, int64_t dx) {
     const bool ahead = dy > 0 || (dy == 0 && dx > 0);
@@ -134,10 +134,10 @@ void walk_maps(const Stencil& s, const Matrix<T>& m,
     even[to] = T(double(x[from]) / m.inverse_root[pixel]);
     if (series) total[to] = T(coefficients[0]) * even[to];
   });
-  // Several steps go down the image together, each `lag` rows behind the one before, where its neighbours are ready:
-  // the weights are then read from the near cache, not once per step from the far one.
+  // Several steps sweep the image together, each `lag` rows behind the previous one, where its inputs are complete: the
+  // weights are then read from the L2 cache, not from memory once per step.
   const int64_t lag = std::max<int64_t>(2, s.radius / 2 * 2);             // even and at least radius - 1
-  const int64_t near = (int64_t(384) << 10) / (m.pair_size * sizeof(T));  // pairs of rows that stay in the near cache
+  const int64_t near = (int64_t(384) << 10) / (m.pair_size * sizeof(T));  // pairs of rows that stay in the cache
   const int64_t together = std::clamp<int64_t>(1 + 2 * near / lag, 1, 8);
   for (int64_t first = 1; first <= steps; first += together) {
     const int64_t count = std::min(together, steps - first + 1);
@@ -162,7 +162,7 @@ void walk(const T* x,         // [N, maps, H, W]
           T* result) {  // [N, maps, H, W]
   const Stencil s = make_stencil(height, width, radius);
   const int64_t size = height * width, k_count = s.taps.size() / 2, threads = at::get_num_threads();
-  // At most 4 maps share each weight that is loaded, fewer where threads would be left without work.
+  // Up to 4 maps share each loaded weight, fewer where threads would be idle.
   const int64_t block = n >= threads ? 4 : std::clamp<int64_t>((maps + threads - 1) / threads, 1, 4);
   const auto image = [&](int64_t i) {
     const Matrix<T> m = make_matrix(s, affinity + i * k_count * size, power);

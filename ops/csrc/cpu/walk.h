@@ -1,8 +1,8 @@
 // Memory layout and series of the random walk on the CPU.
 //
 // A plane holds one map: `guard` zeros, then rows of `stride` values of which the first `width` are pixels and the rest
-// zeros, then `guard` zeros. A neighbour is then a constant distance away, inside the image or not. H^power has one
-// plane per offset of the half plane: the entry at p belongs to the pair (p, p + d) and serves both of its directions.
+// zeros, then `guard` zeros, so that every neighbour is at a constant distance, inside the image or not. H^power has
+// one plane per offset of the half plane: the entry at p belongs to the pair (p, p + d) in both directions.
 #pragma once
 
 #include <cstdint>
@@ -10,19 +10,19 @@
 
 namespace wsid {
 
-// A neighbour at distance v; its weight is found at distance w from the pixel.
+// A neighbour at distance v; its weight lies at distance w from the pixel.
 struct Tap {
   int64_t v, w;
 };
 
-// A neighbour of both of two pixels that lie one above the other: one load of the map serves two products.
+// A common neighbour of two pixels, one above the other: one load of the map for two products.
 struct SharedTap {
   int64_t v, upper, lower;
 };
 
 struct Stencil {
   int64_t height, width, radius;
-  int64_t rows;  // height, rounded up to an even number: two rows are worked on at a time
+  int64_t rows;  // height, rounded up to an even number: two rows are computed at a time
   int64_t stride, guard, plane;
   std::vector<Tap> taps;          // all neighbours of one pixel
   std::vector<SharedTap> shared;  // neighbours of a pixel and of the pixel below it, seen from the upper one

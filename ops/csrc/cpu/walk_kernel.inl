@@ -28,8 +28,8 @@ void add(const T* weights, int64_t count, double* degree) {
   for (int64_t x = 0; x < count; ++x) degree[x] += double(weights[x]);
 }
 
-// The weights of two rows of pixels in the order in which a step reads them: for each vector of columns, those of the
-// shared neighbours (upper and lower pixel in turn), of the upper, of the lower pixel's own, and the two diagonals.
+// The weights of two rows of pixels in the order in which a step reads them, for each vector of columns: of the common
+// neighbours (upper and lower pixel in turn), of the upper pixel's own, of the lower pixel's own, the two diagonals.
 template <typename T>
 void pack(const wsid::Stencil& s, const T* raised, const double* root, const double* inverse_root, int64_t row,
           T* packed) {
@@ -50,7 +50,7 @@ void pack(const wsid::Stencil& s, const T* raised, const double* root, const dou
     }
     for (const auto& tap : s.upper) put(upper, upper + tap.v, upper + tap.w, sums[0]);
     for (const auto& tap : s.lower) put(lower, upper + tap.v, upper + tap.w, sums[1]);
-    // The diagonal makes up for the rounding of the other weights, so that constants keep their value.
+    // The diagonal absorbs the rounding of the other weights, so that constant maps stay constant.
     for (int half = 0; half < 2; ++half)
       for (int i = 0; i < lanes; ++i) {
         const int64_t p = half ? lower + i : upper + i;
@@ -106,7 +106,7 @@ inline int64_t walk_columns(const wsid::Stencil& s, const T* packed, const T* no
         for (int c = 0; c < C; ++c) low[c][j] += WSID_LOAD(w + j * next) * WSID_LOAD(v + c * plane + tap.v + j * lanes);
       w += lanes;
     }
-    // The pixel's own weight, often close to 1, comes last: small terms added to it one by one would be lost.
+    // The diagonal, often close to 1, is added last: small terms added to it one by one would be lost.
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
@@ -132,8 +132,8 @@ void walk_rows(const wsid::Stencil& s, const T* packed, const T* now, T* before,
                T coefficient, int64_t row) {
   const int64_t x = walk_columns<T, C, 4 / C, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, 0);
   if (C < 3) walk_columns<T, C, 1, kSeries>(s, packed, now, before, total, alpha, beta, coefficient, row, x);
-  // What lies beside and below the image was stored with it. It stays 0, whatever came: the next row has it for a
-  // neighbour, and no weight holds NaN back.
+  // The padding beside and below the image was written, too. It is set back to 0, as it is a neighbour of the next row
+  // and a weight of 0 does not stop NaN.
   constexpr int64_t lanes = WSID_VECTOR_BYTES / sizeof(T);
   const int64_t end = (s.width + lanes - 1) / lanes * lanes;
   for (int64_t c = 0; c < C; ++c)

@@ -1,4 +1,4 @@
-// Affinity of neighbouring pixels on CUDA; see ../cpu/affinity.cpp for what it is.
+// Affinity of neighbouring pixels on CUDA; see ../cpu/affinity.cpp for the definition.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>

@@ -1,5 +1,5 @@
-// Converged centroids on CUDA; see ../cpu/centroids.cpp for what they are. Compiled with -fmad=false, they agree with
-// the CPU to the last bit.
+// Converged centroids on CUDA; see ../cpu/centroids.cpp for the definition. Compiled with -fmad=false, they equal the
+// CPU's bit by bit.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
@@ -18,9 +18,9 @@ using wsid::launch;
 using wsid::Pixel;
 
 template <typename T>
-__global__ void follow_kernel(const T* __restrict__ offsets,  // [N, 2, H, W]
-                              int n, int height, int width, int max_iters, T tol2,
-                              T* __restrict__ points) {  // [N, 2, H, W]
+__global__ void converge_kernel(const T* __restrict__ offsets,  // [N, 2, H, W]
+                                int n, int height, int width, int max_iters, T tol2,
+                                T* __restrict__ points) {  // [N, 2, H, W]
   const Pixel at(n, height, width);
   if (!at.exists) return;
   const T* const field_y = offsets + 2 * at.map * at.size;
@@ -33,7 +33,7 @@ __global__ void follow_kernel(const T* __restrict__ offsets,  // [N, 2, H, W]
     const T wy = y - T(row), wx = x - T(column);
     const T move_y = wsid::bilinear(field_y[a], field_y[b], field_y[a + down], field_y[b + down], wy, wx);
     const T move_x = wsid::bilinear(field_x[a], field_x[b], field_x[a + down], field_x[b + down], wy, wx);
-    if (!(move_y - move_y == T(0) && move_x - move_x == T(0))) break;  // NaN or infinite: not made
+    if (!(move_y - move_y == T(0) && move_x - move_x == T(0))) break;  // NaN or infinite moves are skipped
     const T step_y = wsid::clip(y + move_y, T(height - 1)) - y, step_x = wsid::clip(x + move_x, T(width - 1)) - x;
     y = wsid::clip(y + move_y, T(height - 1));
     x = wsid::clip(x + move_x, T(width - 1));
@@ -50,7 +50,7 @@ at::Tensor converge_centroids(const at::Tensor& offsets, int64_t max_iters, doub
   at::Tensor points = at::empty_like(field);
   if (!points.numel()) return points;
   AT_DISPATCH_FLOATING_TYPES(field.scalar_type(), "converge_centroids", [&] {
-    launch(follow_kernel<scalar_t>, wsid::blocks(points.numel() / 2), field.const_data_ptr<scalar_t>(), field.size(0),
+    launch(converge_kernel<scalar_t>, wsid::blocks(points.numel() / 2), field.const_data_ptr<scalar_t>(), field.size(0),
            field.size(2), field.size(3), int(std::min<int64_t>(max_iters, std::numeric_limits<int>::max())),
            scalar_t(tol * tol), points.mutable_data_ptr<scalar_t>());
   });

@@ -1,5 +1,4 @@
-// Pairs of labelled pixels on CUDA; see ../pairs.h for what is computed. A thread goes through the offsets of one
-// pixel.
+// Pairs of labelled pixels on CUDA; see ../pairs.h for what is computed. One thread handles all offsets of one pixel.
 #include <array>
 
 #include "../pairs.h"
@@ -22,32 +21,32 @@ struct Maps {
     k_count = table.count, pairs = table.pairs, steps = table.steps;
   }
 
-  // The way from a pixel to its partner in offset k, or 0 where that lies outside.
-  __device__ int to(const Pixel& at, int k) const {
+  // Index step from a pixel to its partner of offset k; 0 where that lies outside the image.
+  __device__ int partner(const Pixel& at, int k) const {
     return pairs[k].inside(at.y, at.x, height, width) ? pairs[k].dy * width + pairs[k].dx : 0;
   }
 
-  // The way from a pixel to a place on its path of offset k.
-  __device__ int way(int k, int place) const {
-    const Step step = steps[pairs[k].path + place];
+  // Index step from a pixel to a position on its path of offset k.
+  __device__ int path_step(int k, int position) const {
+    const Step step = steps[pairs[k].path + position];
     return step.dy * width + step.dx;
   }
 
-  // The highest B on the path of offset k, and the first place on it that has it.
+  // The maximum of B on the path of offset k, and the first position on the path that has it.
   template <typename T>
-  __device__ T highest(const T* boundary, int k, int& place) const {
+  __device__ T path_max(const T* boundary, int k, int& position) const {
     T best = boundary[0];
-    place = 0;
+    position = 0;
     for (int i = 1; i < pairs[k + 1].path - pairs[k].path; ++i) {
-      const T next = boundary[way(k, i)];
-      if (next > best) best = next, place = i;
+      const T next = boundary[path_step(k, i)];
+      if (next > best) best = next, position = i;
     }
     return best;
   }
 };
 
 template <typename T>
-__device__ bool differ(T a, T b) {  // not where one of them is NaN
+__device__ bool differ(T a, T b) {  // false where one of them is NaN
   return a < b || a > b;
 }
 
@@ -56,7 +55,7 @@ __device__ T sign(T value) {
   return T(value > T(0)) - T(value < T(0));
 }
 
-// The pixel of this thread, and its label, from which those of its partners are as far as they are themselves.
+// The pixel of this thread and a pointer to its label; label[partner] is the label of a partner.
 template <typename T>
 struct LabelledPixel : wsid::Pixel {
   const T* label;
@@ -73,9 +72,9 @@ __global__ void count_kernel(Maps maps,
   if (!at.exists) return;
   int same = 0, different = 0;
   for (int k = 0; k < maps.k_count; ++k)
-    if (const int to = maps.to(at, k)) {
-      same += at.label[0] == at.label[to];
-      different += differ(at.label[0], at.label[to]);
+    if (const int partner = maps.partner(at, k)) {
+      same += at.label[0] == at.label[partner];
+      different += differ(at.label[0], at.label[partner]);
     }
   int* const out = result + at.entry(2);
   out[0] = same;
@@ -83,129 +82,133 @@ __global__ void count_kernel(Maps maps,
 }
 
 template <typename T>
-__global__ void entropy_kernel(Maps maps,
-                               const T* __restrict__ boundary,  // [N, H, W]
-                               const T* __restrict__ labels,    // [N, H, W]
-                               T* __restrict__ result) {        // [N, 2, H, W]
+__global__ void boundary_loss_kernel(Maps maps,
+                                     const T* __restrict__ boundary,  // [N, H, W]
+                                     const T* __restrict__ labels,    // [N, H, W]
+                                     T* __restrict__ result) {        // [N, 2, H, W]
   const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  T together = T(0), apart = T(0);
+  T same_sum = T(0), different_sum = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
-    const int to = maps.to(at, k);
-    const bool same = to && at.label[0] == at.label[to];
-    if (!same && !(to && differ(at.label[0], at.label[to]))) continue;
-    int place;
-    const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
+    const int partner = maps.partner(at, k);
+    const bool same = partner && at.label[0] == at.label[partner];
+    if (!same && !(partner && differ(at.label[0], at.label[partner]))) continue;
+    int position;
+    const T affinity = T(1) - maps.path_max(boundary + at.thread, k, position);
     if (same)
-      together -= log(affinity + T(wsid::kEps));
+      same_sum -= log(affinity + T(wsid::kEps));
     else
-      apart -= log(T(1 + wsid::kEps) - affinity);
+      different_sum -= log(T(1 + wsid::kEps) - affinity);
   }
   T* const out = result + at.entry(2);
-  out[0] = together;
-  out[at.size] = apart;
+  out[0] = same_sum;
+  out[at.size] = different_sum;
 }
 
-// The gradient for the highest B on the path of the pair that is `to` away, from those of its pixel's two sums.
+// The gradient of the maximum of B on the path to a partner, from the gradients of the two sums of the pixel.
 template <typename T>
-__device__ T slope(const T* label, int to, T affinity, const T* together, const T* apart) {
-  return label[0] == label[to] ? *together / (affinity + T(wsid::kEps)) : -*apart / (T(1 + wsid::kEps) - affinity);
+__device__ T slope(const T* label, int partner, T affinity, const T* grad_same, const T* grad_different) {
+  return label[0] == label[partner] ? *grad_same / (affinity + T(wsid::kEps))
+                                    : -*grad_different / (T(1 + wsid::kEps) - affinity);
 }
 
 template <typename T>
-__global__ void entropy_backward_kernel(Maps maps,
-                                        const T* __restrict__ grad,      // [N, 2, H, W]
-                                        const T* __restrict__ boundary,  // [N, H, W]
-                                        const T* __restrict__ labels,    // [N, H, W]
-                                        T* __restrict__ result) {        // [N, H, W]
+__global__ void boundary_loss_backward_kernel(Maps maps,
+                                              const T* __restrict__ grad,      // [N, 2, H, W]
+                                              const T* __restrict__ boundary,  // [N, H, W]
+                                              const T* __restrict__ labels,    // [N, H, W]
+                                              T* __restrict__ result) {        // [N, H, W]
   const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const given = grad + at.entry(2);
+  const T* const grad_same = grad + at.entry(2);
   for (int k = 0; k < maps.k_count; ++k) {
-    const int to = maps.to(at, k);
-    if (!to || !(at.label[0] == at.label[to] || differ(at.label[0], at.label[to]))) continue;
-    int place;
-    const T affinity = T(1) - maps.highest(boundary + at.thread, k, place);
-    atomicAdd(result + at.thread + maps.way(k, place), slope(at.label, to, affinity, given, given + at.size));
+    const int partner = maps.partner(at, k);
+    if (!partner || !(at.label[0] == at.label[partner] || differ(at.label[0], at.label[partner]))) continue;
+    int position;
+    const T affinity = T(1) - maps.path_max(boundary + at.thread, k, position);
+    atomicAdd(result + at.thread + maps.path_step(k, position),
+              slope(at.label, partner, affinity, grad_same, grad_same + at.size));
   }
 }
 
-// Minus the same gradients, kept for gather_gradients_kernel with the places on the paths that they are for: of `count`
-// offsets from `first` on.
+// Minus the same gradients and their positions on the paths, for gather_gradients_kernel: `count` offsets from `first`
+// on.
 template <typename T>
-__global__ void entropy_slopes_kernel(Maps maps, int first, int count,
-                                      const T* __restrict__ grad,      // [N, 2, H, W]
-                                      const T* __restrict__ boundary,  // [N, H, W]
-                                      const T* __restrict__ labels,    // [N, H, W]
-                                      T* __restrict__ slopes,          // [N, count, H, W]
-                                      uint8_t* __restrict__ winner) {  // [N, count, H, W]
+__global__ void boundary_slopes_kernel(Maps maps, int first, int count,
+                                       const T* __restrict__ grad,      // [N, 2, H, W]
+                                       const T* __restrict__ boundary,  // [N, H, W]
+                                       const T* __restrict__ labels,    // [N, H, W]
+                                       T* __restrict__ slopes,          // [N, count, H, W]
+                                       uint8_t* __restrict__ winner) {  // [N, count, H, W]
   const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
-  const T* const given = grad + at.entry(2);
+  const T* const grad_same = grad + at.entry(2);
   for (int k = 0; k < count; ++k) {
-    const int to = maps.to(at, first + k);
-    int place = 0;
+    const int partner = maps.partner(at, first + k);
+    int position = 0;
     T value = T(0);
-    if (to && (at.label[0] == at.label[to] || differ(at.label[0], at.label[to]))) {
-      const T affinity = T(1) - maps.highest(boundary + at.thread, first + k, place);
-      value = -slope(at.label, to, affinity, given, given + at.size);
+    if (partner && (at.label[0] == at.label[partner] || differ(at.label[0], at.label[partner]))) {
+      const T affinity = T(1) - maps.path_max(boundary + at.thread, first + k, position);
+      value = -slope(at.label, partner, affinity, grad_same, grad_same + at.size);
     }
     const int64_t entry = at.entry(count, k);
     slopes[entry] = value;
-    winner[entry] = uint8_t(place);
+    winner[entry] = uint8_t(position);
   }
 }
 
-// One component of V(p) - V(q) - (q - p) in things, of V(p) - V(q) in the background; q = p + to, d away.
+// One component of V(p) - V(q) - (q - p) in the foreground, of V(p) - V(q) in the background; q = p + partner, and d is
+// that component of q - p.
 template <typename T>
-__device__ T lack(const T* field, int to, int d, bool thing) {
-  return field[0] - field[to] - T(thing ? d : 0);
+__device__ T displacement_error(const T* field, int partner, int d, bool foreground) {
+  return field[0] - field[partner] - T(foreground ? d : 0);
 }
 
 template <typename T>
-__global__ void error_kernel(Maps maps,
-                             const T* __restrict__ field,   // [N, 2, H, W]
-                             const T* __restrict__ labels,  // [N, H, W]
-                             T* __restrict__ result) {      // [N, H, W]
+__global__ void displacement_loss_kernel(Maps maps,
+                                         const T* __restrict__ field,   // [N, 2, H, W]
+                                         const T* __restrict__ labels,  // [N, H, W]
+                                         T* __restrict__ result) {      // [N, H, W]
   const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
   const T* const y = field + at.entry(2);
   const T* const x = y + at.size;
-  const bool thing = at.label[0] > T(0);
+  const bool foreground = at.label[0] > T(0);
   T sum = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
-    const int to = maps.to(at, k);
-    if (to && at.label[0] == at.label[to])
-      sum += abs(lack(y, to, maps.pairs[k].dy, thing)) + abs(lack(x, to, maps.pairs[k].dx, thing));
+    const int partner = maps.partner(at, k);
+    if (partner && at.label[0] == at.label[partner])
+      sum += abs(displacement_error(y, partner, maps.pairs[k].dy, foreground)) +
+             abs(displacement_error(x, partner, maps.pairs[k].dx, foreground));
   }
   result[at.thread] = sum;
 }
 
-// A pixel gathers from the pairs that it begins and from those that it ends.
+// Each pixel sums over the pairs of which it is the first pixel and those of which it is the second.
 template <typename T>
-__global__ void error_backward_kernel(Maps maps,
-                                      const T* __restrict__ grad,    // [N, H, W]
-                                      const T* __restrict__ field,   // [N, 2, H, W]
-                                      const T* __restrict__ labels,  // [N, H, W]
-                                      T* __restrict__ result) {      // [N, 2, H, W]
+__global__ void displacement_loss_backward_kernel(Maps maps,
+                                                  const T* __restrict__ grad,    // [N, H, W]
+                                                  const T* __restrict__ field,   // [N, 2, H, W]
+                                                  const T* __restrict__ labels,  // [N, H, W]
+                                                  T* __restrict__ result) {      // [N, 2, H, W]
   const LabelledPixel<T> at(maps, labels);
   if (!at.exists) return;
   const T* const y = field + at.entry(2);
   const T* const x = y + at.size;
-  const bool thing = at.label[0] > T(0);
+  const bool foreground = at.label[0] > T(0);
   T sum_y = T(0), sum_x = T(0);
   for (int k = 0; k < maps.k_count; ++k) {
     const Pair d = maps.pairs[k];
-    const int to = d.dy * maps.width + d.dx;
-    if (d.inside(at.y, at.x, maps.height, maps.width) && at.label[0] == at.label[to]) {
+    const int partner = d.dy * maps.width + d.dx;
+    if (d.inside(at.y, at.x, maps.height, maps.width) && at.label[0] == at.label[partner]) {
       const T g = grad[at.thread];
-      sum_y += g * sign(lack(y, to, d.dy, thing));
-      sum_x += g * sign(lack(x, to, d.dx, thing));
+      sum_y += g * sign(displacement_error(y, partner, d.dy, foreground));
+      sum_x += g * sign(displacement_error(x, partner, d.dx, foreground));
     }
-    if (at.y >= d.dy && at.x >= d.dx && at.x - d.dx < maps.width && at.label[0] == at.label[-to]) {
-      const T g = grad[at.thread - to];
-      sum_y -= g * sign(lack(y - to, to, d.dy, thing));
-      sum_x -= g * sign(lack(x - to, to, d.dx, thing));
+    if (at.y >= d.dy && at.x >= d.dx && at.x - d.dx < maps.width && at.label[0] == at.label[-partner]) {
+      const T g = grad[at.thread - partner];
+      sum_y -= g * sign(displacement_error(y - partner, partner, d.dy, foreground));
+      sum_x -= g * sign(displacement_error(x - partner, partner, d.dx, foreground));
     }
   }
   T* const out = result + at.entry(2);
@@ -221,24 +224,25 @@ struct Cuda {
     launch(count_kernel<T>, blocks(grid), Maps(grid), labels, result);
   }
 
-  static void entropy(const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(entropy_kernel<T>, blocks(grid), Maps(grid), boundary, labels, result);
+  static void boundary_loss(const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
+    launch(boundary_loss_kernel<T>, blocks(grid), Maps(grid), boundary, labels, result);
   }
 
-  static void entropy_backward(const T* grad, const T* boundary, const T* labels, const wsid::Grid& grid, T* result) {
+  static void boundary_loss_backward(const T* grad, const T* boundary, const T* labels, const wsid::Grid& grid,
+                                     T* result) {
     const Maps maps(grid);
     if (!wsid::deterministic()) {
-      launch(entropy_backward_kernel<T>, blocks(grid), maps, grad, boundary, labels, result);
+      launch(boundary_loss_backward_kernel<T>, blocks(grid), maps, grad, boundary, labels, result);
       return;
     }
-    constexpr int together = 64;  // offsets: some that are kept, never those of all pairs
+    constexpr int chunk = 64;  // offsets whose gradients are stored at a time
     const auto options = at::TensorOptions().device(grid.device);
-    const std::array<int64_t, 4> shape = {grid.n, together, grid.height, grid.width};
+    const std::array<int64_t, 4> shape = {grid.n, chunk, grid.height, grid.width};
     const at::Tensor slopes = at::empty(shape, options.dtype(c10::CppTypeToScalarType<T>::value));
     const at::Tensor winner = at::empty(shape, options.dtype(at::kByte));
-    for (int first = 0; first < maps.k_count; first += together) {
-      const int count = std::min(together, maps.k_count - first);
-      launch(entropy_slopes_kernel<T>, blocks(grid), maps, first, count, grad, boundary, labels,
+    for (int first = 0; first < maps.k_count; first += chunk) {
+      const int count = std::min(chunk, maps.k_count - first);
+      launch(boundary_slopes_kernel<T>, blocks(grid), maps, first, count, grad, boundary, labels,
              slopes.template mutable_data_ptr<T>(), winner.mutable_data_ptr<uint8_t>());
       launch(wsid::gather_gradients_kernel<T>, blocks(grid), slopes.template const_data_ptr<T>(),
              winner.const_data_ptr<uint8_t>(), maps.n, maps.height, maps.width, first, count, maps.pairs, maps.steps,
@@ -246,12 +250,13 @@ struct Cuda {
     }
   }
 
-  static void error(const T* field, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(error_kernel<T>, blocks(grid), Maps(grid), field, labels, result);
+  static void displacement_loss(const T* field, const T* labels, const wsid::Grid& grid, T* result) {
+    launch(displacement_loss_kernel<T>, blocks(grid), Maps(grid), field, labels, result);
   }
 
-  static void error_backward(const T* grad, const T* field, const T* labels, const wsid::Grid& grid, T* result) {
-    launch(error_backward_kernel<T>, blocks(grid), Maps(grid), grad, field, labels, result);
+  static void displacement_loss_backward(const T* grad, const T* field, const T* labels, const wsid::Grid& grid,
+                                         T* result) {
+    launch(displacement_loss_backward_kernel<T>, blocks(grid), Maps(grid), grad, field, labels, result);
   }
 };
 

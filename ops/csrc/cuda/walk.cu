@@ -1,10 +1,10 @@
 // The random walk on CUDA; see ../cpu/walk.cpp for what it computes.
 //
-// The step is a stencil with weights of its own at every pixel. The values of C maps lie together, so that one load has
-// all of a neighbour's, aligned wherever it is; zeros around every map stand in for bounds checks. The weights of both
-// directions of a pair are kept, 4 of a pixel to a load: twice the memory, but half of the reads were out of line.
-// A step of a few maps lasts about as long as the launch of the next one. Where the device can (from compute capability
-// 9.0), the next step is launched during this one and fetches its weights, which no step changes, before it waits.
+// A step is a stencil with different weights at every pixel. The values of C maps are interleaved, so that one aligned
+// load fetches all of a neighbour's values; zeros around every map replace bounds checks. The weights of both
+// directions of a pair are stored, 4 of a pixel per load: twice the memory, but every read is coalesced. A step of a
+// few maps takes about as long as the launch of the next one. From compute capability 9.0 on, the next step is launched
+// during this one and loads its weights, which no step changes, before it waits.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -24,7 +24,7 @@ using wsid::launch;
 using wsid::Pair;
 using wsid::Pixel;
 
-// Pixels of a block of the step: near each other in both directions.
+// Tile of pixels computed by a block.
 constexpr int kColumns = 32, kRows = 4, kTile = kColumns * kRows;
 
 // Values that are loaded and stored together.
@@ -33,15 +33,15 @@ struct alignas(C * sizeof(T) < 16 ? C * sizeof(T) : 16) Pack {
   T v[C];
 };
 
-// Where maps lie: rows of `stride` packs of which the first `width` are pixels and the rest zeros, with `guard` zeros
-// before the first row and after the last.
+// Memory layout of the maps: rows of `stride` packs of which the first `width` are pixels and the rest zeros, with
+// `guard` zeros before the first row and after the last.
 struct Layout {
   int height, width, maps, groups;  // groups: of C maps each
   int64_t stride, guard, plane;
 
   __device__ int64_t at(int64_t group, int y, int x) const { return group * plane + guard + y * stride + x; }
 
-  // The value of one map in packs of C, where p is of [N, maps, H, W].
+  // Index of one map's value in packs of C; p is a pixel of [N, maps, H, W].
   template <int C>
   __device__ int64_t value(const Pixel& p) const {
     const int64_t image = p.map / maps, map = p.map % maps;
@@ -82,8 +82,8 @@ __global__ void row_sums_kernel(const T* __restrict__ affinity,  // [N, K, H, W]
   root[at.thread] = sqrt(sum);
 }
 
-// Weights: of the pairs 2 g and 2 g + 1, to p + d and to p - d; K is even, as a disc is closed under quarter turns. The
-// diagonal of S makes up for the rounding of the other weights, so that constants keep their value.
+// Weights of the pairs 2 g and 2 g + 1, to p + d and to p - d; K is even, as a disc is symmetric under quarter turns.
+// The diagonal of S absorbs the rounding of the other weights, so that constant maps stay constant.
 template <typename T>
 __global__ void symmetric_weights_kernel(const T* __restrict__ affinity,   // [N, K, H, W]
                                          const double* __restrict__ root,  // [N, H, W]
@@ -127,7 +127,7 @@ constexpr int pair_count(int radius) {
   return count;
 }
 
-// Loads 4 weights here, not where the compiler would rather have them, after the wait.
+// Loads 4 weights at this point; the compiler would move a plain load behind the wait.
 template <typename T>
 __device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
 #ifdef __CUDA_ARCH__
@@ -143,9 +143,9 @@ __device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
 }
 
 // before <- alpha S now - beta before and, with a total, total += coefficient before. `before` is not read for beta 0.
-// kRadius is the radius, or 0 for any: loops over known pairs are unrolled, and a pixel's weights kept in registers.
-// One block: a tile of one group of maps. Maps are written by the step before, maybe in this kernel's lifetime, so they
-// are not __restrict__: no load of them may move up beyond the wait, or through a cache that does not see those writes.
+// kRadius is the radius, or 0 for any: loops over known pairs are unrolled and a pixel's weights kept in registers.
+// One block computes a tile of one group of maps. The previous step may still write the maps while this kernel starts,
+// so they are not __restrict__: no load of them may move before the wait or use the read-only cache.
 template <typename T, int C, int kRadius>
 __global__ void __launch_bounds__(kTile, 3)
     walk_step_kernel(const Pack<T, 4>* __restrict__ weights,  // [N, K / 2, H, W] x 4
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kTile, 3)
   for (int g = 0; g < kPacks; ++g) kept[g] = fetch(w + g * size);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");  // after the wait: two steps in flight were faster than more
+  asm volatile("griddepcontrol.launch_dependents;");  // after the wait: two steps in flight are faster than more
 #endif
   const Pack<T, C>* const here = now + i;
   const Pack<T, C> self = *here;
-  Pack<T, C> last = {}, so_far = {}, sum = {}, behind = {};  // in two halves: one long sum rounds more
+  Pack<T, C> last = {}, sum_before = {}, sum = {}, behind = {};  // two partial sums: one long sum rounds more
   if (beta != T(0)) last = before[i];
-  if (total) so_far = total[i];
+  if (total) sum_before = total[i];
   const auto add = [](T weight, Pack<T, C> value, Pack<T, C>& to) {
 #pragma unroll
     for (int c = 0; c < C; ++c) to.v[c] = fma(weight, value.v[c], to.v[c]);
@@ -204,15 +204,15 @@ __global__ void __launch_bounds__(kTile, 3)
       add(four.v[3], here[-two], behind);
     }
   }
-  // The pixel's own weight, often close to 1, comes last: small terms added to it one by one would be lost.
+  // The diagonal, often close to 1, is added last: small terms added to it one by one would be lost.
   add(T(1), behind, sum);
   add(own, self, sum);
 #pragma unroll
   for (int c = 0; c < C; ++c) sum.v[c] = alpha * sum.v[c] - (beta != T(0) ? beta * last.v[c] : T(0));
   before[i] = sum;
   if (total) {
-    add(coefficient, sum, so_far);
-    total[i] = so_far;
+    add(coefficient, sum, sum_before);
+    total[i] = sum_before;
   }
 }
 
@@ -287,7 +287,7 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   config.stream = c10::cuda::getCurrentCUDAStream();
   config.attrs = &early;
   for (int64_t k = 1; k <= steps; ++k) {
-    // Only after another step, and only if this one was compiled to wait for it.
+    // Only after another step, and only if this kernel was compiled with the wait.
     config.numAttrs = k > 1 && compiled.ptxVersion >= 90;
     T* const sum = series && coefficients[k] != 0 ? total_data : nullptr;
     C10_CUDA_CHECK(cudaLaunchKernelEx(

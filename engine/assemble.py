@@ -1,0 +1,88 @@
+"""OUT/weights.pt: the whole network, put together from the stages that were trained."""
+
+from pathlib import Path
+
+from engine.run import Run
+from models.branches import SaliencyNet
+from models.wsid_net import NetConfig, WSIDNet, save_weights, with_parts
+from utils import checkpoint, provenance
+from utils.cli import InputError
+
+EXTENSIONS = ("count", "saliency-prior")  # the stages that add to a trained network
+
+
+def origin(stage: str) -> str:
+    """The note of OUT/weights.pt, which names the training that made it."""
+    return f"train_branches.py --stage {stage}" if stage in EXTENSIONS else "train_branches.py"
+
+
+def require_place(run: Run, stage: str) -> None:
+    """InputError when the stage would overwrite an OUT/weights.pt that it has not made: the network of ``run.start``,
+    a copy, or the network of other stages."""
+    path = run.out / "weights.pt"
+    if stage in ("cam", "labels") or not path.exists():
+        return
+    try:
+        saved = checkpoint.load(path)
+    except InputError:  # a damaged file is no loss
+        return
+    note = saved.get("note") if isinstance(saved, dict) else None
+    if note != origin(stage) or (run.start_path and path.samefile(run.start_path)):
+        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
+
+
+def assemble(run: Run) -> None:
+    """Write OUT/weights.pt once both networks are trained; until then print what is missing.
+
+    Its configuration is that of the branches; InputError when the saliency branch does not fit. Where OUT has no
+    saliency branch and the pseudo labels come from PTS, the saliency branch of that iteration is taken. The count
+    network and the saliency prior of ``run.start`` are kept.
+    """
+    parts = {"branches": run.out / "branches" / "weights.pt", "saliency": run.out / "saliency" / "weights.pt"}
+    if not parts["saliency"].exists():
+        parts["saliency"] = _saliency_of_labels(run) or parts["saliency"]
+    missing = [str(path) for path in parts.values() if not path.exists()]
+    if missing:
+        print(f"the network will be in {run.out / 'weights.pt'} when {missing[0]} exists too")
+        return
+    saved = {name: checkpoint.load(path) for name, path in parts.items()}
+    try:
+        configs = {name: part["config"] for name, part in saved.items()}
+        differs = [
+            f"{key} {configs['branches'][key]} and {configs['saliency'][key]}"
+            for key in SaliencyNet.SETTINGS
+            if configs["branches"][key] != configs["saliency"][key]
+        ]
+        if differs:
+            raise InputError(
+                f"{parts['branches']} and {parts['saliency']} do not go together ({'; '.join(differs)}); "
+                "train one of them anew with the settings of the other"
+            )
+        net = WSIDNet(NetConfig(**configs["branches"]), run.preset.fusion)
+        for name, part in saved.items():
+            getattr(net, name).load_state_dict(part["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{run.out} holds parts of an earlier version of this program; train it anew") from error
+    if run.start and run.start.count_net and net.config.count_head:
+        net = with_parts(net, count_net=run.start.count_net)
+    if run.start and run.start.saliency_prior:
+        net = with_parts(net, saliency_prior=run.start.saliency_prior)
+    net.training_record = _record(run, saved)
+    save_weights(net, run.out / "weights.pt", note=origin("branches"))
+    print(f"the network is in {run.out / 'weights.pt'}; try it: python infer.py --img samples")
+
+
+def _saliency_of_labels(run: Run) -> Path | None:
+    """The file of the saliency branch that PTS trained on the pseudo labels of this run; None for other labels."""
+    made = provenance.read_record(run.labels)
+    name = made["settings"].get("saliency_branch") if made else None
+    return run.labels / name if name else None
+
+
+def _record(run: Run, saved: dict[str, dict]) -> dict[str, object]:
+    """What the network was trained with: the name of the preset, and the settings of every stage."""
+    record: dict[str, object] = {"preset": saved["branches"].get("preset", "")}
+    for stage, folder in (("cam", run.labels.parent / "cam"), ("labels", run.labels)):
+        if made := provenance.read_record(folder):
+            record[stage] = made["settings"]
+    return record | {stage: part.get("settings", {}) for stage, part in saved.items()}
