@@ -6,10 +6,10 @@
     tensorboard --logdir runs
 
 The stages are cam, labels, branches and saliency, in this order. Each can be run alone with --stage and its own
-settings: an option changes its setting in every stage that the command runs. A stage that was stopped, however hard,
-continues when the same command is given again. Two more stages are run only by name, and add to the network that
---init names: count, a network that predicts the number of objects beside the branches' count head, and
-saliency-prior, a linear layer on frozen ImageNet features that is distilled from S.
+settings: an option changes its setting in every stage that the command runs. A stage that was stopped or killed
+continues when the command is repeated. Two more stages are run only by name, and add to the network that --init names:
+count, a network that predicts the number of objects beside the branches' count head, and saliency-prior, a linear
+layer on frozen ImageNet features that is distilled from S.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from engine.run import Run
 from engine.stages import MAIN, STAGES, run_stages
 from engine.trainer import prepare_machine
 from models.attention import MutualAttention
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import WSIDNet, load_weights
 from utils.cli import InputError, Parser, path_of, run
 

@@ -6,20 +6,20 @@
 
 Takes the network that train_branches.py left in --out. In each iteration the whole network labels all photographs
 anew (pts/r<N>/labels) and the saliency branch is trained on these labels; the result is weights_pts.pt. A run that was
-stopped, however hard, continues when the same command is given again.
+stopped or killed continues when the command is repeated.
 """
 
 from dataclasses import replace
 
-from datasets.images import list_images
 from datasets.labels import Sample
+from datasets.listing import list_images
 from datasets.sources import merge
 from datasets.training import read_samples
 from engine import options
 from engine.pts import progressive_training
 from engine.run import Run
 from engine.trainer import prepare_machine
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from utils.cli import Parser, path_of, run
 
 
@@ -31,7 +31,7 @@ def get_args_parser() -> Parser:
         "--pseudo-labels", type=path_of, metavar="DIR", help="of the initial pseudo masks; default OUT/labels"
     )
 
-    group = options.add_schedule_options(parser, "schedule of each iteration (Sec. 4.1)")
+    group = options.add_schedule_options(parser, "schedule of each iteration (Sec. 4.1)", least_epochs=0)
     options.add_option(group, "--iters", "iterations", "iterations R of Algorithm 1")
 
     group = options.add_group(parser, "pseudo labels (Sec. 3.4.1)")

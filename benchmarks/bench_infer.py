@@ -28,7 +28,8 @@ import torch
 from measure import CPU, Call, Row, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
 
 import ops
-from datasets.images import list_images, read_image
+from datasets.images import read_image
+from datasets.listing import list_images
 from engine.predictor import ROOT, Prediction, Predictor, default_batch_size, process
 from engine.results import PICTURES, write_results
 from models import AMP

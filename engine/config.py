@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from datasets.transforms import parse_canny
 from models.attention import MutualAttention
 from models.backbones import BACKBONES
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig
 from utils.cli import InputError, integer, number

@@ -12,7 +12,8 @@ from scipy.special import expit, logit
 
 from datasets.labels import IGNORE
 from engine.crf import refine_saliency
-from models.fusion import FusionConfig, fuse, instance_masks, walk
+from models.fusion import fuse, instance_masks, walk
+from models.fusion_config import FusionConfig
 from models.grouping import components, masks_of, split_regions
 from models.saliency_prior import combine_logits
 
@@ -107,7 +108,7 @@ def instance_label(
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 undecided; None where not exactly ``count`` instances
     result, each of ``settings.min_area`` of the image.
     """
-    grid = maps.boundary.shape
+    grid = (maps.boundary.shape[0], maps.boundary.shape[1])
     saliency = F.adaptive_avg_pool2d(torch.from_numpy(label)[None], grid)[0]
     region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
     if by_class and classes is not None:

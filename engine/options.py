@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import LIMITS, Machine, Preset, override
 from engine.presets import PRESETS
 from models.backbones import BACKBONES
-from utils.cli import Parser, path_of
+from utils.cli import Parser, integer, path_of
 
 Group = Any  # argparse's group of options has no public type
 SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "by_class")  # of a Preset
@@ -38,19 +38,22 @@ def add_group(parser: Parser, title: str) -> Group:
 
 
 def add_option(group: Group, name: str, setting: str, text: str, **more: Any) -> None:
-    """An option for one setting of the preset: a flag with its negation for a switch, else with a value."""
+    """An option for one setting of the preset: a flag with its negation for a switch, else with a value.
+
+    more: of argparse's ``add_argument``; ``type`` is that of ``LIMITS`` unless given.
+    """
     common = {"dest": setting, "default": argparse.SUPPRESS, "help": text}
     if setting in SWITCHES:
         group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
     else:
         metavar = {} if "metavar" in more else {"metavar": WORDS.get(setting, setting.upper())}
-        group.add_argument(name, type=LIMITS[setting], **common, **metavar, **more)
+        group.add_argument(name, **{"type": LIMITS[setting]} | common | metavar | more)
 
 
-def add_schedule_options(parser: Parser, title: str) -> Group:
+def add_schedule_options(parser: Parser, title: str, least_epochs: int = 1) -> Group:
     """The options of a Schedule. Returns their group."""
     group = add_group(parser, title)
-    add_option(group, "--epochs", "epochs", "of each stage that is trained")
+    add_option(group, "--epochs", "epochs", "of each stage that is trained", type=integer(least_epochs))
     add_option(group, "--batch-size", "batch_size", "photographs a step")
     add_option(group, "--lr", "lr", "initial learning rate of the new layers")
     add_option(group, "--optimizer", "optimizer", "sgd or adamw", metavar="sgd|adamw")
@@ -71,8 +74,8 @@ def add_fusion_option(group: Group, text: str) -> None:
     group.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help=text)
 
 
-def add_machine_options(parser: Parser) -> None:
-    """The options of a Machine, and --seed."""
+def add_machine_options(parser: Parser, several_seeds: bool = False) -> None:
+    """The options of a Machine, and --seed; or, with ``several_seeds``, --seeds."""
     group = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N SCRIPT ...")
     default = Machine()
 
@@ -88,7 +91,10 @@ def add_machine_options(parser: Parser) -> None:
         "--deterministic", action="store_true", help="on a GPU too, the same weights every time, as far as PyTorch can"
     )
     add("--save-seconds", "save_seconds", "time between two checkpoints")
-    group.add_argument("--seed", type=LIMITS["seed"], default=0, help="of everything random")
+    if several_seeds:
+        group.add_argument("--seeds", type=LIMITS["seed"], nargs="+", default=[0], help="of a training each")
+    else:
+        group.add_argument("--seed", type=LIMITS["seed"], default=0, help="of everything random")
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

