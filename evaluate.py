@@ -31,7 +31,7 @@ from pathlib import Path
 
 from datasets.labels import LabelWarning, Report, raise_or_warn
 from datasets.listing import list_images
-from datasets.sources import list_ground_truth, read_ground_truth
+from datasets.sources import list_ground_truth, masks_by_stem, read_ground_truth
 from engine import hparams
 from engine.evaluation import GroundTruth, Method, measure_files, measure_predictor, summarize_methods
 from engine.perturbations import PERTURBATIONS
@@ -179,8 +179,7 @@ def _ground_truth(args: argparse.Namespace, report: Report) -> tuple[GroundTruth
     """({stem: mask}, {stem: photograph}); every mask has a photograph with --data or --images."""
     if args.data:
         samples = read_ground_truth(args.data, report)
-        with_mask = {sample.stem: sample.mask for sample in samples if sample.mask}
-        return with_mask, {sample.stem: sample.path for sample in samples}
+        return masks_by_stem(samples), {sample.stem: sample.path for sample in samples}
     masks = list_ground_truth(args.gt, report)
     folder = args.images or args.gt.parent / "images"
     if not (args.images or (args.html and folder.is_dir())):

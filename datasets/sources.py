@@ -11,7 +11,7 @@
 The first layout in this order that fits is used.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,12 +205,17 @@ def read_ground_truth(source: str | Path, report: Report = raise_or_warn) -> lis
     return samples
 
 
+def masks_by_stem(samples: Iterable[Sample]) -> dict[str, Mask]:
+    """{stem: ground-truth mask} of the Samples that have one."""
+    return {sample.stem: sample.mask for sample in samples if sample.mask}
+
+
 def list_ground_truth(source: str | Path, report: Report = raise_or_warn) -> Mapping[str, Mask]:
     """{stem: mask} of a source as in ``read_ground_truth``, or of a folder of mask pictures."""
     path, options = _parse(source)
     if not options and not any(layout.fits(path) for layout in LAYOUTS if layout.name != "photographs"):
         return {stem: MaskFile(file) for stem, file in list_masks(path).items()}
-    return {sample.stem: sample.mask for sample in read_ground_truth(source, report) if sample.mask is not None}
+    return masks_by_stem(read_ground_truth(source, report))
 
 
 def _parse(text: str | Path) -> tuple[Path, list[str]]:

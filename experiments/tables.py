@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from datasets.images import image_size
-from datasets.sources import read_ground_truth
+from datasets.sources import masks_by_stem, read_ground_truth
 from engine import options
 from engine.config import Preset, override
 from engine.evaluation import maps_for, measure_files, measure_predictor, summarize_methods
@@ -258,8 +258,9 @@ def digest_of_truth(source: str) -> tuple[list[str], str]:
     InputError for a photograph or mask that cannot be read, and where the two have not one size.
     """
     samples, parts = read_ground_truth(source), []
+    masks = masks_by_stem(samples)
     for sample, photograph in zip(samples, digest.of_files([sample.path for sample in samples]), strict=True):
-        labels = sample.mask.read()
+        labels = masks[sample.stem].read()
         check_size(sample.path, image_size(sample.path), labels.shape)
         parts.append([sample.stem, photograph, digest.of_bytes(str(labels.shape).encode(), labels.tobytes())])
     return [sample.stem for sample in samples], digest.of_value(parts)
@@ -276,8 +277,8 @@ def write_truth(val: str, out: Path) -> Path:
     folder."""
     _, made_from = digest_of_truth(val)
     folder = make_folder(out / f"truth_{made_from[:8]}")
-    for sample in read_ground_truth(val):
-        files.save_png(np.uint8(255 * true_saliency(sample.mask.read())), folder / f"{sample.stem}.png")
+    for stem, mask in masks_by_stem(read_ground_truth(val)).items():
+        files.save_png(np.uint8(255 * true_saliency(mask.read())), folder / f"{stem}.png")
     return folder
 
 
@@ -377,7 +378,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
         return json.loads(kept.read_text())
     problems: list[InputError] = []
     samples = read_ground_truth(val)
-    masks = {sample.stem: sample.mask for sample in samples}
+    masks = masks_by_stem(samples)
     if row.method == "prm":
         classifier = prm.load_classifier(weights, cam.backbone, cam.output_stride).to(device)
         records, problems = prm.predict_source(classifier, val, cam.size, device)
