@@ -107,11 +107,11 @@ def _keep_inputs(ctx, inputs, output):
 
 
 def _entropy_backward(ctx, grad):
-    return torch.ops.wsid.affinity_entropy_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+    return torch.ops.wsid.boundary_pair_loss_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
 
 
 def _error_backward(ctx, grad):
-    return torch.ops.wsid.displacement_error_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
+    return torch.ops.wsid.displacement_pair_loss_backward(grad, *ctx.saved_tensors, ctx.radius), None, None
 
 
 def _no_second(ctx, *grads):
@@ -146,7 +146,7 @@ if available:
         n, height, width = boundary.shape
         return boundary.new_empty(n, 2, height, width)
 
-    @torch.library.register_fake("wsid::affinity_entropy_backward")
+    @torch.library.register_fake("wsid::boundary_pair_loss_backward")
     def _(grad, boundary, labels, radius):
         return boundary.new_empty(boundary.shape)
 
@@ -154,7 +154,7 @@ if available:
     def _(offsets, labels, radius):
         return offsets.new_empty(labels.shape)
 
-    @torch.library.register_fake("wsid::displacement_error_backward")
+    @torch.library.register_fake("wsid::displacement_pair_loss_backward")
     def _(grad, offsets, labels, radius):
         return offsets.new_empty(offsets.shape)
 

@@ -10,9 +10,9 @@ TORCH_LIBRARY(wsid, m) {
   m.def("boundary_affinity_backward(Tensor grad, Tensor winner, int radius) -> Tensor");
   m.def("pair_counts(Tensor labels, int radius) -> Tensor");
   m.def("boundary_pair_loss(Tensor boundary, Tensor labels, int radius) -> Tensor");
-  m.def("affinity_entropy_backward(Tensor grad, Tensor boundary, Tensor labels, int radius) -> Tensor");
+  m.def("boundary_pair_loss_backward(Tensor grad, Tensor boundary, Tensor labels, int radius) -> Tensor");
   m.def("displacement_pair_loss(Tensor offsets, Tensor labels, int radius) -> Tensor");
-  m.def("displacement_error_backward(Tensor grad, Tensor offsets, Tensor labels, int radius) -> Tensor");
+  m.def("displacement_pair_loss_backward(Tensor grad, Tensor offsets, Tensor labels, int radius) -> Tensor");
   m.def("random_walk(Tensor x, Tensor affinity, int radius, float power, int steps, float[] coefficients) -> Tensor");
 }
 

@@ -64,7 +64,7 @@ struct PairOperators {
     const at::Tensor b = checked_boundary(boundary, radius), l = labels.contiguous(), g = grad.contiguous();
     at::Tensor result = at::zeros(b.sizes(), b.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "affinity_entropy_backward", [&] {
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "boundary_pair_loss_backward", [&] {
         Backend<scalar_t>::entropy_backward(g.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
                                             l.const_data_ptr<scalar_t>(), grid, result.mutable_data_ptr<scalar_t>());
       });
@@ -94,7 +94,7 @@ struct PairOperators {
     const at::Tensor v = offsets.contiguous(), l = labels.contiguous(), g = grad.contiguous();
     at::Tensor result = at::zeros(v.sizes(), v.options());
     if (l.numel())
-      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_error_backward", [&] {
+      AT_DISPATCH_FLOATING_TYPES(l.scalar_type(), "displacement_pair_loss_backward", [&] {
         Backend<scalar_t>::error_backward(g.const_data_ptr<scalar_t>(), v.const_data_ptr<scalar_t>(),
                                           l.const_data_ptr<scalar_t>(), grid, result.mutable_data_ptr<scalar_t>());
       });
@@ -104,9 +104,9 @@ struct PairOperators {
   static void implement(torch::Library& m) {
     m.impl("pair_counts", &counts);
     m.impl("boundary_pair_loss", &entropy);
-    m.impl("affinity_entropy_backward", &entropy_backward);
+    m.impl("boundary_pair_loss_backward", &entropy_backward);
     m.impl("displacement_pair_loss", &error);
-    m.impl("displacement_error_backward", &error_backward);
+    m.impl("displacement_pair_loss_backward", &error_backward);
   }
 };
 
