@@ -97,7 +97,8 @@ def fit_saliency_prior(run: Run, samples: list[Sample]) -> None:
     for sample in tqdm(samples, desc="saliency prior", mininterval=2):
         image = to_tensor(load_square(sample.path, net.config.size))[None].to(run.device)
         of_image = model.features(image)[0]
-        target = F.adaptive_avg_pool2d(net.saliency(image)[0], of_image.shape[-2:])
+        grid = (of_image.shape[1], of_image.shape[2])
+        target = F.adaptive_avg_pool2d(net.saliency(image)[0], grid)
         chosen = torch.randperm(target.numel(), generator=generator)[:cells].to(run.device)
         features.append(of_image.flatten(1)[:, chosen].t())
         saliency.append(target.flatten()[chosen])

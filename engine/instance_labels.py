@@ -54,7 +54,7 @@ def pseudo_mask(
     masks, _, _ = instance_masks(responses, maps.saliency, image.shape[:2], settings)
     if not len(masks):
         return None
-    foreground = masks.any(0).astype(np.float32)
+    foreground: np.ndarray = np.asarray(masks.any(0), np.float32)
     if saliency_weight:
         soft = F.interpolate(maps.saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
         foreground = (1 - saliency_weight) * foreground + saliency_weight * np.clip(soft, 0, 1)

@@ -22,6 +22,7 @@ from engine.run import START, Run, run_stage, samples_with_count
 from engine.trainer import Batch
 from models.backbones import load_pretrained
 from models.branches import BoundaryCentroidNet, SaliencyNet
+from models.count_head import CountHead
 from models.grouping import split_labels_by_count
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, divisors, subitizing_loss
 from utils import digest, distributed, files, provenance
@@ -169,7 +170,7 @@ def train_branches(run: Run, samples: list[Sample]) -> None:
         if not config.centroid_target_weight:  # the targets fix V itself, L_V and L_su only its differences
             model.centroid.mean_offset.copy_(mean_offset(model, samples, network.size, network.canny, device))
         if model.count_head:
-            fit_count_head(model, samples_with_count(run), network.size, device)
+            fit_count_head(model.count_head, model, samples_with_count(run), network.size, device)
 
     run_stage(
         run,
@@ -210,11 +211,13 @@ def mean_offset(
 
 
 @torch.no_grad()
-def fit_count_head(model: BoundaryCentroidNet, samples: list[Sample], size: int, device: torch.device) -> None:
-    """Fit the count head to the count labels of the samples, all of which have one."""
+def fit_count_head(
+    head: CountHead, model: BoundaryCentroidNet, samples: list[Sample], size: int, device: torch.device
+) -> None:
+    """Fit the count ``head`` of the branches to the count labels of the samples, all of which have one."""
     model.eval()
     pooled = pooled_features(model.backbone, samples, size, device)
-    model.count_head.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
+    head.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
 
 
 def saliency_losses(model: SaliencyNet, batch: Batch, progress: float) -> Batch:
