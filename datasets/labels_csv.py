@@ -120,7 +120,9 @@ def _rows(table: Path, report: Report, only: Only) -> list[Row]:
     try:
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
-        raise InputError(f"{table} line {reader.line_num} is no row of a table ({error}); mend its quotes") from error
+        raise InputError(
+            f"{table} line {reader.line_num} is no row of a table ({error}); correct its quotes"
+        ) from error
     (first_line, header), *lines = [(line, row) for line, row in lines if any(row)] or [(1, [])]
     places = _columns(header, f"{table} line {first_line}", report, only)
     return [(f"{table} line {line}", _cells(row, places, len(header))) for line, row in lines]

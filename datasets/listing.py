@@ -34,7 +34,9 @@ def list_images(source: str | Path, report: Callable[[str], object] | None = Non
     if os.path.isfile(path):
         return [path]
     if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{path} is a link to {os.readlink(path)}, which is missing; mend the link")
+        raise InputError(
+            f"{path} is a link to {os.readlink(path)}, which is missing; restore its target or remove the link"
+        )
     if os.path.isdir(path):
         try:
             entries = sorted(path.iterdir())

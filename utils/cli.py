@@ -27,7 +27,7 @@ class Stopped(BaseException):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with the unchanged description of the script, and with those default values that say something."""
+    """--help with the unedited description of the script, and default values other than None, False and []."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default is False or action.default == []

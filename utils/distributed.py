@@ -128,9 +128,9 @@ def run_on_main(function: Callable[..., T], *args: Any) -> T:
     return value
 
 
-def shard(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> list[T]:
     """Every world_size()-th item, beginning with item rank(): the items of this process."""
-    return items[rank() :: world_size()]
+    return list(items[rank() :: world_size()])
 
 
 def local_batch_size(batch_size: int) -> int:
