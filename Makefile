@@ -1,6 +1,6 @@
 # make demo   sets everything up in .venv and finds the salient instances of the photographs in samples/
-# make test   sets everything up, checks the style and runs the tests
-# make mutants   sets everything up, breaks the sources in one place after another, and tells what no test noticed
+# make test   sets everything up, checks the style and the types and runs the tests
+# make mutants   sets everything up, changes the sources in one place after another, and lists the changes no test notices
 # make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
 
 PYTHON ?= python3
@@ -19,6 +19,8 @@ demo: setup
 
 test: setup $(VENV)/requirements-test.stamp
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 
 mutants: setup $(VENV)/requirements-test.stamp

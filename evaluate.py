@@ -26,12 +26,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from datasets.images import list_images
-from datasets.labels import Notice, fail
+from datasets.labels import LabelWarning, Report, raise_or_warn
+from datasets.listing import list_images
 from datasets.sources import list_ground_truth, read_ground_truth
 from engine import hparams
 from engine.evaluation import GroundTruth, Method, measure_files, measure_predictor, summarize_methods
@@ -39,7 +38,7 @@ from engine.perturbations import PERTURBATIONS
 from engine.predictions import coco_ids
 from engine.report import format_page, format_table
 from models import METHODS
-from utils import checkpoint
+from utils import files
 from utils.cli import InputError, Parser, integer, number, path_of, run, select_device
 
 LISTED = 20  # the images that could not be measured are printed one by one up to so many
@@ -47,8 +46,8 @@ LISTED = 20  # the images that could not be measured are printed one by one up t
 
 def get_args_parser() -> Parser:
     parser = Parser(description=__doc__)
-    files = parser.add_argument_group("evaluate predictions")
-    files.add_argument(
+    predictions = parser.add_argument_group("evaluate predictions")
+    predictions.add_argument(
         "--pred",
         nargs="+",
         action="extend",
@@ -56,11 +55,11 @@ def get_args_parser() -> Parser:
         metavar="[NAME=]PATH",
         help="files or folders, see above",
     )
-    files.add_argument(
+    predictions.add_argument(
         "--gt", type=path_of, metavar="PATH[@SPLIT]", help="instance masks: 0, 1..N, 255 void; all images count"
     )
-    files.add_argument("--saliency-pred", type=path_of, metavar="DIR", help="saliency maps, one per mask")
-    files.add_argument(
+    predictions.add_argument("--saliency-pred", type=path_of, metavar="DIR", help="saliency maps, one per mask")
+    predictions.add_argument(
         "--images",
         type=path_of,
         metavar="DIR",
@@ -69,7 +68,7 @@ def get_args_parser() -> Parser:
 
     model = parser.add_argument_group("evaluate weights")
     model.add_argument(
-        "--data", type=path_of, metavar="PATH[@SPLIT]", help="photographs with instance masks, see README"
+        "--data", type=path_of, metavar="PATH[@SPLIT]", help="photographs with instance masks (docs/data.md)"
     )
     model.add_argument("--weights", type=path_of, metavar="FILE", help="default: those infer.py takes")
     model.add_argument("--gpu", type=integer(-1), default=-1, metavar="N", help="CUDA device, -1 for the CPU")
@@ -125,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems: list[InputError] = []
 
     def report(error: InputError) -> None:
-        if isinstance(error, Notice):
-            fail(error)  # which prints it
+        if isinstance(error, LabelWarning):
+            raise_or_warn(error)  # which prints it
         else:
             problems.append(error)
 
@@ -160,7 +159,7 @@ def _measure_weights(
     args: argparse.Namespace,
     gt_masks: GroundTruth,
     photographs: Mapping[str, Path],
-    report: Callable[[InputError], Any],
+    report: Report,
 ) -> list[Method]:
     """The rows of --weights; writes --save-pred."""
     from engine.predictor import Predictor  # here, because evaluating files needs no network
@@ -176,11 +175,12 @@ def _measure_weights(
     return methods
 
 
-def _ground_truth(args: argparse.Namespace, report: Callable[[InputError], Any]) -> tuple[GroundTruth, dict[str, Path]]:
+def _ground_truth(args: argparse.Namespace, report: Report) -> tuple[GroundTruth, dict[str, Path]]:
     """({stem: mask}, {stem: photograph}); every mask has a photograph with --data or --images."""
     if args.data:
         samples = read_ground_truth(args.data, report)
-        return {sample.stem: sample.mask for sample in samples}, {sample.stem: sample.path for sample in samples}
+        with_mask = {sample.stem: sample.mask for sample in samples if sample.mask}
+        return with_mask, {sample.stem: sample.path for sample in samples}
     masks = list_ground_truth(args.gt, report)
     folder = args.images or args.gt.parent / "images"
     if not (args.images or (args.html and folder.is_dir())):
@@ -245,7 +245,7 @@ def _check_writable(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     # File names in the text may not be valid UTF-8: such bytes become '?'.
-    checkpoint.replace(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    files.write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

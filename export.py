@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from engine.predictor import default_weights
 from models.wsid_net import WSIDNet, load_weights
-from utils import checkpoint
+from utils import files
 from utils.cli import InputError, Parser, path_of, run
 
 BOUND = 1e-4  # on the difference between the exported program and the network
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     error = difference(net, torch.export.load(whole))
     if not error < BOUND:
         raise RuntimeError(f"the exported program differs from the network by {error:.1e}; {args.out} is not written")
-    checkpoint.replace(args.out, lambda file: file.write(whole.getbuffer()))
+    files.write_atomically(args.out, lambda file: file.write(whole.getbuffer()))
     print(f"{args.out} (differs from the network by {error:.1e} at most)")
 
 

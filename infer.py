@@ -32,8 +32,8 @@ for name in ("datasets", "engine", "models", "ops", "utils"):
 
 # Only what checking the arguments needs: importing torch takes longer than a photograph.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, integer, make_folder, path_of, run, stop_at_once  # noqa: E402
-from utils.lazy import without_collection  # noqa: E402
+from utils.cli import InputError, Parser, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.lazy import gc_disabled  # noqa: E402
 
 if TYPE_CHECKING:
     from engine.predictor import (  # noqa: F401
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.count and args.method != "wsid":
         raise InputError(f"--count has no meaning with --method {args.method}; leave one of the two out")
     paths, failed = list_photographs(args.img)
-    with stop_at_once():
+    with raise_on_sigterm():
         return infer(args, paths, failed)
 
 
@@ -141,7 +141,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     0, 1 when a part of what was asked for failed, or 2 when all of it did.
     """
     requested = len(paths) + len(failed)
-    with without_collection():
+    with gc_disabled():
         from tqdm import tqdm
 
         from engine.predictions import coco_ids
@@ -149,7 +149,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         from engine.results import Results
         from utils import digest, distributed
 
-        device = distributed.start(args.gpu)
+        device = distributed.init(args.gpu)
         predictor = Predictor(
             args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
         )
@@ -162,7 +162,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         ids([path.stem for path in paths])  # raises its InputError before the work begins
     own = distributed.shard(paths)
     todo = results.unfinished(own)
-    if distributed.is_first():
+    if distributed.is_main():
         print(f"weights: {predictor.weights}")
     if len(todo) < len(own):
         print(
@@ -174,7 +174,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
     written: list[list[Path]] = []
     errors: list[InputError] = []
-    silent = len(paths) < 2 or not distributed.is_first()
+    silent = len(paths) < 2 or not distributed.is_main()
     try:
         with closing(found):
             # disable=None: a progress bar on a terminal only.
@@ -187,7 +187,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         results.save(paths)
         raise
     written, errors = distributed.gather(written), distributed.gather(errors)
-    if not distributed.is_first():
+    if not distributed.is_main():
         return 0
 
     failed += errors
@@ -215,7 +215,7 @@ def list_photographs(sources: Sequence[Path]) -> tuple[list[Path], list[InputErr
 
     Files that are skipped in a folder are named on stderr. Raises the first error when there is no photograph at all.
     """
-    from datasets.images import list_images
+    from datasets.listing import list_images
 
     found: dict[str, Path] = {}
     failed = []

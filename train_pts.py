@@ -11,8 +11,8 @@ stopped or killed continues when the command is repeated.
 
 from dataclasses import replace
 
-from datasets.images import list_images
 from datasets.labels import Sample
+from datasets.listing import list_images
 from datasets.sources import merge
 from datasets.training import read_samples
 from engine import options

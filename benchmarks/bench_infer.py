@@ -1,12 +1,12 @@
 """Speed and memory of infer.py, stage by stage and as a whole, and of the cross-layer attention.
 
     python benchmarks/bench_infer.py                      the bundled weights on 20 photographs from samples/
-    python benchmarks/bench_infer.py --growth             also how the network grows with batch and threads
+    python benchmarks/bench_infer.py --growth             also the network over batch sizes and threads
     python benchmarks/bench_infer.py --gpu 0 --backbone resnet50 --size 512 --batch-size 16
 
-Correctness comes first: a batch is compared with its photographs one by one, the folded attention with the literal
-one. Times are medians over `--repeats` runs that take turns, in milliseconds; memory is the rise of the peak over one
-call, in MiB, of the GPU where one is used. The stages are timed one after another; the whole runs them overlapped.
+Results are checked first: a batch against its photographs one by one, the folded attention against the literal one.
+Times are medians over `--repeats` interleaved runs, in milliseconds; memory is the rise of the peak over one call, in
+MiB, of the GPU where one is used. The stages are timed one after another; infer.py runs them at the same time.
 """
 
 import argparse
@@ -14,19 +14,23 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from measure import CPU, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
+from measure import CPU, Call, Row, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
 
 import ops
-from datasets.images import list_images, read_image
-from engine.predictor import ROOT, Predictor, default_batch_size, process
+from datasets.images import read_image
+from datasets.listing import list_images
+from engine.predictor import ROOT, Prediction, Predictor, default_batch_size, process
 from engine.results import PICTURES, write_results
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
@@ -35,9 +39,11 @@ from utils.cli import select_device
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
 
+T = TypeVar("T")
 
-def make_predictor(args, folder, device):
-    """The Predictor of the chosen weights, or of an untrained network whose speed alone means something."""
+
+def make_predictor(args: argparse.Namespace, folder: Path, device: torch.device) -> Predictor:
+    """The Predictor of --weights, or of an untrained network with --backbone, for timing only."""
     weights = args.weights
     if args.backbone:
         weights = folder / "untrained.pt"
@@ -48,8 +54,8 @@ def make_predictor(args, folder, device):
     return predictor
 
 
-def photographs(folder, count):
-    """``count`` photographs in ``folder``, those of samples/ again and again, under names of their own."""
+def photographs(folder: Path, count: int) -> list[Path]:
+    """``count`` copies of the photographs in samples/, in turn, under different names in ``folder``."""
     samples = islice(cycle(list_images(ROOT / "samples")), count)
     return [Path(shutil.copy(path, folder / f"{i}_{path.name}")) for i, path in enumerate(samples)]
 
@@ -58,11 +64,11 @@ def photographs(folder, count):
 
 
 @torch.no_grad()
-def bench_attention(args, device):
-    """CFM, folded and literal, with features as a ResNet-50 gives them at 512x512, channels last as in infer.py."""
+def bench_attention(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """CFM, folded and literal, on features of the size of a ResNet-50's at 512x512, channels last as in infer.py."""
     channels, sides = (64, 256, 512, 1024, 2048), (256, 128, 64, 32, 32)
     torch.manual_seed(0)
-    last = {"device": device, "memory_format": torch.channels_last}
+    last: dict[str, Any] = {"device": device, "memory_format": torch.channels_last}
     features = [torch.rand(1, c, side, side).to(**last) for c, side in zip(channels, sides)]
     mixing = CrossLayerFeatureMixing(channels, 256).to(**last)
     pairs = zip(mixing(features, (128, 128)), mixing.forward_literal(features, (128, 128)))
@@ -80,8 +86,8 @@ def bench_attention(args, device):
     )
 
 
-def check_batch(predictor, images, trained):
-    """A batch against its photographs one by one; where untrained, S lies on its threshold and masks say nothing."""
+def check_batch(predictor: Predictor, images: Sequence[np.ndarray], trained: bool) -> None:
+    """A batch against its photographs one by one; masks of trained networks only, as an untrained S is near 0.5."""
     inputs = [predictor.prepare(image) for image in images]
     together, alone = predictor.network(inputs), [predictor.network([one])[0] for one in inputs]
     print("\nA batch against single photographs")
@@ -96,17 +102,17 @@ def check_batch(predictor, images, trained):
         (a.masks.any(0) != b.masks.any(0)).mean()
         for a, b in zip(predictor.predict_batch(images), map(predictor.predict, images))
     ]
-    check("share of pixels that change", max(differ), 0.1 if predictor.bf16 else 0.01)
+    check("fraction of pixels that differ", max(differ), 0.1 if predictor.bf16 else 0.01)
 
 
-def bench_network(args, predictor, images):
-    """The network alone on a batch that lies on its device."""
+def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.ndarray]) -> list[Row]:
+    """The network alone, on a batch that is already on its device."""
     config, device = predictor.net.config, predictor.device
     inputs = [predictor.prepare(image) for image in islice(cycle(images), args.batch_size)]
     batch = [torch.cat(part).to(device) for part in zip(*inputs)]
 
     @torch.no_grad()
-    def run(bf16):
+    def run(bf16: bool) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             predictor.net(*batch)
 
@@ -116,16 +122,16 @@ def bench_network(args, predictor, images):
     return compare(title, contenders, args.repeats, device, count=args.batch_size)
 
 
-def write(out, path, image, prediction):
-    """What infer.py writes of one photograph."""
+def write(out: Path, path: Path, image: np.ndarray, prediction: Prediction) -> Any:
+    """Write the pictures that infer.py writes for one photograph."""
     return write_results([out / f"{path.stem}_{kind}.png" for kind in PICTURES], path.stem, image, prediction)
 
 
-def run_stages(predictor, paths, out):
-    """The stages one photograph after another; returns {stage: ms per photograph}."""
+def run_stages(predictor: Predictor, paths: Sequence[Path], out: Path) -> dict[str, float]:
+    """The stages one after another, photograph by photograph: {stage: ms per photograph}."""
     spent = dict.fromkeys(("load", "network", "operators", "rest of the fusion", "draw and write"), 0.0)
 
-    def watch(stage, function, *args):
+    def watch(stage: str, function: Callable[..., T], *args: Any) -> T:
         synchronize(predictor.device)
         start = time.perf_counter()
         result = function(*args)
@@ -133,7 +139,7 @@ def run_stages(predictor, paths, out):
         spent[stage] += (time.perf_counter() - start) * 1e3 / len(paths)
         return result
 
-    def load(path):
+    def load(path: Path) -> tuple[np.ndarray, Any]:
         image = read_image(path)
         return image, predictor.prepare(image)
 
@@ -149,32 +155,34 @@ def run_stages(predictor, paths, out):
     return spent
 
 
-def bench_stages(args, predictor, paths, out):
+def bench_stages(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path) -> list[Row]:
+    """The time of each stage and its fraction of the whole."""
     run_stages(predictor, paths[:2], out)
     runs = [run_stages(predictor, paths, out) for _ in range(args.repeats)]
     total = statistics.median(sum(run.values()) for run in runs)
     title = f"Stages, one after another, ms per photograph ({len(paths)} photographs)"
-    print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'share':>10}")
-    rows, share = [], {}
+    print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'of total':>10}")
+    rows: list[Row] = []
+    fraction: dict[str, float] = {}
     for stage in runs[0]:
         times = [run[stage] for run in runs]
-        share[stage] = statistics.median(times) / total
-        rows.append(record(title, stage, times, ratio=share[stage]))
-        print(f"  {stage:32}{statistics.median(times):11.2f}{min(times):10.2f}{share[stage]:10.1%}")
-    both = share["operators"] + share["rest of the fusion"]
+        fraction[stage] = statistics.median(times) / total
+        rows.append(record(title, stage, times, ratio=fraction[stage]))
+        print(f"  {stage:32}{statistics.median(times):11.2f}{min(times):10.2f}{fraction[stage]:10.1%}")
+    both = fraction["operators"] + fraction["rest of the fusion"]
     print(f"  operators and fusion: {both:.1%} of the time (goal: under 10 %)")
     return rows
 
 
-def bench_whole(args, predictor, paths, out):
+def bench_whole(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path) -> list[Row]:
     """infer.py from files to files, without loading the weights."""
     finish = partial(write, out)
 
-    def overlapped(batch_size):
+    def overlapped(batch_size: int) -> None:
         for result in process(paths, predictor, finish, batch_size, args.workers):
             assert isinstance(result, list)
 
-    contenders = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
+    contenders: dict[str, Call] = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
     if args.batch_size > 1:
         contenders["overlapped, one by one"] = partial(overlapped, 1)
     contenders["one after another"] = lambda: run_stages(predictor, paths, out)
@@ -183,14 +191,15 @@ def bench_whole(args, predictor, paths, out):
 
 
 @torch.no_grad()
-def growth(args, predictor, images):
+def growth(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.ndarray]) -> list[Row]:
     """Time and memory of the network over batch size and, on the CPU, threads."""
-    rows, device = [], predictor.device
+    rows: list[Row] = []
+    device = predictor.device
 
-    def measure(what, value, batch):
+    def measure(what: str, value: int, batch: int) -> None:
         inputs = [predictor.prepare(image) for image in islice(cycle(images), batch)]
 
-        def call():
+        def call() -> None:
             predictor.network(inputs)
 
         memory = peak_memory(call, device)
@@ -209,21 +218,24 @@ def growth(args, predictor, images):
     return rows
 
 
-def main():
+def main() -> None:
+    """Run the benchmarks that are asked for and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device, -1 for the CPU (default)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()), help="as for infer.py")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--photographs", type=int, default=20, help="those of samples/, repeated")
-    parser.add_argument("--batch-size", type=int, help="default: that of infer.py")
-    parser.add_argument("--weights", type=Path, help="default: those infer.py takes")
+    parser.add_argument("--photographs", type=int, default=20, help="number of copies of those in samples/")
+    parser.add_argument("--batch-size", type=int, help="default: as infer.py")
+    parser.add_argument("--weights", type=Path, help="default: as infer.py")
     parser.add_argument("--backbone", help="time an untrained network of 256 channels instead of --weights")
     parser.add_argument("--size", type=int, help="input square of the network in pixels; default: the weights'")
     parser.add_argument("--amp", choices=AMP, default="auto", help="as for infer.py")
-    parser.add_argument("--only", choices=("attention", "infer"), help="one half")
-    parser.add_argument("--growth", action="store_true", help="also how time and memory grow")
-    parser.add_argument("--csv", type=Path, help="write the rows of all tables")
+    parser.add_argument(
+        "--only", choices=("attention", "infer"), help="only the cross-layer attention or only infer.py"
+    )
+    parser.add_argument("--growth", action="store_true", help="also time and memory over batch size and threads")
+    parser.add_argument("--csv", type=Path, help="write all tables to this file")
     parser.add_argument("--json", type=Path, help="the same as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,28 +1,31 @@
-"""Speed and memory of the operators, beside the ways others compute the same.
+"""Speed and memory of the operators, compared with other implementations.
 
     python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
-    python benchmarks/bench_ops.py --growth        also how time and memory grow; writes the table and a plot
+    python benchmarks/bench_ops.py --growth        also time and memory over sizes; writes a table and a plot
     python benchmarks/bench_ops.py --dense         also the dense walk matrix (at 128x128 on a GPU, on a CPU at 64x64)
-    python benchmarks/bench_ops.py --gpu 0         ours and all that is PyTorch on the GPU; NumPy and SciPy on the CPU
+    python benchmarks/bench_ops.py --gpu 0         everything in PyTorch on the GPU; NumPy and SciPy on the CPU
 
-Correctness comes first: every contender's result is compared with ours before it is timed. Times are medians over
-`--repeats` runs that take turns, in milliseconds; memory is the rise of the process's peak over one call, in MiB.
-FLOP: a step of the walk is 2 x (2K+1) x H x W x C (one product, one sum per neighbour). Bytes: what must be read and
-written at least once. The machine's limits are measured in the same run: a float32 matrix product, a copy.
+The result of every contender is compared with ours before it is timed. Times are medians over `--repeats` interleaved
+runs, in milliseconds; memory is the rise of the peak of the process over one call, in MiB. FLOP: a step of the walk is
+2 x (2K+1) x H x W x C (one product and one sum per neighbour). Bytes: what must be read and written at least once. The
+limits of the machine are measured in the same run: a float32 matrix product and a copy.
 """
 
 import argparse
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from measure import CPU, check, compare, device_name, peak_memory, record, timed, write_records
+from measure import CPU, Row, check, compare, device_name, peak_memory, record, timed, write_records
+from torch import Tensor
 
 import ops
 from ops import compiled, reference
@@ -30,7 +33,7 @@ from ops import compiled, reference
 # ---- the machine -------------------------------------------------------------------------------------------------
 
 
-def machine_limits(device):
+def machine_limits(device: torch.device) -> tuple[float, float]:
     """(GFLOP/s of a float32 matrix product, GB/s of a copy, bytes read and written both counted)."""
     size = 1024 if device.type == "cpu" else 8192
     a, source = torch.rand(size, size, device=device), torch.rand(2**24, device=device)
@@ -40,11 +43,11 @@ def machine_limits(device):
     return 2 * size**3 / product / 1e6, 2 * source.numel() * 4 / copy / 1e6
 
 
-# ---- the opponents -----------------------------------------------------------------------------------------------
+# ---- other implementations -----------------------------------------------------------------------------------------
 
 
-def transition_entries(affinity, radius, power):
-    """Rows, columns and values of M, for the opponents that hold it as a matrix."""
+def transition_matrix(affinity: Tensor, radius: int, power: float) -> scipy.sparse.csr_array:
+    """M of an affinity [K,H,W] as a sparse matrix [HW,HW] in float64."""
     height, width = affinity.shape[-2:]
     pixel = np.arange(height * width).reshape(height, width)
     rows, columns, values = [pixel.ravel()], [pixel.ravel()], [np.ones(pixel.size)]
@@ -59,36 +62,39 @@ def transition_entries(affinity, radius, power):
     return scipy.sparse.csr_array(scipy.sparse.diags_array(1 / matrix.sum(1)) @ matrix)
 
 
-def scipy_walk(matrix, x, steps):
+def scipy_walk(matrix: scipy.sparse.csr_array, x: np.ndarray, steps: int) -> np.ndarray:
+    """The walk on x [C,H,W], step by step, with SciPy."""
     v = x.reshape(len(x), -1).T
     for _ in range(steps):
         v = matrix @ v
     return v.T.reshape(x.shape)
 
 
-def torch_csr_walk(matrix, x, steps):
+def torch_csr_walk(matrix: Tensor, x: Tensor, steps: int) -> Tensor:
+    """The walk on x [C,H,W], step by step, with a sparse matrix of PyTorch."""
     v = x.flatten(1).T.contiguous()
     for _ in range(steps):
         v = matrix @ v
     return v.T.reshape(x.shape)
 
 
-def gather_and_max(height, width, radius, device):
-    """As IRN does it: all path pixels of all offsets of equal length at once, then the maximum. Returns the function of
-    the boundary; the indices are made once, as there."""
+def gather_and_max(height: int, width: int, radius: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The affinity as in IRN: all path pixels of all offsets of equal length at once, then the maximum. Returns the
+    function of the boundary; the indices are computed once, as in IRN."""
     offsets, paths = ops.path_offsets(radius)
     reach = radius - 1  # IRN crops: every start pixel whose partners are all inside
     rows = torch.arange(height - reach)[:, None]
     columns = torch.arange(reach, width - reach)[None]
     start = (rows * width + columns).flatten()
-    groups, indices = {}, []
+    groups: dict[int, list[int]] = {}
+    indices = []
     for k, path in enumerate(paths):
         groups.setdefault(len(path), []).append(k)
     for length, members in groups.items():
         steps = torch.tensor(np.stack([paths[k] @ (width, 1) for k in members]))
         indices.append((length, members, (steps[:, :, None] + start).flatten().to(device)))
 
-    def compute(boundary):
+    def compute(boundary: Tensor) -> Tensor:
         flat = boundary.flatten(1)
         result = boundary.new_empty(len(boundary), len(offsets), start.numel())
         for length, members, index in indices:
@@ -99,12 +105,12 @@ def gather_and_max(height, width, radius, device):
     return compute
 
 
-def sums_over_all_pairs(boundary, field, labels, radius):
-    """What the losses sum, as IRN has it: all pairs of the batch side by side. Returns the sum of everything."""
+def sums_over_all_pairs(boundary: Tensor, field: Tensor, labels: Tensor, radius: int) -> Tensor:
+    """The sums of L_B and L_V as in IRN, with one tensor entry per pair. Returns the sum of both."""
     height, width = labels.shape[-2:]
     offsets = torch.tensor(ops.path_offsets(radius)[0])
 
-    def partners(maps, value):
+    def partners(maps: Tensor, value: float) -> Tensor:
         padded = F.pad(maps, (radius, radius, 0, radius), value=value)
         return torch.stack([padded[..., dy : dy + height, radius + dx : radius + dx + width] for dy, dx in offsets], 1)
 
@@ -112,14 +118,14 @@ def sums_over_all_pairs(boundary, field, labels, radius):
     decided = (here != 255) & (there != 255)
     same, different = decided & (here == there), decided & (here != there)
     affinity = ops.boundary_affinity(boundary, radius)
-    entropy = same * -torch.log(affinity + 1e-5) + different * -torch.log(1 + 1e-5 - affinity)
-    wanted = (here > 0)[:, :, None] * offsets.to(field)[None, :, :, None, None]
-    miss = (field[:, None] - partners(field, 0) - wanted).abs().sum(2)
-    return entropy.sum() + (same * miss).sum()
+    boundary_sum = (same * -torch.log(affinity + 1e-5) + different * -torch.log(1 + 1e-5 - affinity)).sum()
+    expected = (here > 0)[:, :, None] * offsets.to(field)[None, :, :, None, None]
+    error = (field[:, None] - partners(field, 0) - expected).abs().sum(2)
+    return boundary_sum + (same * error).sum()
 
 
-def numpy_centroids(field, iterations=300):
-    """The 300-step loop over whole arrays that IRN uses, with bilinear sampling."""
+def numpy_centroids(field: np.ndarray, iterations: int = 300) -> np.ndarray:
+    """Converged points [2,H,W] by the loop over whole arrays of IRN, with bilinear sampling."""
     height, width = field.shape[1:]
     y, x = np.meshgrid(np.arange(height, dtype=field.dtype), np.arange(width, dtype=field.dtype), indexing="ij")
     for _ in range(iterations):
@@ -133,7 +139,8 @@ def numpy_centroids(field, iterations=300):
     return np.stack([y, x])
 
 
-def scipy_centroids(field, iterations=300):
+def scipy_centroids(field: np.ndarray, iterations: int = 300) -> np.ndarray:
+    """Converged points [2,H,W] by the same loop with ``map_coordinates``."""
     height, width = field.shape[1:]
     limit = np.array([height - 1, width - 1], field.dtype)[:, None, None]
     points = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij")).astype(field.dtype)
@@ -146,8 +153,9 @@ def scipy_centroids(field, iterations=300):
 # ---- inputs ------------------------------------------------------------------------------------------------------
 
 
-def scene(size, instances, seed=0):
-    """A boundary map [1, H, W] of soft circles with noise, offsets towards their centres, and one map per circle."""
+def scene(size: int, instances: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A boundary map [1,H,W] of soft circles with noise, offsets [1,2,H,W] to their centres, one map per circle
+    [1,C,H,W]."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     boundary = 0.1 * random.random((size, size), dtype=np.float32)
@@ -161,16 +169,17 @@ def scene(size, instances, seed=0):
         inside = distance < 1.5 * radius
         offsets[:, inside] = 0.3 * np.stack([cy - y, cx - x])[:, inside]
         maps[i] = (distance < 0.6 * radius) * (1 - boundary)
-    return tuple(torch.from_numpy(array)[None].float() for array in (boundary, offsets, maps))
+    return tuple(torch.from_numpy(array)[None].float() for array in (boundary, offsets, maps))  # type: ignore
 
 
 # ---- the cases ---------------------------------------------------------------------------------------------------
 
 
-def bench_walk(args, device, limits):
+def bench_walk(args: argparse.Namespace, device: torch.device, limits: tuple[float, float]) -> list[Row]:
+    """The random walk against sparse matrices."""
     boundary, _, x = scene(128, 4)
     affinity = ops.boundary_affinity(boundary, 5)
-    matrix = transition_entries(affinity[0], 5, 10)
+    matrix = transition_matrix(affinity[0], 5, 10)
     exact = torch.from_numpy(scipy_walk(matrix, x[0].double().numpy(), 256))
     single = matrix.astype(np.float32)
     csr = torch.sparse_csr_tensor(
@@ -212,14 +221,15 @@ def bench_walk(args, device, limits):
     return rows
 
 
-def bench_dense(args, device):
+def bench_dense(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The random walk against a dense matrix that is squared."""
     size = 64 if device.type == "cpu" else 128
     boundary, _, x = scene(size, 4)
     affinity = ops.boundary_affinity(boundary, 5)
-    dense = torch.from_numpy(transition_entries(affinity[0], 5, 10).toarray().astype(np.float32)).to(device)
+    dense = torch.from_numpy(transition_matrix(affinity[0], 5, 10).toarray().astype(np.float32)).to(device)
     x, affinity = x.to(device), affinity.to(device)
 
-    def squared():
+    def squared() -> Tensor:
         m = dense
         for _ in range(8):
             m = m @ m
@@ -236,7 +246,8 @@ def bench_dense(args, device):
     )
 
 
-def bench_affinity(args, device, limits):
+def bench_affinity(args: argparse.Namespace, device: torch.device, limits: tuple[float, float]) -> list[Row]:
+    """The boundary affinity, forward at radius 5, forward and backward at radius 10."""
     rows = []
     for radius, batch, train in ((5, 1, False), (10, 6, True)):
         boundary = torch.cat([scene(128, 4, seed)[0] for seed in range(batch)]).to(device)
@@ -246,7 +257,7 @@ def bench_affinity(args, device, limits):
         check("gather-and-max against ours", (gather(boundary) - inner).abs().max().item(), 0)
         leaf = boundary.clone().requires_grad_(train)
 
-        def run(compute, *radius, leaf=leaf, train=train):
+        def run(compute: Callable[..., Tensor], *radius: int, leaf: Tensor = leaf, train: bool = train) -> None:
             result = compute(leaf, *radius)
             if train:
                 leaf.grad = None
@@ -269,48 +280,50 @@ def bench_affinity(args, device, limits):
     return rows
 
 
-def bench_pairs(args, device):
+def bench_pairs(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The sums of L_B and L_V over pairs, forward and backward."""
     radius, scenes = 10, [scene(128, 4, seed) for seed in range(6)]
     boundary, field = (torch.cat([parts[i] for parts in scenes]).to(device).requires_grad_() for i in (0, 1))
     labels = torch.cat([maps.amax(1) > 0 for _, _, maps in scenes]).long().to(device)
     labels[:, :4] = 255
 
-    def summed(operators):
-        of = labels if operators is ops else torch.where(labels == 255, torch.nan, labels.float())
-        entropy = operators.boundary_pair_loss(boundary, of, radius)
-        return entropy.sum() + operators.displacement_pair_loss(field, of, radius).sum()
+    def summed(operators: Any) -> Tensor:
+        given = labels if operators is ops else torch.where(labels == 255, torch.nan, labels.float())
+        boundary_sums = operators.boundary_pair_loss(boundary, given, radius)
+        return boundary_sums.sum() + operators.displacement_pair_loss(field, given, radius).sum()
 
-    ways = {
+    totals = {
         "ours": lambda: summed(ops),
         "PyTorch reference": lambda: summed(reference),
         "all pairs at once (IRN)": lambda: sums_over_all_pairs(boundary, field, labels, radius),
     }
 
-    def gradients(way):
-        return torch.autograd.grad(way(), (boundary, field))
+    def gradients(total: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(total(), (boundary, field))
 
     print("\nPairs of labelled pixels, radius 10, batch 6")
-    ours = gradients(ways["ours"])
-    for name in list(ways)[1:]:
-        error = max((g - o).abs().max().item() / o.abs().max().item() for g, o in zip(gradients(ways[name]), ours))
+    ours = gradients(totals["ours"])
+    for name in list(totals)[1:]:
+        error = max((g - o).abs().max().item() / o.abs().max().item() for g, o in zip(gradients(totals[name]), ours))
         check(f"{name}, gradients against ours", error, 1e-3)
     return compare(
         "Sums of L_B and L_V 128x128, radius 10, batch 6, forward+backward",
-        {name: partial(gradients, way) for name, way in ways.items()},
+        {name: partial(gradients, total) for name, total in totals.items()},
         args.repeats,
         device,
     )
 
 
-def bench_centroids(args, device, limits):
+def bench_centroids(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """The converged centroids against loops over whole arrays."""
     _, offsets, _ = scene(128, 4)
     field = offsets[0].numpy()
     ours = ops.converge_centroids(offsets.to(device))[0].cpu()
     print("\nCentroids, 300 iterations at most")
     check("ours against the reference", (ours - reference.converge_centroids(offsets)[0]).abs().max().item(), 1e-6)
-    # The loops go on where ours stops after a move under 1e-3; how far that leads depends on the field.
+    # The loops continue where ours stops after a move below 1e-3; how far depends on the field.
     close = np.mean(np.abs(numpy_centroids(field) - ours.numpy()).max(0) < 0.05)
-    check("share of pixels where the NumPy loop differs", 1 - close, 0.02)
+    check("fraction of pixels where the NumPy loop differs", 1 - close, 0.02)
     offsets = offsets.to(device)
     return compare(
         "Centroids 128x128",
@@ -325,19 +338,21 @@ def bench_centroids(args, device, limits):
     )
 
 
-def growth(args, device):
-    """Time and memory of ours alone, one quantity at a time."""
-    rows = []
+def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Time and memory of our operators over one size at a time."""
+    rows: list[Row] = []
 
-    def measure(what, value, operator, *arguments):
-        def call():
+    def measure(what: str, value: int, operator: Callable[..., Tensor], *arguments: Any) -> None:
+        def call() -> None:
             operator(*arguments)
 
         memory = peak_memory(call, device)
         rows.append(record(what, value, [timed(call, device) for _ in range(max(3, args.repeats // 3))], memory=memory))
         print(f"  {what:34}{value:8}{rows[-1]['median_ms']:11.2f} ms{memory:10.1f} MiB")
 
-    def inputs(size=128, instances=4, batch=1, radius=5):
+    def inputs(
+        size: int = 128, instances: int = 4, batch: int = 1, radius: int = 5
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = [torch.cat(p).to(device) for p in zip(*(scene(size, instances, s) for s in range(batch)))]
         return parts[1], parts[0], ops.boundary_affinity(parts[0], radius), parts[2]
 
@@ -365,18 +380,17 @@ def growth(args, device):
     return rows
 
 
-def plot(rows, path):
-    """Small log-log panels as SVG, one per (operator, quantity): time (blue) and memory (orange) as multiples of those
-    at the quantity's first value."""
-    cases = {}
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Small log-log panels as SVG, one per case: time (blue) and memory (orange) relative to the first value."""
+    cases: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
         cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"], max(row["peak_mib"], 0.1)))
     parts, wide, high = [], 230, 190
     for i, (case, points) in enumerate(cases.items()):
         left, top = i % 4 * wide + 45, i // 4 * high + 40
-        values, *curves = zip(*points)
+        values, *measured = zip(*points)
         xs = [math.log2(value / values[0]) for value in values]
-        curves = [[math.log2(value / curve[0]) for value in curve] for curve in curves]
+        curves = [[math.log2(value / curve[0]) for value in curve] for curve in measured]
         low, span = min(map(min, curves)), max(max(map(max, curves)) - min(map(min, curves)), 1)
         across, up = 130 / xs[-1], 110 / span
         parts.append(f'<text x="{left}" y="{top - 16}" font-weight="bold">{case}</text>')
@@ -403,14 +417,17 @@ def plot(rows, path):
     )
 
 
-def main():
+def main() -> None:
+    """Run the benchmarks and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", type=int, default=-1, help="GPU to compute on, -1 for the CPU (default)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--dense", action="store_true", help="also the dense matrix")
-    parser.add_argument("--growth", action="store_true", help="also how time and memory grow")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the table and the plot")
+    parser.add_argument("--growth", action="store_true", help="also time and memory over sizes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for the table and the plot"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
     torch.set_num_threads(args.threads)
@@ -424,7 +441,7 @@ def main():
         rows += bench_dense(args, device)
     rows += bench_affinity(args, device, limits)
     rows += bench_pairs(args, device)
-    rows += bench_centroids(args, device, limits)
+    rows += bench_centroids(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.growth:
         grown = growth(args, device)

@@ -1,19 +1,23 @@
 """Masks on disk: instance masks, saliency maps, and run-length encoded (RLE) predictions."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pycocotools.mask
+from PIL import Image
 
 from datasets import pixels
-from datasets.images import image_size, list_images, load
+from datasets.images import image_size, read_picture
+from datasets.listing import list_images
 from utils.cli import InputError
 
-VOID = 255  # pixels that nobody judged: they count for nothing
-SOFT = 3  # so many labels that are only lines are no instances
-VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and what VOC paints void with
+VOID = 255  # pixels without annotation, which evaluation ignores
+MAX_THIN = 2  # labels less than 3 pixels wide that a mask may have; more are soft edges
+VOID_COLOURS = ((255, 255, 255), (224, 224, 192))  # white, and VOC's colour of void
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,18 @@ class MaskFile:
 
     path: Path
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self.path)
 
-    def size(self):
-        """(H, W), from the file's header; InputError as in ``image_size``."""
+    def size(self) -> tuple[int, int]:
+        """(H, W) in pixels, from the file's header; InputError as in ``image_size``."""
         return image_size(self.path)
 
-    def read(self):
+    def read(self) -> np.ndarray:
         """uint8 [H,W]: 0 background, 1..254 instances, 255 void.
 
-        InputError as in ``read_instance_mask``, and for a mask of what is salient that does not part its instances:
-        nothing but void, or mostly labels nowhere 3 pixels wide: soft edges, as resizing makes, or a saliency map.
+        Raises InputError as ``read_instance_mask`` does, and for a mask that does not separate its instances: one with
+        void only, or one most of whose labels are nowhere 3 pixels wide (a saliency map, or soft edges of resizing).
         """
         labels = read_instance_mask(self.path)
         void, instance = labels == VOID, (labels > 0) & (labels < VOID)
@@ -41,7 +45,7 @@ class MaskFile:
             raise InputError(f"{self} shows nothing but void (white, 255); paint its instances in other colours")
         numbers = np.unique(labels[instance])
         thin = np.setdiff1d(numbers, _broad_labels(labels))
-        if 2 * len(thin) > len(numbers) and (len(thin) >= SOFT or void.sum() > instance.sum()):
+        if 2 * len(thin) > len(numbers) and (len(thin) > MAX_THIN or void.sum() > instance.sum()):
             raise InputError(
                 f"{self} holds shades of grey or soft edges, not a label for each instance; paint its "
                 "instances in plain colours, or number them 1..254"
@@ -49,15 +53,15 @@ class MaskFile:
         return labels
 
 
-def list_masks(folder):
-    """Return {stem: Path} of the mask pictures directly inside ``folder``, sorted by stem.
+def list_masks(folder: str | Path) -> dict[str, Path]:
+    """{stem: Path} of the mask pictures directly inside ``folder``, sorted by stem.
 
-    InputError when the folder is missing or holds no picture, or when two pictures share a stem.
+    Raises InputError when the folder is missing or holds no picture, or when two pictures share a stem.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; name the folder that holds the mask pictures")
-    masks = {}
+    masks: dict[str, Path] = {}
     for path in sorted(list_images(folder, results=True), key=lambda path: path.stem):
         if path.stem in masks:
             raise InputError(f"{path} and {masks[path.stem].name} are masks of one image; remove one of them")
@@ -65,16 +69,16 @@ def list_masks(folder):
     return masks
 
 
-def read_instance_mask(path):
-    """Read an instance mask as uint8 [H, W]: 0 background, 1..254 instances, 255 void.
+def read_instance_mask(path: str | Path) -> np.ndarray:
+    """Read an instance mask as uint8 [H,W]: 0 background, 1..254 instances, 255 void.
 
-    Read are grey and palette pictures (the stored index is the label; labels may have gaps) and colour
-    pictures, where black is background, white and VOC's (224, 224, 192) are void and every other colour is
-    one instance. What is transparent is background, save index 255 of a palette; but a picture that is so everywhere
-    is taken as if it were not. The mask is upright, as photographs are.
-    InputError when the file is missing, broken, lossy, or holds more than 254 instances.
+    In grey and palette pictures the stored index is the label (labels may have gaps); in colour pictures black is
+    background, white and VOC's (224, 224, 192) are void and every other colour is one instance. Transparent pixels are
+    background, except index 255 of a palette; in a picture that is wholly transparent, transparency is ignored. The
+    mask is rotated upright like a photograph.
+    Raises InputError when the file is missing, broken, lossy, or holds more than 254 instances.
     """
-    picture = load(path)
+    picture = read_picture(path)
     if lossy := _lossy_kind(picture, path):
         raise InputError(f"{path} is a {lossy}, which blurs instance labels; save the mask as PNG")
     alpha = _alpha(picture)
@@ -94,22 +98,22 @@ def read_instance_mask(path):
     return labels.astype(np.uint8)
 
 
-def is_coloured(path):
-    """Whether the labels of ``read_instance_mask`` are made from colours, and not numbers that the picture holds."""
-    picture = load(path)
+def is_coloured(path: str | Path) -> bool:
+    """Whether ``read_instance_mask`` derives the labels from colours instead of stored indices."""
+    picture = read_picture(path)
     if len(picture.getbands()) < 2:
         return False
     colours = np.asarray(picture.convert("RGB"))
     return bool((colours != colours[..., :1]).any())
 
 
-def read_saliency_mask(path):
-    """Read a saliency map as float32 [H, W] in 0..1 (8-bit values / 255, 16-bit values / 65535).
+def read_saliency_mask(path: str | Path) -> np.ndarray:
+    """Read a saliency map as float32 [H,W] in 0..1 (8-bit values / 255, 16-bit values / 65535).
 
-    Colour pictures are turned grey, what is transparent is not salient. InputError when the file is missing, broken,
+    Colour pictures are converted to grey; transparent pixels are 0. Raises InputError when the file is missing, broken,
     or holds floating-point values outside 0..1.
     """
-    picture = load(path)
+    picture = read_picture(path)
     if picture.mode.startswith("I"):
         saliency = np.asarray(picture).astype(np.float32) / 65535
     elif picture.mode == "F":
@@ -123,17 +127,17 @@ def read_saliency_mask(path):
     return saliency
 
 
-def encode_rle(mask):
-    """Encode a bool mask [H, W] as COCO RLE: {"size": [H, W], "counts": str}, ready for JSON."""
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a bool mask [H,W] as COCO RLE: {"size": [H, W], "counts": str}, ready for JSON."""
     rle = pycocotools.mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
-def decode_rle(rle):
-    """Decode COCO RLE, compressed (counts is a str) or not (a list of ints), to a bool mask [H, W].
+def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
+    """Decode COCO RLE, compressed (counts is a str) or not (a list of ints), to a bool mask [H,W].
 
-    ValueError, with the reason, when the runs do not fill the mask exactly: pycocotools itself returns
-    uninitialised memory for such input.
+    Raises ValueError with the reason when the runs do not fill the mask exactly; pycocotools returns uninitialised
+    memory for such input.
     """
     height, width = rle["size"]
     runs = _runs_of_string(rle["counts"]) if isinstance(rle["counts"], str) else np.array(rle["counts"])
@@ -146,33 +150,34 @@ def decode_rle(rle):
     return np.repeat(values, runs).reshape(width, height).T
 
 
-def decode_polygons(polygons, shape):
+def decode_polygons(polygons: Iterable[Sequence[float]], shape: tuple[int, int]) -> np.ndarray:
     """Decode COCO polygons, a list of outlines [x, y, x, y, ...] in pixels, to a bool mask of ``shape`` (H, W).
 
-    ValueError for an outline of fewer than three points, with a coordinate that is not finite or with shares of 1.
+    Raises ValueError for an outline of fewer than three points, with a coordinate that is not finite, or with relative
+    coordinates 0..1.
     """
     height, width = shape
-    # Clipped, because pycocotools takes memory for every pixel of an outline, even far outside.
+    # Clipped: pycocotools allocates memory for every pixel of an outline, even far outside.
     outlines = [np.array(points, np.float64).reshape(-1, 2).clip(0, (width, height)) for points in polygons]
     if not all(len(outline) > 2 and np.isfinite(outline).all() for outline in outlines):
         raise ValueError("a polygon needs three points or more")
     if max(outline.max() for outline in outlines) <= 1:
-        raise ValueError("its points are shares of the image, not pixels")
+        raise ValueError("its points are fractions of the image, not pixels")
     runs = pycocotools.mask.frPyObjects([outline.ravel().tolist() for outline in outlines], height, width)
     union = pycocotools.mask.merge(runs)
     return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
 
 
-def prediction_records(image_id, masks, scores):
-    """COCO result records (a list of dicts ready for JSON) of masks [n, H, W] with scores [n] in (0, 1]."""
+def prediction_records(image_id: str, masks: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+    """COCO result records (dicts ready for JSON) of bool masks [n,H,W] with scores [n] in (0, 1]."""
     return [
         {"image_id": image_id, "category_id": 1, "segmentation": encode_rle(mask), "score": float(score)}
         for mask, score in zip(masks, scores, strict=True)
     ]
 
 
-def _lossy_kind(picture, path):
-    """The name of the picture's format where that is lossy, else None."""
+def _lossy_kind(picture: Image.Image, path: str | Path) -> str | None:
+    """The name of a lossy format, else None."""
     if picture.format in ("JPEG", "MPO", "AVIF", "HEIF", "JPEG2000"):
         return picture.format
     if picture.format == "WEBP" and b"VP8 " in Path(path).read_bytes():
@@ -180,20 +185,21 @@ def _lossy_kind(picture, path):
     return "TIFF with JPEG compression" if picture.info.get("compression") == "jpeg" else None
 
 
-def _alpha(picture):
-    """The opacity uint8 [H, W] of a picture of 8 bits or less; None where all is opaque."""
+def _alpha(picture: Image.Image) -> np.ndarray | None:
+    """The opacity uint8 [H,W] of a picture of 8 bits or less; None for an opaque picture."""
     if picture.mode.startswith("I") or picture.mode == "F" or not picture.has_transparency_data:
         return None
     return np.asarray(picture.convert("RGBA").getchannel("A"))
 
 
-def _broad_labels(labels):
-    """The labels that fill a square of 3x3 pixels somewhere, at the rim what of it is inside."""
+def _broad_labels(labels: np.ndarray) -> np.ndarray:
+    """The labels that fill a square of 3x3 pixels somewhere, clipped at the rim of the image."""
     square = np.ones((3, 3), np.uint8)
     return np.unique(labels[cv2.erode(labels, square) == cv2.dilate(labels, square)])
 
 
-def _labels_of_colours(colours, path):
+def _labels_of_colours(colours: np.ndarray, path: str | Path) -> np.ndarray:
+    """uint8 RGB [H,W,3] -> int [H,W]: instances are numbered in the order of their colour values."""
     codes = colours.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.int32)
     found, labels = np.unique(codes, return_inverse=True)
     void = [(red << 16) + (green << 8) + blue for red, green, blue in VOID_COLOURS]
@@ -204,7 +210,7 @@ def _labels_of_colours(colours, path):
     return names[labels.reshape(codes.shape)]
 
 
-def _runs_of_string(counts):
+def _runs_of_string(counts: str) -> np.ndarray:
     """Decode COCO's compressed counts, 5 bits a character, to run lengths int64 [n]."""
     try:
         codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48

@@ -1,38 +1,41 @@
-"""Photographs by the names that tables and annotation tools give them, which are often not quite those of the files."""
+"""Finding photographs by the names in tables and annotations, which often differ slightly from the file names."""
 
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from datasets.images import SUFFIXES
+from datasets.listing import SUFFIXES
 from utils.cli import InputError
+
+Index = dict[str, list[Path]]  # files by a normalized name
 
 
 class Photographs:
-    """The photographs of a folder, found by the names that a file of labels uses.
+    """The photographs of a folder, found by the names in a file of labels.
 
-    A name may have backslashes, begin with folders that are not here (``images/``, those of another machine), differ
-    in the case of its letters or in how accents are composed, and lack its suffix. Folders are ignored only where the
-    rest of the name is that of no other photograph.
+    A name may contain backslashes, begin with folders that do not exist here (``images/``, those of another machine),
+    differ in upper and lower case or in the composition of accents, and lack its suffix. Folders are ignored only when
+    the rest of the name belongs to no other photograph.
 
-    folder: where they lie; names: all that the labels have.
+    folder: of the photographs; names: all names in the labels.
     """
 
-    def __init__(self, folder, names):
-        self.folder, self.names = Path(folder), names
-        self.listed = {}  # folder: its files by name and by stem
+    def __init__(self, folder: str | Path, names: Iterable[str]) -> None:
+        self.folder, self.names = Path(folder), list(names)
+        self.listed: dict[Path, tuple[Index, Index]] = {}
 
     @cached_property
-    def tails(self):
-        """How many names end so."""
+    def tails(self) -> Counter[str]:
+        """{normalized end of a path: how many names have it}."""
         return Counter(_key("/".join(tail)) for name in set(self.names) for tail in _tails(name))
 
-    def find(self, name, where):
-        """The Path of the photograph ``name``; InputError, beginning with ``where``, when it is not there."""
+    def find(self, name: str, where: str) -> Path:
+        """The Path of the photograph ``name``; InputError, beginning with ``where``, when missing or ambiguous."""
         exact, tails = self.folder / name, _tails(name)
-        if os.path.isfile(exact):  # unlike Path.is_file, it answers names that are too long
+        if os.path.isfile(exact):  # unlike Path.is_file, it returns False for names that are too long
             return exact
         for tail in tails:
             if len(tail) < len(tails[0]) and self.tails[_key("/".join(tail))] > 1:
@@ -44,14 +47,14 @@ class Photographs:
         hint = f" (there is {', '.join(path.name for path in like)})" if like else ""
         raise InputError(f"{where} names the image {exact}, which is missing{hint}; add the file or remove its label")
 
-    def has(self, name):
-        """Whether ``find`` gives a photograph."""
+    def has(self, name: str) -> bool:
+        """Whether ``find`` returns a photograph."""
         try:
             return bool(self.find(name, ""))
         except InputError:
             return False
 
-    def _match(self, path, where):
+    def _match(self, path: Path, where: str) -> Path | None:
         if os.path.isfile(path):
             return path
         names, stems = self._files(path.parent)
@@ -63,10 +66,12 @@ class Photographs:
             )
         return found[0] if found else None
 
-    def _files(self, folder):
-        """({name: Paths}, {stem: Paths}) of the pictures in a folder, names as ``_key`` makes them."""
+    def _files(self, folder: Path) -> tuple[Index, Index]:
+        """The pictures in a folder by name and by stem, normalized by ``_key``."""
         if folder not in self.listed:
-            names, stems = self.listed[folder] = {}, {}
+            names: Index = {}
+            stems: Index = {}
+            self.listed[folder] = names, stems
             for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
                 if _stem(name) != name and not name.startswith("."):
                     names.setdefault(_key(name), []).append(folder / name)
@@ -74,17 +79,17 @@ class Photographs:
         return self.listed[folder]
 
 
-def _tails(name):
-    """The parts of a path, then without the first, the first two, ..."""
+def _tails(name: str) -> list[list[str]]:
+    """The parts of a path, then those without the first, without the first two, ..."""
     parts = [part for part in str(name).replace("\\", "/").split("/") if part not in ("", ".", "..")]
     return [parts[start:] for start in range(len(parts))]
 
 
-def _stem(name):
-    """A file's name without the suffix of a picture: a name may hold other dots."""
+def _stem(name: str) -> str:
+    """A file name without its picture suffix; other dots stay."""
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def _key(name):
+def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,54 +1,65 @@
-"""What --data takes: a folder (or COCO file) in one of the published layouts, found out from what lies in it.
+"""The values of --data: a folder (or COCO file) in one of the published layouts, which is detected from its content.
 
     my_data                     labels.csv and images/
     VOCdevkit@val               PASCAL VOC: a split, train unless another is named; also XML files beside photographs
     coco@val2017                annotations/instances_val2017.json and its photographs; also the file itself
-    roboflow@train              the folder train/ in another, in a layout of its own
+    roboflow@train              the folder train/ in it, in any of these layouts
     ILSO                        images/ and instance_masks/ (or gt/): counts, no classes
     photos                      any photographs, without labels
-    VOCdevkit@trainval,classes  only the classes of a source, or only the @count, to go with those of another
+    VOCdevkit@trainval,classes  only the classes of a source, or only its @count, to combine with another source
 
-The first that fits in this order is taken.
+The first layout in this order that fits is used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import coco, ilso, voc
-from datasets.images import image_size, list_images
-from datasets.labels import VOC_CLASSES, Notice, Sample, collect, fail, find_table, read_labels
+from datasets.images import image_size
+from datasets.labels import (
+    VOC_CLASSES,
+    LabelWarning,
+    Mask,
+    Only,
+    Report,
+    Sample,
+    collect_samples,
+    raise_or_warn,
+)
+from datasets.labels_csv import find_table, read_labels
+from datasets.listing import list_images
 from datasets.masks import MaskFile, list_masks
-from datasets.unread import TABLES, folders_in, unread_labels
+from datasets.unread import LABEL_SUFFIXES, folders_in, unread_labels
 from utils.cli import InputError
 
 
-def read_photographs(folder, report=fail, only=None):
+def read_photographs(folder: str | Path, report: Report = raise_or_warn, only: Only = None) -> list[Sample]:
     """The photographs in ``folder``, or in its images/, as Samples without labels; also of a file or a pattern.
 
-    ``report`` gets a Notice for photographs in other folders there.
+    ``report`` gets a LabelWarning for photographs in other subfolders.
     """
     folder = Path(folder)
     inside = folder / "images" if (folder / "images").is_dir() else folder
     others = [other for other in {folder, *folders_in(folder), *folders_in(inside)} - {inside} if _holds_images(other)]
     if others:
         report(
-            Notice(
+            LabelWarning(
                 f"the photographs in {', '.join(map(str, sorted(others)))} are not read, only those in {inside}; "
                 "name the folders one by one"
             )
         )
-    return collect(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
+    return collect_samples(((path, path) for path in _images_of(folder)), lambda where, path: Sample(path), report)
 
 
 class Layout(NamedTuple):
-    """A published layout: its name, whether a path has it, and its reader (path, report, only[, split])."""
+    """A published layout: fits(path) is true for a path that has it; read(path, report, only[, split]) reads it."""
 
     name: str
-    fits: Callable
-    read: Callable
+    fits: Callable[[Path], Any]
+    read: Callable[..., list[Sample]]
     splits: bool = False
 
 
@@ -61,22 +72,26 @@ LAYOUTS = (
 )
 
 
-FORGET = {"classes": {"count": None, "mask": None}, "count": {"classes": None, "others": (), "mask": None}}
+# {the only label to read: the values of the others}
+CLEARED: dict[str, dict[str, Any]] = {
+    "classes": {"count": None, "mask": None},
+    "count": {"classes": None, "others": (), "mask": None},
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source as it was named: its path and layout, the split or None, and the one label to take, or None for all."""
+    """A parsed value of --data: path, layout, the split or None, and the only label to read or None for all."""
 
     path: Path
     layout: Layout
     split: str | None = None
-    only: str | None = None
+    only: Only = None
 
 
 @contextmanager
-def _readable():
-    """A folder that cannot be listed is an InputError."""
+def _readable() -> Iterator[None]:
+    """Context that turns the OSError of a folder that cannot be listed into an InputError."""
     try:
         yield
     except OSError as error:
@@ -84,10 +99,10 @@ def _readable():
 
 
 @_readable()
-def find_source(text):
-    """The Source that PATH or PATH@OPTION[,OPTION] names; an option is a split, ``classes`` or ``count``.
+def find_source(text: str | Path) -> Source:
+    """The Source of PATH or PATH@OPTION[,OPTION]; an option is a split, ``classes`` or ``count``.
 
-    InputError when no layout fits, for a split of a layout that has none, and for two splits or labels.
+    Raises InputError when no layout fits, for a split of a layout without splits, and for two splits or two labels.
     """
     path, words = _parse(text)
     only = [word for word in words if word in ("classes", "count")]
@@ -97,24 +112,25 @@ def find_source(text):
     if path.is_file() and path.name.lower() == "labels.csv":
         path = path.parent
     layout = _layout(path)
-    if split and not (layout and layout.splits) and _layout(path / split[0]):
-        path, layout, split = path / split[0], _layout(path / split[0]), []
+    if split and not (layout and layout.splits) and (inner := _layout(path / split[0])):
+        path, layout, split = path / split[0], inner, []
     if layout is None:
         raise InputError(_no_layout(path))
     if split and not layout.splits:
         raise InputError(f"{text} names the split {split[0]}, but {path} ({layout.name}) has none; leave it out")
-    return Source(path, layout, *split or [None], *only or [None])
+    label: Any = only[0] if only else None
+    return Source(path, layout, split[0] if split else None, label)
 
 
-def _layout(path):
+def _layout(path: Path) -> Layout | None:
     """The Layout of a path, None when none fits."""
-    if path.is_file() and path.suffix.lower() in TABLES and path.suffix.lower() != ".json":
+    if path.is_file() and path.suffix.lower() in LABEL_SUFFIXES and path.suffix.lower() != ".json":
         return None
     return next((layout for layout in LAYOUTS if layout.fits(path)), None)
 
 
-def _no_layout(path):
-    """What to say of a path that has no layout."""
+def _no_layout(path: Path) -> str:
+    """The message for a path without a layout."""
     if path.is_file():
         return f"{path} is no photograph and no COCO file; name the folder that holds the photographs and labels.csv"
     text = f"there is no {path / 'labels.csv'} nor another known layout in {path}"
@@ -128,32 +144,33 @@ def _no_layout(path):
 
 
 @_readable()
-def read_source(source, report=fail):
-    """The Samples of a Source, or of the text that names one; no two have the same stem.
+def read_source(source: Source | str | Path, report: Report = raise_or_warn) -> list[Sample]:
+    """The Samples of a Source, or of its text; no two have the same stem.
 
-    What is wrong with a single photograph goes to ``report`` as an InputError, and the photograph is left out;
-    what is wrong with the whole source is raised.
+    ``report`` gets an InputError for each problem of a single photograph, which is left out; problems of the whole
+    source are raised.
     """
     source = source if isinstance(source, Source) else find_source(source)
     options = {"split": source.split} if source.split else {}
     if source.layout.name in ("photographs", "ILSO"):
         for text in unread_labels(source.path, _stems(source.path)):
-            report(Notice(text))
+            report(LabelWarning(text))
     samples = source.layout.read(source.path, report=report, only=source.only, **options)
     if source.only:
-        samples = [replace(sample, **FORGET[source.only]) for sample in samples]
+        samples = [replace(sample, **CLEARED[source.only]) for sample in samples]
     return samples
 
 
-def merge(sources, report=fail):
-    """One list of Samples from {name of a source: its Samples}, what several know about a photograph joined.
+def merge(sources: Mapping[str, list[Sample]], report: Report = raise_or_warn) -> list[Sample]:
+    """One list of Samples from {name of a source: its Samples}; the labels of one photograph in several are joined.
 
-    Two files are one photograph when they share the stem and the size and each source knows what the other does not,
-    as classes from one and the count from another. The same file may come as often as it likes. Anything else under
-    one stem goes to ``report`` as an InputError that names both, a Notice where the later one has no labels, and the
-    later one is left out.
+    Two files are the same photograph when they have the same stem and size and the sources have different labels of it,
+    such as classes from one and the count from the other. The same file may occur in any number of sources. Other
+    photographs of one stem are a problem: ``report`` gets an InputError that names both, or a LabelWarning when the
+    later one has no labels, and the later one is left out.
     """
-    merged, origin = {}, {}
+    merged: dict[str, Sample] = {}
+    origin: dict[str, str] = {}
     for name, samples in sources.items():
         for sample in samples:
             stem = sample.stem
@@ -165,15 +182,17 @@ def merge(sources, report=fail):
     return list(merged.values())
 
 
-def read_ground_truth(source, report=fail):
-    """The Samples of a source that have a ground-truth mask; InputError when none has, else ``report`` gets problems.
+def read_ground_truth(source: str | Path, report: Report = raise_or_warn) -> list[Sample]:
+    """The Samples of a source that have a ground-truth mask.
 
-    A folder with instance_masks/ (or gt/, see datasets.ilso) is taken by its masks, whether it has labels.csv or not.
+    In a folder with instance_masks/ (or gt/, see datasets.ilso) all masks are used, whatever labels.csv lists. Raises
+    InputError when there is no mask; else ``report`` gets the problems of single photographs.
     """
-    found, problems = find_source(source), []
+    found = find_source(source)
+    problems: list[InputError] = []
 
-    def note(error):
-        (report if isinstance(error, Notice) else problems.append)(error)
+    def note(error: InputError) -> None:
+        (report if isinstance(error, LabelWarning) else problems.append)(error)
 
     samples = read_source(found, note) if found.layout.splits else []
     if not any(sample.mask for sample in samples) and (not found.layout.splits or ilso.is_ilso(found.path)):
@@ -186,37 +205,35 @@ def read_ground_truth(source, report=fail):
     return samples
 
 
-def list_ground_truth(source, report=fail):
-    """{stem: mask} of a source as in ``read_ground_truth``, or of a folder that holds the mask pictures themselves.
-
-    A mask has read(), size() and a name, str(mask), as datasets.labels.Sample says.
-    """
+def list_ground_truth(source: str | Path, report: Report = raise_or_warn) -> Mapping[str, Mask]:
+    """{stem: mask} of a source as in ``read_ground_truth``, or of a folder of mask pictures."""
     path, options = _parse(source)
     if not options and not any(layout.fits(path) for layout in LAYOUTS if layout.name != "photographs"):
         return {stem: MaskFile(file) for stem, file in list_masks(path).items()}
-    return {sample.stem: sample.mask for sample in read_ground_truth(source, report)}
+    return {sample.stem: sample.mask for sample in read_ground_truth(source, report) if sample.mask is not None}
 
 
-def _parse(text):
-    """PATH@OPTION,OPTION -> (Path, [options]); an @ in the name of what exists is no option."""
+def _parse(text: str | Path) -> tuple[Path, list[str]]:
+    """PATH@OPTION,OPTION -> (Path, [options]); an @ in the name of an existing file or folder is no option."""
     name, _, options = str(text).rpartition("@")
     if not name or Path(text).expanduser().exists():
-        name, options = text, ""
+        name, options = str(text), ""
     return Path(name).expanduser(), [word for word in options.split(",") if word]
 
 
-def _join(first, second, origin, name):
+def _join(first: Sample, second: Sample, origin: str, name: str) -> Sample:
+    """The labels of both Samples of one stem, from the sources ``origin`` and ``name``; InputError for a conflict."""
     known = [{key for key in ("classes", "count", "mask") if getattr(s, key) is not None} for s in (first, second)]
     if first.path.resolve() == second.path.resolve():
         for key in sorted(known[0] & known[1]):
             a, b = getattr(first, key), getattr(second, key)
             if a != b:
                 raise InputError(
-                    f"{origin} and {name} disagree on the {key} of {first.path} ({_known(key, a)} and "
-                    f"{_known(key, b)}); take only @classes or @count from one of them"
+                    f"{origin} and {name} disagree on the {key} of {first.path} ({_label_text(key, a)} and "
+                    f"{_label_text(key, b)}); take only @classes or @count from one of them"
                 )
     elif not known[1]:
-        raise Notice(f"{second.path} is left out, as {first.path} shares its name; rename one of them")
+        raise LabelWarning(f"{second.path} is left out, as {first.path} shares its name; rename one of them")
     elif not known[0] or known[0] & known[1]:
         raise InputError(
             f"{first.path} and {second.path} share a name; rename one of them, or take only @classes "
@@ -224,32 +241,34 @@ def _join(first, second, origin, name):
         )
     elif image_size(first.path) != image_size(second.path):
         raise InputError(f"{first.path} and {second.path} share a name but not a size; rename one of them")
-    joined = replace(first, **{key: getattr(second, key) for key in known[1]})
+    labels: dict[str, Any] = {key: getattr(second, key) for key in known[1]}
+    joined = replace(first, **labels)
     return replace(joined, others=second.others) if "classes" in known[1] else joined
 
 
-def _known(key, value):
+def _label_text(key: str, value: Any) -> str:
     return " ".join(VOC_CLASSES[index] for index in value) or "none" if key == "classes" else str(value)
 
 
-def _images_of(folder):
+def _images_of(folder: str | Path) -> list[Path]:
     inside = Path(folder) / "images"
     return list_images(inside if inside.is_dir() else folder)
 
 
-def _stems(path):
+def _stems(path: Path) -> set[str]:
     return {image.stem for image in _images_of(path)} if _has_images(path) else set()
 
 
-def _has_images(path):
+def _has_images(path: Path) -> bool:
+    """Whether there are photographs in the folder or in its images/."""
     try:
         return bool(_images_of(path))
     except InputError:
         return False
 
 
-def _holds_images(folder):
-    """Whether photographs lie in the folder itself."""
+def _holds_images(folder: Path) -> bool:
+    """Whether there are photographs in the folder itself."""
     try:
         return bool(list_images(folder))
     except InputError:

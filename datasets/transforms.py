@@ -1,5 +1,7 @@
 """Photographs as network inputs: resizing, tensors, Canny edges (Sec. 3.2.1, 4.1)."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import torch
@@ -8,18 +10,21 @@ from datasets.images import read_image
 from utils.cli import InputError
 
 
-def load_square(path, size):
-    """The photograph at ``path`` as uint8 RGB [size,size,3], the aspect ratio given up as in the paper (Sec. 4.1)."""
+def load_square(path: str | Path, size: int) -> np.ndarray:
+    """The photograph at ``path`` as uint8 RGB [size,size,3]; the aspect ratio is not kept (Sec. 4.1).
+
+    Raises InputError as ``datasets.images.read_image`` does.
+    """
     return resize(read_image(path), size)
 
 
-def resize(array, size):
-    """[H,W] or [H,W,C] to [size,size] by area averaging when shrinking, bilinearly when growing."""
+def resize(array: np.ndarray, size: int) -> np.ndarray:
+    """[H,W] or [H,W,C] to [size,size] or [size,size,C], by area averaging when a side shrinks, else bilinearly."""
     shrinks = array.shape[0] > size or array.shape[1] > size
     return cv2.resize(array, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def to_tensor(image):
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 RGB [H,W,3] -> float32 RGB [3,H,W] in 0..1."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
 
@@ -27,8 +32,8 @@ def to_tensor(image):
 LARGEST_GRADIENT = 2040  # |dx| + |dy| of cv2.Canny's Sobel filters
 
 
-def parse_canny(text):
-    """``auto``, ``none``, ``only`` or ``LOW,HIGH`` as the value of --canny; InputError for anything else."""
+def parse_canny(text: str) -> str:
+    """A value of --canny in its normal form: ``auto``, ``none``, ``only`` or ``LOW,HIGH``; InputError for others."""
     if text in ("auto", "none", "only"):
         return text
     try:
@@ -43,11 +48,12 @@ def parse_canny(text):
     return f"{low:g},{high:g}"
 
 
-def canny_edges(image, mode="auto"):
-    """Canny edge map of a photograph at the network's input size (Table 4, Table 5).
+def canny_edges(image: np.ndarray, mode: str = "auto") -> np.ndarray:
+    """Canny edge map of a photograph at the network's input size (Sec. 3.2.1, Table 4, Table 5).
 
-    image: uint8 RGB [H,W,3]. mode: "auto" (and "only") takes (1 -/+ 0.33) x the median of the grey image,
-    clipped to 0..255; "LOW,HIGH" takes these; "none" gives no edges. Returns float32 [H,W] of 0 and 1.
+    image: uint8 RGB [H,W,3]. mode: with "auto" (and "only") the two thresholds are (1 -/+ 0.33) x the median of the
+    grey image, clipped to 0..255 [ours]; "LOW,HIGH" gives them; "none" gives no edges.
+    Returns float32 [H,W] of 0 and 1.
     """
     if mode == "none":
         return np.zeros(image.shape[:2], np.float32)
@@ -59,7 +65,8 @@ def canny_edges(image, mode="auto"):
     return (cv2.Canny(grey, low, high) > 0).astype(np.float32)
 
 
-def network_input(image, canny, device):
-    """One square photograph as the networks take it: uint8 RGB [S,S,3] -> ([1,3,S,S] in 0..1, edges [1,1,S,S])."""
+def network_input(image: np.ndarray, canny: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One square photograph as network input: uint8 RGB [S,S,3] -> (float32 [1,3,S,S] in 0..1, edges [1,1,S,S] of 0 and
+    1), both on ``device``. canny: as the mode of ``canny_edges``."""
     edges = torch.from_numpy(canny_edges(image, canny))
     return to_tensor(image)[None].to(device), edges[None, None].to(device)

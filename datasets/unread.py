@@ -1,18 +1,21 @@
-"""Label files that no reader looks at, so that they can be named: those of other tools, and those beside a folder."""
+"""Label files in formats that are not supported, for a warning that names them."""
 
-BESIDE = ("labels", "label", "annotations", "Annotations", "ann", "json", "xml")  # where tools put labels
-TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")  # that may hold labels
+from collections.abc import Collection
+from pathlib import Path
+
+BESIDE = ("labels", "label", "annotations", "Annotations", "ann", "json", "xml")  # folders in which tools put labels
+LABEL_SUFFIXES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")
 
 
-def unread_labels(path, stems):
-    """[a sentence] on the label files in ``path`` and where tools put them for the photographs there; [] without any.
+def unread_labels(path: Path, stems: Collection[str]) -> list[str]:
+    """[a message] about the label files in and around the folder ``path``; [] without any.
 
-    stems: those of the photographs, whose labels may be a .txt of the same name.
+    stems: of the photographs, whose labels may be .txt files of the same name.
     """
     named = {*stems, "labels", "annotations", "classes"}
 
-    def may_hold_labels(file):
-        table = file.suffix.lower() in TABLES and file.name != "predictions.json"  # which infer.py writes
+    def may_hold_labels(file: Path) -> bool:
+        table = file.suffix.lower() in LABEL_SUFFIXES and file.name != "predictions.json"  # written by infer.py
         return table or (file.suffix.lower() == ".txt" and file.stem in named)
 
     folders = [path, *(path / name for name in ("images", *BESIDE))]
@@ -33,12 +36,12 @@ def unread_labels(path, stems):
     ]
 
 
-def folders_in(path):
-    """The folders in ``path``, sorted, without hidden ones; [] when it is none."""
-    found = path.iterdir() if path.is_dir() else ()
+def folders_in(path: Path) -> list[Path]:
+    """The folders in ``path``, sorted, without hidden ones; [] when it is no folder."""
+    found = path.iterdir() if path.is_dir() else iter(())
     return sorted(inside for inside in found if inside.is_dir() and not inside.name.startswith("."))
 
 
-def files_in(path):
-    """What lies in the folder ``path``, sorted, without hidden ones; [] when it is none."""
+def files_in(path: Path) -> list[Path]:
+    """The entries of ``path``, sorted, without hidden ones; [] when it is no folder."""
     return sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else []

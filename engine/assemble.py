@@ -74,7 +74,7 @@ def assemble(run: Run) -> None:
 
 def _saliency_of_labels(run: Run) -> Path | None:
     """The file of the saliency branch that PTS trained on the pseudo labels of this run; None for other labels."""
-    made = provenance.recorded(run.labels)
+    made = provenance.read_record(run.labels)
     name = made["settings"].get("saliency_branch") if made else None
     return run.labels / name if name else None
 
@@ -83,6 +83,6 @@ def _record(run: Run, saved: dict[str, dict]) -> dict[str, object]:
     """What the network was trained with: the name of the preset, and the settings of every stage."""
     record: dict[str, object] = {"preset": saved["branches"].get("preset", "")}
     for stage, folder in (("cam", run.labels.parent / "cam"), ("labels", run.labels)):
-        if made := provenance.recorded(folder):
+        if made := provenance.read_record(folder):
             record[stage] = made["settings"]
     return record | {stage: part.get("settings", {}) for stage, part in saved.items()}

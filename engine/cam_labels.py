@@ -13,7 +13,7 @@ import numpy as np
 import torch.nn.functional as F
 
 from datasets.labels import IGNORE, Sample
-from datasets.training import TrainingImages, pseudo_maps_can_be_made, with_classes
+from datasets.training import TrainingImages, select_cam_samples, supports_cam
 from datasets.transforms import load_square, resize, to_tensor
 from engine import tensorboard
 from engine.config import settings_of
@@ -22,7 +22,7 @@ from engine.run import START, Run, run_stage
 from engine.trainer import Batch
 from models.backbones import load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
-from utils import checkpoint, digest, distributed, provenance
+from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
@@ -70,7 +70,7 @@ def train_classifier(run: Run, samples: list[Sample]) -> None:
         config.schedule,
         config=config,
         settings=settings_of(config),
-        inputs=lambda: provenance.inputs_of(samples, "classes") | {START: start},
+        inputs=lambda: provenance.digest_inputs(samples, "classes") | {START: start},
         show=partial(
             tensorboard.show_cams,
             samples=samples[:8],
@@ -89,7 +89,7 @@ def make_labels(run: Run, samples: list[Sample]) -> None:
     """
     size, config, folder = run.preset.cam.size, run.preset.labels, make_folder(run.labels)
     model = finished_classifier(run)
-    distributed.from_first(_bind_labels, run, samples)
+    distributed.run_on_main(_bind_labels, run, samples)
     model.to(run.device).eval()
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
@@ -129,7 +129,7 @@ def _bind_labels(run: Run, samples: list[Sample]) -> None:
     """Bind the folder of the pseudo labels to the classifier and, one by one, to the photographs."""
     cam = run.preset.cam
     settings = settings_of(run.preset.labels, backbone=cam.backbone, output_stride=cam.output_stride, size=cam.size)
-    photographs = provenance.photographs(samples, "classes")  # noted one by one: more can be added
+    photographs = provenance.describe_photographs(samples, "classes")  # noted one by one: more can be added
     finished = partial(is_done, run.labels)
     provenance.bind(run.labels, settings, _classifier_input(run), photographs, finished)
 
@@ -143,7 +143,7 @@ def require_labels(run: Run, samples: list[Sample]) -> Path:
     remedy = "run the command that made the others once more" if run.pseudo_labels else "run --stage labels first"
     require(run.labels, samples, remedy)
     own = not run.pseudo_labels and classifier_file(run).exists()
-    distributed.from_first(provenance.check, run.labels, _classifier_input(run) if own else {}, samples)
+    distributed.run_on_main(provenance.check_unchanged, run.labels, _classifier_input(run) if own else {}, samples)
     return run.labels
 
 
@@ -153,18 +153,17 @@ def usable_samples(run: Run) -> list[Sample]:
     Prints how many others there are. InputError when no sample is left.
     """
     if not run.pseudo_labels:
-        samples = with_classes(run.samples)
+        samples = select_cam_samples(run.samples)
     else:  # one with classes but without labels stays: require_labels names it
         folder = run.pseudo_labels
         samples = [
             sample
             for sample in run.samples
-            if is_done(folder, sample.stem)
-            or (pseudo_maps_can_be_made(sample) and not is_without_instances(folder, sample.stem))
+            if is_done(folder, sample.stem) or (supports_cam(sample) and not is_without_instances(folder, sample.stem))
         ]
         if not samples:
             raise InputError(f"{folder} has pseudo labels of no photograph in --data; check both")
-    if len(samples) < len(run.samples) and distributed.is_first():
+    if len(samples) < len(run.samples) and distributed.is_main():
         why = f"no pseudo labels in {run.pseudo_labels}" if run.pseudo_labels else "their classes are not known"
         print(f"{len(run.samples) - len(samples)} of {len(run.samples)} photographs are left out: {why}")
     return samples
@@ -255,5 +254,5 @@ def write_pseudo_labels(
     saliency = saliency_mask(image, cams, thresholds, use_crf)
     # The class labels come first: is_done checks both, so a kill in between only repeats this photograph.
     labels = class_labels(image, cams, classes, thresholds)
-    checkpoint.save_png(labels, Path(folder) / "classes" / f"{sample.stem}.png")
-    checkpoint.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{sample.stem}.png")
+    files.save_png(labels, Path(folder) / "classes" / f"{sample.stem}.png")
+    files.save_png(np.round(saliency * 255).astype(np.uint8), Path(folder) / "saliency" / f"{sample.stem}.png")

@@ -1,6 +1,6 @@
 """Measuring methods on one ground truth: predictions from files, or a Predictor of this repository."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from datasets.labels import Mask, Report
 from datasets.masks import list_masks, prediction_records, read_saliency_mask
 from engine import bootstrap
 from engine.metrics import ImageResult, SaliencyMetrics, match_instances, summarize, without_nan
 from engine.perturbations import Perturbation
-from engine.predictions import InstanceMask, Load, Scored, check_size, group_records, open_predictions
+from engine.predictions import Load, Scored, check_size, group_records, open_predictions
 from utils.cli import InputError
 
 if TYPE_CHECKING:
     from engine.predictor import Prediction, Predictor
 
-Report = Callable[[InputError], Any]  # gets the error of each image that is left out
-GroundTruth = Mapping[str, InstanceMask]  # {stem: mask}
+GroundTruth = Mapping[str, Mask]  # {stem: mask}
 
 
 @dataclass
@@ -45,7 +45,7 @@ def measure_files(
     """Measure the predictions at ``paths``, {name of the row: a path that ``open_predictions`` takes}.
 
     saliency_dir: the folder of the first method's saliency maps, one for each mask, or None. An image that cannot be
-    measured for one method is left out of all, so that rows stay comparable.
+    measured for one method is left out of all, so that rows stay comparable; ``report`` gets its error.
     """
     maps = maps_for(gt_masks, saliency_dir) if saliency_dir else {}
     methods = [Method(name, open_predictions(path, gt_masks)) for name, path in paths.items()]
@@ -115,7 +115,7 @@ def _run(
         measured = {}
         for ending, (masks, scores) in hypotheses_of(prediction).items():
             masks = np.asarray(masks)[..., ::step]
-            records = prediction_records(path.stem, masks, scores)
+            records = prediction_records(path.stem, masks, np.asarray(scores))
             measured[ending] = match_instances(masks, scores, gt), records
         return path.stem, gt, (measured, prediction.saliency[:, ::step])
 

@@ -58,9 +58,9 @@ def train_count_net(run: Run, samples: list[Sample]) -> None:
         config.schedule,
         config=config,
         settings=settings,
-        inputs=lambda: provenance.inputs_of(samples, "count") | {START: digest.of_state(net.state_dict())},
+        inputs=lambda: provenance.digest_inputs(samples, "count") | {START: digest.of_state(net.state_dict())},
     )
-    if distributed.is_first():
+    if distributed.is_main():
         saved = checkpoint.load(trained)
         model.load_state_dict(saved["model"])
         _save(run, with_parts(net, count_net=model), "count", saved["settings"])
@@ -72,7 +72,7 @@ def fit_saliency_prior(run: Run, samples: list[Sample]) -> None:
 
     The photographs need no labels. Both together become OUT/weights.pt.
     """
-    if not distributed.is_first():  # one pass over the photographs, in one process
+    if not distributed.is_main():  # one pass over the photographs, in one process
         return
     net, config = _start_of(run).to(run.device), run.preset.saliency_prior
     if not config:
@@ -88,7 +88,7 @@ def fit_saliency_prior(run: Run, samples: list[Sample]) -> None:
     }
     inputs = {START: digest.of_state(net.state_dict()), "the backbone": digest.of_state(model.backbone.state_dict())}
     folder = make_folder(run.out / "saliency-prior")
-    provenance.bind(folder, settings, inputs | provenance.inputs_of(samples))
+    provenance.bind(folder, settings, inputs | provenance.digest_inputs(samples))
     model.weights.copy_(torch.tensor(config.prior_weights))
     model.to(run.device).eval()
     cells = max(1, min(CELLS, MOST_CELLS // len(samples)))

@@ -15,7 +15,8 @@ def settings_of(run: Path) -> dict[str, bool | int | float | str]:
     found: dict[str, bool | int | float | str] = {}
     for path in (*sorted(run.glob("*/config.json")), *run.glob("pts/r1/config.json")):
         stage = path.relative_to(run).parts[0]
-        for name, value in provenance.recorded(path.parent)["settings"].items():
+        record = provenance.read_record(path.parent)
+        for name, value in record["settings"].items() if record else ():
             found[f"{stage}/{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
     if not found:
         raise InputError(f"{run} holds no settings of a training; name the --out of a run")

@@ -74,8 +74,8 @@ def add_fusion_option(group: Group, text: str) -> None:
     group.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help=text)
 
 
-def add_machine_options(parser: Parser) -> None:
-    """The options of a Machine, and --seed."""
+def add_machine_options(parser: Parser, several_seeds: bool = False) -> None:
+    """The options of a Machine, and --seed; or, with ``several_seeds``, --seeds."""
     group = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N SCRIPT ...")
     default = Machine()
 
@@ -91,7 +91,10 @@ def add_machine_options(parser: Parser) -> None:
         "--deterministic", action="store_true", help="on a GPU too, the same weights every time, as far as PyTorch can"
     )
     add("--save-seconds", "save_seconds", "time between two checkpoints")
-    group.add_argument("--seed", type=LIMITS["seed"], default=0, help="of everything random")
+    if several_seeds:
+        group.add_argument("--seeds", type=LIMITS["seed"], nargs="+", default=[0], help="of a training each")
+    else:
+        group.add_argument("--seed", type=LIMITS["seed"], default=0, help="of everything random")
 
 
 def machine_of(args: argparse.Namespace) -> Machine:

@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from datasets.images import SUFFIXES
+from datasets.labels import Mask
+from datasets.listing import SUFFIXES
 from datasets.masks import VOID, decode_polygons, decode_rle, is_coloured, list_masks, read_instance_mask
 from utils.cli import InputError
 
@@ -32,14 +33,7 @@ Instance = tuple[Callable[[Shape], np.ndarray], float]  # a function that decode
 Scores = dict[str, dict[int | None, float]]  # of a scores.csv: {file: {label: score}}, None without the column label
 
 
-class InstanceMask(Protocol):
-    """The ground truth of an image, as in datasets.labels.Sample; those of a COCO file also have an image_id."""
-
-    def read(self) -> np.ndarray:
-        """uint8 [H,W]: 0 background, 1..254 instances, 255 void."""
-
-
-def open_predictions(path: Path | str, gt_masks: Mapping[str, InstanceMask]) -> dict[str, Load]:
+def open_predictions(path: Path | str, gt_masks: Mapping[str, Mask]) -> dict[str, Load]:
     """Open the predictions of one method for the images of ``gt_masks``, {stem: ground-truth mask}.
 
     Returns {stem: load} of the images that have predictions. load(shape) returns (masks, scores) for an image of
@@ -68,7 +62,7 @@ def group_records(
     records: Iterable[Any],
     source: Path | str | None,
     images: Mapping[Any, dict[str, Any]],
-    gt_masks: Mapping[str, InstanceMask],
+    gt_masks: Mapping[str, Mask],
 ) -> dict[str, Load]:
     """``open_predictions`` for a list of COCO result records; ``source`` names them in messages.
 
@@ -185,7 +179,7 @@ def _stems_of(
     image_ids: Iterable[Any],
     source: Path | str | None,
     images: Mapping[Any, dict[str, Any]],
-    gt_masks: Mapping[str, InstanceMask],
+    gt_masks: Mapping[str, Mask],
 ) -> dict[Any, str | None]:
     """{image_id: stem, or None for an image without ground truth} by the rules of ``group_records``.
 
@@ -281,7 +275,7 @@ def _read_rows(reader: csv.DictReader, table: Path, files: Mapping[str, Path]) -
 
 
 def _group_masks(
-    files: Mapping[str, Path], scores: Scores, table: Path, gt_masks: Mapping[str, InstanceMask]
+    files: Mapping[str, Path], scores: Scores, table: Path, gt_masks: Mapping[str, Mask]
 ) -> dict[str, Load]:
     for name, file in files.items():
         if name not in scores:
@@ -301,7 +295,7 @@ def _group_label_maps(
     files: Mapping[str, Path],
     scores: Scores | None,
     table: Path | None,
-    gt_masks: Mapping[str, InstanceMask],
+    gt_masks: Mapping[str, Mask],
 ) -> dict[str, Load]:
     found: dict[str, Load] = {}
     for name, file in files.items():

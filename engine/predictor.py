@@ -361,7 +361,7 @@ def process(
             return _too_large(path)
 
     ahead = batch_size + workers  # a whole batch is loaded while the network computes the one before
-    return map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)
+    yield from map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)
 
 
 def _too_large(path: Path) -> InputError:

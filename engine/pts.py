@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.labels import Sample
-from datasets.training import TrainingImages, read_classes, read_map
+from datasets.training import TrainingImages, read_label_map
 from datasets.transforms import load_square, network_input, resize
 from engine import cam_labels, tensorboard
 from engine.config import PtsConfig, settings_of
@@ -22,7 +22,7 @@ from engine.stages import saliency_losses
 from engine.trainer import train
 from models.count_head import expected_count
 from models.wsid_net import WSIDNet, read_weights, save_weights
-from utils import checkpoint, digest, distributed, provenance
+from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
 from utils.parallel import WorkerPool
 from utils.progress import tqdm
@@ -45,12 +45,12 @@ def progressive_training(run: Run) -> None:
     net, start_digest = read_weights(start, run.device)
     net.config = replace(net.config, size=config.size or net.config.size)
     others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
-    inputs = distributed.from_first(_inputs, run, digest.of_state(others))
+    inputs = distributed.run_on_main(_inputs, run, digest.of_state(others))
     previous = _clone(net.saliency.state_dict())
-    with checkpoint.alone(make_folder(run.out / "pts")) if distributed.is_first() else nullcontext():
+    with files.lock_folder(make_folder(run.out / "pts")) if distributed.is_main() else nullcontext():
         for r in range(1, config.iterations + 1):
             folder = make_folder(run.out / "pts" / f"r{r}")
-            distributed.from_first(_bind, run, net, inputs, previous, folder)
+            distributed.run_on_main(_bind, run, net, inputs, previous, folder)
             labelled = make_labels(run, net, folder)  # of a finished iteration too: labels that were deleted
             finished = folder / "weights.pt"
             if finished.exists():
@@ -59,15 +59,15 @@ def progressive_training(run: Run) -> None:
                 if config.schedule.epochs:
                     train_iteration(run, net, labelled, folder, r)
                 current = refresh(previous, net.saliency.state_dict(), r)
-                if distributed.is_first():
+                if distributed.is_main():
                     checkpoint.save({"model": current, "config": asdict(net.config)}, finished)
-                distributed.wait_for_all()
+                distributed.barrier()
             net.saliency.load_state_dict(current)
             previous = _clone(current)
     net.training_record = net.training_record | {"pts": settings_of(config, seed=run.seed, preset=run.preset.name)}
     note = f"train_pts.py, {config.iterations} iterations"
-    distributed.from_first(save_weights, net, run.out / "weights_pts.pt", note, start_digest)
-    if distributed.is_first():
+    distributed.run_on_main(save_weights, net, run.out / "weights_pts.pt", note, start_digest)
+    if distributed.is_main():
         print(f"the network is in {run.out / 'weights_pts.pt'}; try it: python infer.py --img samples")
 
 
@@ -88,7 +88,7 @@ def refresh(previous: Mapping[str, Tensor], current: Mapping[str, Tensor], itera
 
 def require_unrefined(labels: Path) -> None:
     """InputError when the pseudo masks in the folder ``labels`` are recorded as refined by the CRF."""
-    made = provenance.recorded(labels)
+    made = provenance.read_record(labels)
     if made and made["settings"].get("crf", False):
         raise InputError(
             f"the CRF has refined the masks in {labels}; --logit-weights needs those of --stage labels --no-crf"
@@ -103,9 +103,9 @@ def _inputs(run: Run, network: str) -> dict[str, str]:
     """The digests of what all iterations read: photographs, initial pseudo labels, and the ``network`` but for S."""
     labelled = [sample for sample in run.samples if sample.classes]
     cam_labels.require(run.labels, labelled, "run train_branches.py --stage labels on those with classes")
-    provenance.check(run.labels, {}, labelled)
+    provenance.check_unchanged(run.labels, {}, labelled)
     initial = cam_labels.inputs(run.labels, labelled, "saliency", "classes")
-    return provenance.inputs_of(run.samples, "classes", "count") | {
+    return provenance.digest_inputs(run.samples, "classes", "count") | {
         "an initial pseudo label": digest.of_value(initial),
         "the network": network,
     }
@@ -117,7 +117,7 @@ def _bind(run: Run, net: WSIDNet, inputs: dict[str, str], saliency: State, folde
     del settings["iterations"]  # more of them may be added
     start = {"the saliency branch that the iteration starts from": digest.of_state(saliency)}
     provenance.bind(folder, settings, inputs | start)
-    photographs = provenance.photographs(run.samples, "classes", "count")
+    photographs = provenance.describe_photographs(run.samples, "classes", "count")
     # The saliency branch that is trained on these labels, for a network whose branches are trained on them.
     provenance.bind(make_folder(folder / "labels"), {"saliency_branch": "../weights.pt"}, photographs=photographs)
 
@@ -144,12 +144,12 @@ def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
             count = int(expected_count(output.count_probs[0]))
             initial = run.labels if sample.classes else None
             pool.submit(write_label, labels, sample, square, maps, count, run.preset.pts, initial)
-    distributed.wait_for_all()
+    distributed.barrier()
     # Photographs without an instance have a <stem>.none, so that a run that was stopped does not repeat them.
     found = [sample for sample in run.samples if not (labels / "saliency" / f"{sample.stem}.none").exists()]
     if not found:
         raise InputError(f"the network finds no salient instance in any photograph; train the run {run.out} longer")
-    if distributed.is_first():
+    if distributed.is_main():
         print(f"{folder.name}: {len(found)} of {len(run.samples)} photographs show salient instances")
     return found
 
@@ -183,8 +183,8 @@ def write_label(
     size, png = image.shape[0], f"{sample.stem}.png"
     mask = classes = instances = None
     if initial:
-        mask = resize(read_map(initial / "saliency" / png), size) / 255
-        classes = read_classes(initial / "classes" / png, size)
+        mask = resize(read_label_map(initial / "saliency" / png), size) / 255
+        classes = read_label_map(initial / "classes" / png, size)
     by_class = config.by_class and len(sample.classes or ()) > 1
     label = pseudo_mask(
         image,
@@ -205,11 +205,11 @@ def write_label(
         if by_class or instances is not None:
             classes = instances
         if classes is not None:
-            checkpoint.save_png(classes, labels / "classes" / png)
+            files.save_png(classes, labels / "classes" / png)
         else:
             (labels / "classes" / f"{sample.stem}.none").touch()
     if label is not None:
-        checkpoint.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
+        files.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 
 
 def train_iteration(run: Run, net: WSIDNet, samples: list[Sample], folder: Path, r: int) -> None:
@@ -221,7 +221,7 @@ def train_iteration(run: Run, net: WSIDNet, samples: list[Sample], folder: Path,
     show = partial(
         tensorboard.show_saliency, samples=samples[:8], size=size, device=run.device, labels=folder / "labels"
     )
-    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
+    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
         train(
             net.saliency,
             dataset,

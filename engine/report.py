@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
-from datasets.labels import fail
+from datasets.labels import Mask, Report, raise_or_warn
 from datasets.masks import VOID
 from engine.bootstrap import DRAWS
 from engine.evaluation import Method
 from engine.metrics import RECALLS, ImageResult, average_precision, pooled_precision
-from engine.predictions import InstanceMask, check_size
+from engine.predictions import check_size
 from utils.cli import InputError
 
 SHOWN = 10  # images at either end of the ranking
@@ -155,10 +155,10 @@ def _number(value: float | None) -> str:
 def format_page(
     methods: Sequence[Method],
     summaries: Mapping[str, Summary],
-    gt_masks: Mapping[str, InstanceMask],
+    gt_masks: Mapping[str, Mask],
     photographs: Mapping[str, Path],
     threshold: float = 0.0,
-    report: Callable[[InputError], Any] = fail,
+    report: Report = raise_or_warn,
 ) -> str:
     """The whole evaluation as one HTML page.
 
@@ -265,9 +265,7 @@ def _curves(methods: Sequence[Method]) -> str:
     return f'<svg class="curves" {box}>\n' + "\n".join(marks) + f"\n</svg>\n<ul>{''.join(legend)}</ul>"
 
 
-def _photograph(
-    path: Path | None, shape: tuple[int, ...], size: tuple[int, int], report: Callable[[InputError], Any]
-) -> np.ndarray:
+def _photograph(path: Path | None, shape: tuple[int, ...], size: tuple[int, int], report: Report) -> np.ndarray:
     """uint8 RGB of ``size`` (W, H): the photograph at ``path``, if it is of ``shape`` (H, W), else grey."""
     try:
         if path is not None:
@@ -282,10 +280,10 @@ def _photograph(
 def _image_row(
     stem: str,
     methods: Sequence[Method],
-    gt_mask: InstanceMask,
+    gt_mask: Mask,
     photograph: Path | None,
     threshold: float,
-    report: Callable[[InputError], Any],
+    report: Report,
 ) -> str:
     gt = gt_mask.read()
     height, width = gt.shape

@@ -14,7 +14,7 @@ import numpy as np
 from datasets.masks import prediction_records
 from engine import visualize
 from models import MAX_INSTANCES
-from utils import checkpoint, digest
+from utils import digest, files
 from utils.cli import InputError
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Results:
             # that a killed process left incomplete.
             file.write(b"\n" + json.dumps(entry).encode())
         except OSError as error:
-            raise checkpoint.cannot_write(self.journal, error) from error
+            raise files.write_error(self.journal, error) from error
         return self.pictures(path.stem)
 
     def save(self, paths: Sequence[Path] = ()) -> Path | None:
@@ -156,7 +156,7 @@ class Results:
                 records = [record | {"image_id": ids[record["image_id"]]} for record in records]
             file.write((json.dumps(records, indent=1) + "\n").encode())
 
-        checkpoint.replace(self.folder / "predictions.json", write)
+        files.write_atomically(self.folder / "predictions.json", write)
         return self.folder / "predictions.json"
 
     def _made_from(self, path: Path) -> list[list[int]] | None:
@@ -182,7 +182,7 @@ class Results:
                             other.unlink(missing_ok=True)
                     self.file = open(self.journal, "ab", buffering=0)
                 except OSError as error:
-                    raise checkpoint.cannot_write(self.journal, error) from error
+                    raise files.write_error(self.journal, error) from error
             return self.file
 
 
@@ -194,9 +194,9 @@ def write_results(pictures: Sequence[Path], stem: str, image: np.ndarray, predic
     for path in pictures:
         kind = path.stem.rpartition("_")[2]
         if kind == "instances":
-            checkpoint.save_labels(label_map(prediction.masks), path)
+            files.save_label_png(label_map(prediction.masks), path)
         else:
-            checkpoint.save_png(draw(kind, image, prediction), path)
+            files.save_png(draw(kind, image, prediction), path)
     return prediction_records(stem, prediction.masks, prediction.scores)
 
 

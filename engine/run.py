@@ -80,12 +80,12 @@ def run_stage(
     """
     folder = make_folder(run.out / stage)
     resolved = settings_of(schedule, seed=run.seed) | dict(settings)
-    distributed.from_first(lambda: provenance.bind(folder, resolved, inputs()))
+    distributed.run_on_main(lambda: provenance.bind(folder, resolved, inputs()))
     if (folder / "weights.pt").exists():
-        if distributed.is_first():
+        if distributed.is_main():
             print(f"{stage}: already trained")
         return
-    with SummaryWriter(folder) if distributed.is_first() else nullcontext() as writer:
+    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
         train(
             model.to(run.device),
             dataset,
@@ -99,7 +99,7 @@ def run_stage(
             show=show,
             name=stage,
         )
-    if distributed.is_first():
+    if distributed.is_main():
         if finish:
             finish()
         saved = {"config": asdict(config), "preset": run.preset.name, "settings": resolved}

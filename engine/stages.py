@@ -25,7 +25,7 @@ from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.count_head import CountHead
 from models.grouping import split_labels_by_count
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, divisors, subitizing_loss
-from utils import checkpoint, digest, distributed, provenance
+from utils import digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
 from utils.progress import tqdm
 
@@ -50,11 +50,11 @@ def run_stages(run: Run, names: Sequence[str]) -> None:
     for name in names:
         torch.manual_seed(run.seed)  # new layers start the same whether earlier stages were run before or now
         folder = make_folder(run.out / name)
-        with checkpoint.alone(folder) if distributed.is_first() else nullcontext():
+        with files.lock_folder(folder) if distributed.is_main() else nullcontext():
             STAGES[name].train(run, samples[STAGES[name].samples])
-        distributed.wait_for_all()
+        distributed.barrier()
     if "branches" in names or "saliency" in names:
-        distributed.from_first(assemble, run)
+        distributed.run_on_main(assemble, run)
 
 
 def uses_counts(run: Run) -> bool:
@@ -160,9 +160,9 @@ def train_branches(run: Run, samples: list[Sample]) -> None:
         return terms
 
     def inputs() -> dict[str, str]:
-        found = provenance.inputs_of(samples, "count") | cam_labels.inputs(labels, samples, "classes", "saliency")
+        found = provenance.digest_inputs(samples, "count") | cam_labels.inputs(labels, samples, "classes", "saliency")
         if model.count_head:  # it is fitted to photographs without pseudo labels too
-            counted = provenance.photographs(samples_with_count(run), "count")
+            counted = provenance.describe_photographs(samples_with_count(run), "count")
             found["a photograph that the count head is fitted to"] = digest.of_value(counted)
         return found | {START: start}
 
@@ -236,7 +236,7 @@ def train_saliency(run: Run, samples: list[Sample]) -> None:
     dataset = TrainingImages(samples, network.size, crop=0.7, jitter=0.2, maps=maps, seed=run.seed)
 
     def inputs() -> dict[str, str]:
-        return provenance.inputs_of(samples) | cam_labels.inputs(labels, samples, "saliency") | {START: start}
+        return provenance.digest_inputs(samples) | cam_labels.inputs(labels, samples, "saliency") | {START: start}
 
     run_stage(
         run,

@@ -9,7 +9,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.labels import Sample
-from datasets.training import read_map
+from datasets.training import read_label_map
 from datasets.transforms import load_square, network_input, to_tensor
 from engine.visualize import colour_wheel, grey, heat, instance_colours, mark
 from models.branches import BoundaryCentroidNet, SaliencyNet
@@ -71,7 +71,7 @@ def show_branches(
         output = model(*network_input(image, canny, device))
         boundary, offsets = output.boundary[0, 0].cpu().numpy(), output.offsets[0]
         wheel, points = _shrink(colour_wheel(offsets.cpu().numpy())), find_clusters(offsets)[1]
-        classes = read_map(labels / "classes" / f"{sample.stem}.png")
+        classes = read_label_map(labels / "classes" / f"{sample.stem}.png")
         tints = instance_colours(256)
         tints[0], tints[255] = 0, 255
         wheel = mark(wheel, points * wheel.shape[0] / offsets.shape[1])
@@ -97,6 +97,6 @@ def show_saliency(
     for sample in samples:
         image = load_square(sample.path, size)
         saliency = model(to_tensor(image)[None].to(device))[0, 0].cpu().numpy()
-        mask = read_map(labels / "saliency" / f"{sample.stem}.png") / 255
+        mask = read_label_map(labels / "saliency" / f"{sample.stem}.png") / 255
         rows.append([_shrink(image), grey(_shrink(mask)), grey(_shrink(saliency))])
     _add_rows(writer, "saliency", rows, step)

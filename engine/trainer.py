@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.loader import ResumableSampler, training_loader
 from engine.config import Machine, Schedule
 from utils import checkpoint, distributed
-from utils.cli import InputError, Stopped, stop_signal
+from utils.cli import InputError, Stopped, sigterm_event
 from utils.progress import tqdm
 
 try:
@@ -41,8 +41,8 @@ def prepare_machine(machine: Machine, seed: int, batch_sizes: Iterable[int]) -> 
 
     batch_sizes: of the stages that will run. InputError when one cannot be divided among the processes and parts.
     """
-    device = distributed.start(machine.gpu)
-    images = min(distributed.share_of_batch(size) for size in batch_sizes)
+    device = distributed.init(machine.gpu)
+    images = min(distributed.local_batch_size(size) for size in batch_sizes)
     if machine.accumulate > images:
         raise InputError(f"--accumulate {machine.accumulate} asks for more parts than images; give 1 to {images}")
     if machine.deterministic:
@@ -130,7 +130,7 @@ def train(
 
     def save(step: int) -> None:
         """InputError for a state that is not finite; the checkpoint before stays, as it does where writing fails."""
-        if distributed.is_first():
+        if distributed.is_main():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             if not checkpoint.is_finite(state):
                 raise InputError(f"{name}: the weights are not finite after iteration {step - 1}; {remedy}")
@@ -141,7 +141,7 @@ def train(
         for part in model.children():
             part.compile()
     step_of: nn.Module = _Step(model, losses, device, machine.amp)
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         # The branches do not use the backbone's last convolution, which the classifier does.
         step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
     loader = training_loader(
@@ -152,17 +152,17 @@ def train(
         start=start,
         pin=device.type == "cuda",
     )
-    steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_first())
+    steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_main())
     saved_at = logged_at = time.monotonic()
-    with stop_signal() as stopped, loader as batches:
+    with sigterm_event() as stopped, loader as batches:
         for step in steps:
-            with distributed.together():
+            with distributed.raise_in_all():
                 batch = next(batches)
                 if step > start and time.monotonic() - saved_at > machine.save_seconds:
                     save(step)
                     saved_at = time.monotonic()
             if distributed.any_rank(stopped.is_set()):
-                with distributed.together():
+                with distributed.raise_in_all():
                     save(step)
                 raise Stopped
             rate = schedule.lr * (1 - step / total) ** GAMMA
@@ -192,7 +192,7 @@ def train(
                 with torch.no_grad():
                     show(model, writer, step + 1)
                 model.train()
-        with distributed.together():
+        with distributed.raise_in_all():
             save(total)
     model.eval()
 
@@ -213,7 +213,7 @@ def _backward(
     shared: Batch = {}
     total: Batch = {}
     if "divisors" in batch:
-        shared["divisors"] = distributed.mean_over_processes(batch.pop("divisors").mean(0))
+        shared["divisors"] = distributed.all_reduce_mean(batch.pop("divisors").mean(0))
     images = len(batch["image"])
     try:
         for values in zip(*(value.tensor_split(parts) for value in batch.values()), strict=True):
@@ -223,7 +223,7 @@ def _backward(
             sum(weights.get(key, 1.0) * term for key, term in terms.items()).backward()  # type: ignore[union-attr]
             for key, term in terms.items():
                 total[key] = total.get(key, 0.0) + term.detach()
-        means = distributed.mean_over_processes(torch.stack([*total.values()]).float())
+        means = distributed.all_reduce_mean(torch.stack([*total.values()]).float())
         gradients = [parameter.grad for parameter in step_of.parameters() if parameter.grad is not None]
         norm, *means = torch.cat((torch.nn.utils.get_total_norm(gradients)[None], means)).tolist()
     except RuntimeError as error:

@@ -1,13 +1,15 @@
-"""Where instances are lost: the network's answers replaced by the truth, one after another.
+"""Oracle study: the network's outputs are replaced by the ground truth, one after another.
 
     python -m experiments.oracle_study --data data/val --gpu -1
-    python -m experiments.oracle_study --weights runs/mine/weights_pts.pt --data data/val
+    python -m experiments.oracle_study --weights runs/mine/weights.pt --data data/val --fusion grouping=count
 
-A row that gains much names a stage that limits. S is the saliency, B the boundary, V the offsets, T the number of
-objects; what is missing with all four true is the fusion's and the grid's.
+The row that gains most names the part that limits the method. S is the saliency, B the boundary, V the offsets, T the
+number of objects, which scales the scores and, with grouping=count, is the number of instances. What is missing when
+all four are true is lost by the fusion and by the resolution of the stride-4 grid.
 """
 
 import sys
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -17,63 +19,73 @@ from scipy import ndimage
 from datasets.images import read_image
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
-from engine.metrics import match_instances, summarize
+from engine.metrics import ImageResult, match_instances, summarize
 from engine.predictions import check_size
+from engine.predictor import Maps, Predictor
 from engine.report import format_table
-from infer import Predictor
 from models.count_head import one_hot_count
 from utils.cli import InputError, Parser, integer, path_of, run, select_device
 from utils.progress import tqdm
 
-TRUE = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
-ROWS = {"as it is": ""} | {f"{', '.join(true)} true": true for true in TRUE}
+BASELINE = "predicted"
+REPLACED = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
+ROWS = {BASELINE: ""} | {f"{', '.join(names)} true": names for names in REPLACED}
+FIELDS = {"S": "saliency", "B": "boundary", "V": "offsets", "T": "count_probs"}
 
 
-def true_saliency(gt):
-    """uint8 [H,W] instance mask -> bool [H,W], where an instance is; void counts as background."""
+def true_saliency(gt: np.ndarray) -> np.ndarray:
+    """Instance mask uint8 [H,W] (0 background, 255 void) -> bool [H,W], True on instances; void is background."""
     return (gt > 0) & (gt != VOID)
 
 
-def true_maps(gt, grid):
-    """uint8 [H,W] instance mask -> S [h,w], the share of each cell that is salient; B [h,w], 1 on the contours between
-    instances and around them; V [2,h,w], from each cell to the centre of the instance nearest to it; T, the number of
-    instances. Void counts as background."""
+def true_maps(gt: np.ndarray, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The network's outputs as the ground truth has them, on the stride-4 grid.
+
+    gt: instance mask uint8 [H,W], 0 background, 1..254 instances, 255 void, which counts as background. grid: (h, w).
+    Returns S [h,w], the fraction of each cell on instances; B [h,w], 1 on the contours of instances, else 0; V [2,h,w],
+    the offset (dy, dx) of each cell to the centre of the instance nearest to it, in pixels of the grid; and the number
+    of instances.
+    """
     height, width = grid
     salient = true_saliency(gt)
     coarse = cv2.resize(np.where(salient, gt, 0), (width, height), interpolation=cv2.INTER_NEAREST)
     contour = np.zeros(grid, np.float32)
     contour[:, 1:] += coarse[:, 1:] != coarse[:, :-1]
     contour[1:] += coarse[1:] != coarse[:-1]
-    share = cv2.resize(salient.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+    saliency = cv2.resize(salient.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
     nearest = ndimage.distance_transform_edt(coarse == 0, return_distances=False, return_indices=True)
-    owner, place = coarse[tuple(nearest)], np.indices(grid, np.float32)
-    offsets = np.zeros_like(place)
+    owner, position = coarse[tuple(nearest)], np.indices(grid, np.float32)
+    offsets = np.zeros_like(position)
     for number in np.unique(coarse[coarse > 0]):
-        here, centre = owner == number, np.argwhere(coarse == number).mean(0)
-        offsets[:, here] = centre[:, None] - place[:, here]
-    return share, contour.clip(0, 1), offsets, len(np.unique(gt[salient]))
+        owned, centre = owner == number, np.argwhere(coarse == number).mean(0)
+        offsets[:, owned] = centre[:, None] - position[:, owned]
+    return saliency, contour.clip(0, 1), offsets, len(np.unique(gt[salient]))
 
 
-def with_truth(maps, gt, replaced):
-    """Maps of one photograph in which those named in ``replaced``, of "SBVT", are true."""
-    *values, count = true_maps(gt, maps.saliency.shape)
-    true = dict(zip("SBVT", zip(("saliency", "boundary", "offsets", "shares"), (*values, one_hot_count(count)))))
-    return maps._replace(**{true[k][0]: torch.as_tensor(true[k][1]).to(maps.saliency) for k in replaced})
+def with_truth(maps: Maps, gt: np.ndarray, replaced: str) -> Maps:
+    """The Maps of one photograph with the outputs named in ``replaced`` (letters of "SBVT") taken from its instance
+    mask ``gt``, uint8 [H,W]."""
+    height, width = maps.saliency.shape
+    *values, count = true_maps(gt, (height, width))
+    true = dict(zip("SBVT", (*values, one_hot_count(count)), strict=True))
+    return maps._replace(**{FIELDS[name]: torch.as_tensor(true[name]).to(maps.saliency) for name in replaced})
 
 
-def get_args_parser():
+def get_args_parser() -> Parser:
     parser = Parser(prog="python -m experiments.oracle_study", description=__doc__)
     parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
+    parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
     return parser
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    predictor = Predictor(args.weights, select_device(args.gpu))
-    results, problems = {row: [] for row in ROWS}, []
-    for sample in tqdm(read_ground_truth(args.data, problems.append), "stages", unit="img", mininterval=2):
+    predictor = Predictor(args.weights, select_device(args.gpu), settings=args.fusion)
+    results: dict[str, list[ImageResult]] = {row: [] for row in ROWS}
+    problems: list[InputError] = []
+    for sample in tqdm(read_ground_truth(args.data, problems.append), "oracle study", unit="img", mininterval=2):
         try:
             image, gt = read_image(sample.path), sample.mask.read()
             check_size(sample.path, image.shape, gt.shape)
@@ -84,7 +96,7 @@ def main(argv=None):
         for row, replaced in ROWS.items():
             found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
             results[row].append(match_instances(found.masks, found.scores, gt))
-    if not results["as it is"]:
+    if not results[BASELINE]:
         raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_table({row: summarize(result) for row, result in results.items()}))
     for problem in problems:

@@ -1,262 +1,266 @@
-"""What the stages are told beside the data: the paper's schedule, one for two CPU cores, and a quick one.
+"""Whole trainings: from ImageNet weights through all stages of a preset to one network, OUT/weights.pt.
 
-A recipe is the options of each stage as they would be typed. ``python -m experiments.recipes NAME ...`` runs all
-stages of one and leaves the network in OUT/weights_pts.pt; with --counted, after a second cycle, in
-OUT/final/weights.pt:
+    python -m experiments.recipes paper --data TRAIN --out runs/paper                           # the paper's schedule
+    python -m experiments.recipes best --data TRAIN --cam-data MORE --counted MORE@count --out runs/best
+    python -m experiments.recipes small --data TRAIN --out runs/small --gpu -1                  # for two CPU cores
+    python -m experiments.recipes quick --data TRAIN --out runs/quick --gpu -1                  # a trial, minutes
 
-    python -m experiments.recipes cpu --data data --cam-data more --counted more@count --out runs/mine --gpu -1
+Every stage has a folder in OUT. A training that was stopped continues when the same command is given again.
 """
 
+import argparse
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import train_branches
-import train_pts
-from engine.trainer import LARGEST_SEED
-from utils import distributed
-from utils.cli import Parser, integer, make_folder, path_of, run
+import torch
+
+from datasets.training import read_samples
+from engine import options
+from engine.config import Machine, NetConfig, Preset, SaliencyPriorConfig, override
+from engine.presets import BEST, PAPER
+from engine.pts import progressive_training
+from engine.run import Run
+from engine.stages import run_stages
+from engine.trainer import prepare_machine
+from models.fusion_config import FusionConfig
+from models.wsid_net import load_weights, save_weights
+from train_pts import with_unlabelled
+from utils import checkpoint, distributed
+from utils.cli import InputError, Parser, make_folder, path_of, run
+
+# BEST with a smaller backbone. After this short training, masks are best cut at half of their own peak and scored by S.
+SMALL = replace(
+    BEST,
+    name="small",
+    network=NetConfig("mobilenetv2_100", size=256, channels=64),
+    fusion=FusionConfig(grouping="count", mask_rule="peak", mask_thresh=0.5, count_aware_scores=False),
+    saliency_prior=None,
+)
+QUICK = replace(
+    override(SMALL, {"backbone": "tf_efficientnet_lite0", "size": 128, "channels": 32, "batch_size": 8, "epochs": 2}),
+    name="quick",
+    saliency_prior=SaliencyPriorConfig(size=128),
+)
+RECIPES = {preset.name: preset for preset in (PAPER, BEST, SMALL, QUICK)}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Options of ``train_branches.py`` for each stage, and of ``train_pts.py``.
+class Data:
+    """The photographs of a training, as sources PATH[@SPLIT] (datasets.sources).
 
-    cam: of the classifier and of the labels that come from it, which may use another backbone and size than the
-    network; classifier, labels: of one of the two alone. network: of both nets. epochs: of the saliency branch
-    before PTS. rounds: (R, E) of PTS. again: of the branches when they train a second time. number: of the network for
-    the number of objects. fusion: the settings that go into the file of the network.
+    labelled: with class labels and counts. cam: more with class labels, for the classifier. counted: more with a count,
+    for what follows PTS. unlabelled: folders of more photographs for PTS. pseudo_labels: the folder labels/ of another
+    run; None trains a classifier for them.
     """
 
-    cam: str
-    classifier: str
-    labels: str
-    network: str
-    branches: str
-    saliency: str
-    epochs: int
-    pts: str
-    rounds: tuple[int, int]
-    again: str
-    count_net: str
-    fusion: str = ""
+    labelled: tuple[str, ...]
+    cam: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
+    pseudo_labels: Path | None = None
 
 
-# After a short training S is too unsure for the background to walk, and scores are best by S alone.
-SHORT = "--fusion grouping=count count_aware_scores=0 mask_rule=peak mask_thresh=0.5"
-NUMBER_SCHEDULE = "--epochs 2 --optimizer adamw --lr 0.001 --backbone-lr 0.2 --freeze 2"
-RECIPES = {
-    "paper": Recipe(
-        cam="--backbone resnet50 --size 512",
-        classifier="",
-        labels="",
-        network="--backbone resnet50 --size 512",
-        branches="",
-        saliency="",
-        epochs=5,
-        pts="",
-        rounds=(6, 8),
-        again="",
-        count_net=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
-    ),
-    "cpu": Recipe(  # its second cycle's network labels what the bundled weights learn from
-        cam="--backbone tf_efficientnet_lite2 --size 320",
-        classifier="--output-stride 32 --epochs 4 --batch-size 16 --lr 0.05 --freeze 2",
-        labels="--cam-scales 1 2",
-        network="--backbone mobilenetv2_100 --size 256 --channels 64",
-        branches="--epochs 4 --batch-size 8 --optimizer adamw --lr 0.001 --freeze 3 --radius 5",
-        saliency="--batch-size 8 --lr 0.012 --backbone-lr 0.5 --freeze 2",
-        epochs=6,
-        pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5 --freeze 2",
-        rounds=(2, 1),
-        again="--epochs 3",
-        count_net=f"--size 256 --batch-size 16 {NUMBER_SCHEDULE}",
-        fusion=SHORT,
-    ),
-    "quick": Recipe(  # minutes, to see that everything runs
-        cam="--backbone mobilenetv2_100 --size 128",
-        classifier="--epochs 2 --batch-size 8 --lr 0.05",
-        labels="--cam-scales 1 2",
-        network="--backbone mobilenetv2_100 --size 128 --channels 32",
-        branches="--epochs 2 --batch-size 8 --optimizer adamw --lr 0.001 --freeze 3 --radius 5",
-        saliency="--batch-size 8 --lr 0.012 --backbone-lr 0.5",
-        epochs=2,
-        pts="--batch-size 8 --lr 0.004 --backbone-lr 0.5",
-        rounds=(2, 1),
-        again="",
-        count_net=f"--size 128 --batch-size 8 {NUMBER_SCHEDULE}",
-        fusion=SHORT,
-    ),
-}
-# The same with the backbone of the bundled weights, in twice the time.
-RECIPES["lite2"] = replace(RECIPES["cpu"], network="--backbone tf_efficientnet_lite2 --size 256 --channels 64")
+@dataclass(frozen=True)
+class Setup:
+    """What the stages of a training have in common: the photographs, the machine and its device, and the seed.
+
+    backbone_weights: {backbone: file of its ImageNet weights}, in place of downloads.
+    """
+
+    data: Data
+    machine: Machine
+    device: torch.device
+    seed: int = 0
+    backbone_weights: Mapping[str, Path] = field(default_factory=dict)
+
+    def run(
+        self,
+        preset: Preset,
+        out: Path,
+        *more: str,
+        unlabelled: Sequence[str] = (),
+        pseudo_labels: Path | None = None,
+        start: Path | None = None,
+        backbone: str | None = None,
+    ) -> Run:
+        """The Run of a stage in the folder ``out``, with the labelled photographs, those of the sources in ``more`` and
+        those in the folders ``unlabelled``.
+
+        pseudo_labels: the folder of these; start: the file of a network that the stage adds to; backbone: that of the
+        stage, where it is not that of the network.
+        """
+        samples = with_unlabelled(read_samples([*self.data.labelled, *more]), list(unlabelled))
+        net = load_weights(start) if start else None
+        file = self.backbone_weights.get(backbone or preset.network.backbone)
+        return Run(out, samples, preset, self.machine, self.device, self.seed, pseudo_labels, net, start, file)
 
 
-def add_data_arguments(parser, out):
-    """The options that every experiment has: where the photographs are, where results go, on what to compute."""
-    parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
-    parser.add_argument(
-        "--cam-data",
-        nargs="*",
-        default=[],
-        metavar="PATH[@SPLIT]",
-        help="more photographs with class labels, for the classifier alone",
-    )
-    parser.add_argument(
-        "--counted",
-        nargs="*",
-        default=[],
-        metavar="PATH@count",
-        help="more photographs, with a count, for a second cycle",
-    )
-    parser.add_argument("--unlabelled", nargs="*", default=[], metavar="DIR", help="more photographs for PTS")
-    parser.add_argument(
-        "--labels",
-        type=path_of,
-        metavar="DIR",
-        help="pseudo labels of another run; default: a classifier is trained for them",
-    )
-    parser.add_argument("--out", type=path_of, default=Path(out), help="folder of the runs")
-    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
-    parser.add_argument("--workers", type=integer(0, 256), default=2, help="processes that load images and run the CRF")
-
-
-def stage(args, out, seed, name, *options, data=(), **paths):
-    """One stage of ``train_branches.py`` in the folder ``out``; what is finished there is not done again. paths: of
-    --labels and --init."""
-    given = [argument for option, path in paths.items() for argument in (f"--{option}", str(path))]
-    train_branches.main(
-        [
-            "--data",
-            *args.data,
-            *data,
-            "--out",
-            str(out),
-            "--gpu",
-            str(args.gpu),
-            "--workers",
-            str(args.workers),
-            "--seed",
-            str(seed),
-            "--stage",
-            name,
-            *" ".join(options).split(),
-            *given,
-        ]
-    )
-
-
-def train_labels(recipe, args, out, seed, more=""):
-    """The classifier and its pseudo labels; ``more`` goes to the labels' options. Returns out/labels."""
-    stage(args, out, seed, "cam", recipe.cam, recipe.classifier, data=args.cam_data)
-    stage(args, out, seed, "labels", recipe.cam, recipe.labels, more)
+def train_labels(setup: Setup, preset: Preset, out: Path) -> Path:
+    """The CAM classifier and its pseudo labels. Returns their folder, out/labels."""
+    run_stages(setup.run(preset, out, *setup.data.cam, backbone=preset.cam.backbone), ["cam"])
+    run_stages(setup.run(preset, out), ["labels"])
     return out / "labels"
 
 
-def train_saliency(recipe, args, out, seed, labels, epochs, more=""):
-    """The saliency branch on the pseudo masks in ``labels``, for ``epochs``; ``more`` as in ``train_both_branches``."""
-    stage(
-        args,
-        out,
-        seed,
-        "saliency",
-        recipe.network,
-        recipe.saliency,
-        f"--epochs {epochs}",
-        more,
-        recipe.fusion,
-        labels=labels,
-    )
-
-
-def train_both_branches(recipe, args, out, seed, labels, more=""):
-    """The boundary and the centroid branch; ``more`` are the switches of an ablation. Returns out/weights.pt."""
-    stage(args, out, seed, "branches", recipe.network, recipe.branches, more, recipe.fusion, labels=labels)
+def train_network(setup: Setup, preset: Preset, out: Path, labels: Path) -> Path:
+    """The branches and the saliency branch, on the pseudo labels in ``labels``. Returns out/weights.pt."""
+    run_stages(setup.run(preset, out, pseudo_labels=labels), ["branches", "saliency"])
     return out / "weights.pt"
 
 
-def train_progressively(recipe, args, out, seed, labels, data=()):
-    """PTS on the network in ``out``, with more photographs in ``data``. Returns out/weights_pts.pt."""
-    iterations, epochs = recipe.rounds
-    train_pts.main(
-        [
-            "--data",
-            *args.data,
-            *data,
-            "--unlabelled",
-            *args.unlabelled,
-            "--out",
-            str(out),
-            "--gpu",
-            str(args.gpu),
-            "--workers",
-            str(args.workers),
-            "--seed",
-            str(seed),
-            "--labels",
-            str(labels),
-            "--iters",
-            str(iterations),
-            "--epochs",
-            str(epochs),
-            *recipe.pts.split(),
-        ]
-    )
+def train_progressively(setup: Setup, preset: Preset, out: Path, labels: Path, *more: str) -> Path:
+    """PTS from out/weights.pt on, also on the sources in ``more``; labels: the initial pseudo labels. Returns
+    out/weights_pts.pt."""
+    progressive_training(setup.run(preset, out, *more, unlabelled=setup.data.unlabelled, pseudo_labels=labels))
     return out / "weights_pts.pt"
 
 
-def train_count_net(recipe, args, out, seed, start, data=()):
-    """A network for the number of objects, added to that in the file ``start`` [ours]; ``data``: more photographs.
-    Returns the file of both."""
-    stage(args, out, seed, "number", recipe.count_net, data=data, init=start)
+def self_training_round(setup: Setup, preset: Preset, out: Path, start: Path, labels: Path) -> Path:
+    """A self-training round: the network in the file ``start`` labels instances, on which the branches are trained anew
+    [ours].
+
+    The photographs are the labelled ones and those of ``data.counted``; labels: the initial pseudo labels. The saliency
+    branch is that of the last iteration of PTS in this round. Returns out/weights.pt.
+    """
+    config = preset.self_training
+    if not config:
+        raise InputError(f"the preset {preset.name} has no self-training round; give best or one derived from it")
+    teacher = make_folder(out / "teacher")
+    distributed.run_on_main(link, teacher / "weights.pt", start)
+    train_progressively(setup, replace(preset, pts=config.pts), teacher, labels, *setup.data.counted)
+    instances = teacher / "pts" / f"r{config.pts.iterations}" / "labels"
+    round_preset = replace(preset, branches=config.branches)
+    run_stages(setup.run(round_preset, out, *setup.data.counted, pseudo_labels=instances), ["branches"])
     return out / "weights.pt"
 
 
-def link(name, target):
-    """Let the path ``name`` stand for ``target``, unless there is a file or folder already. The link is relative, so
-    that a folder of runs may be moved; one that leads elsewhere, as in a copy of such a folder, is replaced."""
+def add_count_net(setup: Setup, preset: Preset, out: Path, start: Path) -> Path:
+    """The network in the file ``start`` with a network for the number of objects, trained on all counts [ours]. Returns
+    out/weights.pt."""
+    run_stages(setup.run(preset, out, *setup.data.counted, start=start), ["count"])
+    return out / "weights.pt"
+
+
+def add_saliency_prior(setup: Setup, preset: Preset, out: Path, start: Path) -> Path:
+    """The network in the file ``start`` with a saliency prior, fitted to all photographs [ours]. Returns
+    out/weights.pt."""
+    data = setup.data
+    run_stages(setup.run(preset, out, *data.counted, unlabelled=data.unlabelled, start=start), ["saliency-prior"])
+    return out / "weights.pt"
+
+
+EXTENSIONS = ("self_training", "count", "saliency_prior")  # the parts of a Preset that follow PTS, in their order
+
+
+def extend(setup: Setup, preset: Preset, out: Path, weights: Path, labels: Path, parts: Sequence[str]) -> Path:
+    """What follows PTS: the ``parts`` of ``EXTENSIONS``, each in a folder of ``out``, added to the network in
+    ``weights``; labels: the initial pseudo labels. Returns the file of the network with all of them."""
+    if "self_training" in parts:
+        weights = self_training_round(setup, preset, out / "self_training", weights, labels)
+    if "count" in parts:
+        weights = add_count_net(setup, preset, out / "count", weights)
+    if "saliency_prior" in parts:
+        weights = add_saliency_prior(setup, preset, out / "saliency_prior", weights)
+    return weights
+
+
+def extensions_of(preset: Preset) -> tuple[str, ...]:
+    """Those of ``EXTENSIONS`` that the preset has."""
+    return tuple(part for part in EXTENSIONS if getattr(preset, part))
+
+
+def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
+    """All stages of a preset. Returns out/weights.pt; InputError when another training has made that file."""
+    path, note = out / "weights.pt", f"experiments.recipes {preset.name}"
+    if path.exists() and checkpoint.load(path).get("note") != note:
+        raise InputError(f"{path} would be overwritten, which this recipe has not made; give another --out")
+    first = out / "first_round"
+    labels = setup.data.pseudo_labels or train_labels(setup, preset, first)
+    train_network(setup, preset, first, labels)
+    weights = train_progressively(setup, preset, first, labels)
+    weights = extend(setup, preset, out, weights, labels, extensions_of(preset))
+    distributed.run_on_main(_publish, weights, path, note)
+    return path
+
+
+def _publish(weights: Path, path: Path, note: str) -> None:
+    save_weights(load_weights(weights), path, note=note)
+    print(f"the network with all stages is in {path}; try it: python infer.py --img samples --weights {path}")
+
+
+def link(name: Path, target: Path) -> None:
+    """Make the path ``name`` a symbolic link to ``target``, unless it is a file or folder.
+
+    The link is relative, so that a folder of runs can be moved. A link to another place, as in a copy of such a folder,
+    is replaced.
+    """
     if name.is_symlink() and name.resolve() != target.resolve():
         name.unlink()
     if not name.exists():
         name.symlink_to(os.path.relpath(target.resolve(), name.parent.resolve()))
 
 
-def train_again(recipe, args, out, seed, labels):
-    """A second cycle, with the --counted photographs: one iteration of PTS, then the branches anew, on the instances
-    that the network of ``out`` tells [ours]. Returns out/final/weights.pt."""
-    start = make_folder(out / "cycle2") / "weights.pt"
-    distributed.from_first(link, start, out / "weights_pts.pt")
-    once = replace(recipe, rounds=(1, recipe.rounds[1]))
-    train_progressively(once, args, start.parent, seed, labels, args.counted)
-    instances = start.parent / "pts" / "r1" / "labels"
-    stage(
-        args,
-        out / "final",
-        seed,
-        "branches",
-        recipe.network,
-        recipe.branches,
-        recipe.again,
-        recipe.fusion,
-        data=args.counted,
-        labels=instances,
+def batch_sizes(preset: Preset) -> list[int]:
+    """The batch sizes of all stages of a preset."""
+    trained = [preset.cam, preset.branches, preset.saliency, preset.pts, preset.count]
+    if preset.self_training:
+        trained += [preset.self_training.pts, preset.self_training.branches]
+    return [config.schedule.batch_size for config in trained if config]
+
+
+def add_setup_options(parser: Parser, out: str) -> None:
+    """The options of a ``Setup`` beside those of the machine, and --out."""
+    parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
+    more = [
+        ("--cam-data", "PATH[@SPLIT]", "more photographs with class labels, for the classifier"),
+        ("--counted", "PATH@count", "more photographs with a count, for the self-training round and the count network"),
+        ("--unlabelled", "DIR", "more photographs for PTS and the saliency prior"),
+    ]
+    for name, metavar, text in more:
+        parser.add_argument(name, nargs="*", default=[], metavar=metavar, help=text)
+    parser.add_argument(
+        "--pseudo-labels",
+        type=path_of,
+        metavar="DIR",
+        help="pseudo labels of another run (its labels/), in place of the stages cam and labels",
     )
-    return out / "final" / "weights.pt"
+    parser.add_argument(
+        "--backbone-weights",
+        nargs="*",
+        type=named_path,
+        default=[],
+        metavar="NAME=FILE",
+        help="local ImageNet weights of backbones, instead of the download",
+    )
+    parser.add_argument("--out", type=path_of, default=Path(out), help="folder of the training")
 
 
-def main(argv=None):
+def named_path(argument: str) -> tuple[str, Path]:
+    """NAME=PATH -> (NAME, PATH)."""
+    name, _, path = argument.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{argument!r} does not fit; give NAME=PATH")
+    return name, path_of(path)
+
+
+def setup_of(args: argparse.Namespace, device: torch.device, seed: int) -> Setup:
+    """The Setup that the options describe."""
+    labelled, cam, counted, unlabelled = map(tuple, (args.data, args.cam_data, args.counted, args.unlabelled))
+    data = Data(labelled, cam, counted, unlabelled, args.pseudo_labels)
+    return Setup(data, options.machine_of(args), device, seed, dict(args.backbone_weights))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m experiments.recipes", description=__doc__)
     parser.add_argument("recipe", choices=RECIPES)
-    add_data_arguments(parser, "runs/recipe")
-    parser.add_argument("--seed", type=integer(0, LARGEST_SEED), default=0)
+    add_setup_options(parser, "runs/recipe")
+    options.add_machine_options(parser)
     args = parser.parse_args(argv)
-    recipe = RECIPES[args.recipe]
-    labels = args.labels or train_labels(recipe, args, args.out / "labels_run", args.seed)
-    train_saliency(recipe, args, args.out, args.seed, labels, recipe.epochs)
-    train_both_branches(recipe, args, args.out, args.seed, labels)
-    train_progressively(recipe, args, args.out, args.seed, labels)
-    if args.counted:
-        train_again(recipe, args, args.out, args.seed, labels)
+    preset = RECIPES[args.recipe]
+    device = prepare_machine(options.machine_of(args), args.seed, batch_sizes(preset))
+    train_preset(setup_of(args, device, args.seed), preset, args.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Do the tests notice? One line of the method at a time is made wrong, and the tests that ought to fail are run.
+"""Mutation testing: one line of the method at a time is changed, and the tests that ought to fail are run.
 
-    make mutants                                    # all of them; exit code 1 when more than two in forty survive
+    make mutants                                    # all mutations; exit code 1 when more than two in forty survive
     python tests/mutations.py --list
     python tests/mutations.py -k losses.py --jobs 1
 
-The wrong lines live in copies of the code in a temporary folder, never in this one. A snippet that is not found exactly
-once, or tests that fail without a mutation, show nothing: exit code 2.
+Mutated files are copies in a temporary folder. Exit code 2: a snippet is not found exactly once in its file, or the
+tests fail without a mutation.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +25,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("benchmarks", "datasets", "engine", "experiments", "models", "ops", "tests", "utils")
-DATA = ("samples", "weights")  # only read: a copy of the code has links to them
-ALLOWED = 2 / 40  # share of the mutations that may survive
-TIMEOUT = 600  # seconds for the tests of one mutation
-# Every run is a process that begins with these imported, which is most of what a quick test takes.
+DATA = ("samples", "weights")  # read only, so a copy of the code gets symbolic links to them
+ALLOWED = 2 / 40  # fraction of the mutations that may survive
+TIMEOUT = 600  # seconds, for the tests of one mutation
+# Imported once in the fork server: importing them takes most of the time of a quick test.
 PROCESSES = multiprocessing.get_context("forkserver")
 LIBRARIES = [
     "cv2",
@@ -45,8 +46,8 @@ LIBRARIES = [
     "tqdm",
 ]
 
-# {(file, the tests that ought to notice, words of their names): [(a snippet of one line, what it becomes)]}
-MUTATIONS = {
+# {(file, test file, pytest -k expression): [(snippet of one line, its replacement)]}
+MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     # ---- schedules
     ("engine/trainer.py", "test_defaults.py", "takes_the_steps"): [
         ("GAMMA = 1e-4, 0.9", "GAMMA = 1e-4, 0.1"),
@@ -186,11 +187,11 @@ MUTATIONS = {
         ("SIGMA_ALPHA * scale", "SIGMA_ALPHA"),
     ],
     ("datasets/training.py", "test_training.py", "move_with"): [
-        ("window(read_map(", "(read_map("),
+        ("window(read_label_map(", "(read_label_map("),
         ("labels[::4, ::4]", "labels[3::4, 3::4]"),
     ],
     ("datasets/training.py", "test_stages.py", "mirrored"): [
-        ("array[:, ::-1] if mirror else array", "array"),
+        ("array[:, ::-1] if flip else array", "array"),
         ("rng.random() < 0.5", "rng.random() < 0.05"),
     ],
     # ---- the network
@@ -274,11 +275,25 @@ MUTATIONS = {
         ("> 2 * error", "> 0 * error"),
         ("base in (m.name, m.variant_of)", "base == m.variant_of"),
     ],
+    # ---- experiments
+    ("experiments/tables.py", "test_experiments.py", "changes_what_each_row or share_what"): [
+        ('NO_CA = {"mixing": False, "attention": "none"}', 'NO_CA = {"mixing": False}'),
+        ('NO_LSU = {"lsu_weight": 0.0}', 'NO_LSU = {"lsu_weight": 0.0, "count_head": False}'),
+        ("epochs=schedule.epochs + pts.iterations * pts.schedule.epochs", "epochs=schedule.epochs"),
+    ],
+    ("experiments/oracle_study.py", "test_experiments.py", "true_maps"): [
+        ("coarse[:, 1:] != coarse[:, :-1]", "coarse[:, 1:] != coarse[:, 1:]"),
+        ("centre[:, None] - position[:, owned]", "position[:, owned] - centre[:, None]"),
+    ],
+    ("experiments/prm.py", "test_experiments.py", "peaks_are_local"): [
+        ("response >= PEAK_THRESH * response.max()", "response >= 0"),
+        ("min(response.shape) // 6", "min(response.shape)"),
+    ],
 }
 
 
 class Mutation(NamedTuple):
-    """In ``file``, ``before`` becomes ``after``; tests in tests/``tests`` with ``words`` in their names then fail."""
+    """In ``file``, ``before`` becomes ``after``; a test of tests/``tests`` selected by ``-k words`` ought to fail."""
 
     file: str
     tests: str
@@ -286,15 +301,15 @@ class Mutation(NamedTuple):
     before: str
     after: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.file}: {self.before}  ->  {self.after or 'nothing'}"
 
 
-def copy_code(folder):
-    """Make ``folder`` a tree in which tests run and lines can change."""
+def copy_code(folder: Path) -> None:
+    """Copy into ``folder`` what the tests need; compiled operators and DATA are linked."""
 
-    def place(source, target):
-        return os.symlink(source, target) if source.endswith(".so") else shutil.copy(source, target)
+    def place(source: str, target: str) -> None:
+        os.symlink(source, target) if source.endswith(".so") else shutil.copy(source, target)
 
     for name in CODE:
         shutil.copytree(ROOT / name, folder / name, copy_function=place, ignore=shutil.ignore_patterns("__pycache__"))
@@ -304,10 +319,10 @@ def copy_code(folder):
         os.symlink(ROOT / name, folder / name)
 
 
-def run_tests(tests, words, mutation=None):
-    """Run the tests with ``words`` in their names in a copy of the code, with the mutation; (pytest's code, output)."""
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        folder = Path(folder)
+def run_tests(tests: str, words: str, mutation: Mutation | None = None) -> tuple[int | None, str]:
+    """Run tests/``tests`` with ``-k words`` in a copy of the code with the mutation: (pytest's exit code, output)."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as name:
+        folder = Path(name)
         copy_code(folder)
         if mutation:
             path = folder / mutation.file
@@ -315,13 +330,13 @@ def run_tests(tests, words, mutation=None):
         process = PROCESSES.Process(target=run_pytest, args=(folder, f"tests/{tests}", "-k", words))
         process.start()
         process.join(TIMEOUT)
-        process.kill()  # where it has not come to an end
+        process.kill()  # after a timeout
         process.join()
         return process.exitcode, (folder / "output.txt").read_text()
 
 
-def run_pytest(folder, *arguments):
-    """In a process of its own: pytest in the tree ``folder``, what it says in output.txt there."""
+def run_pytest(folder: Path, *arguments: str) -> None:
+    """Run pytest in the tree ``folder``, in a process of its own, and write its output to output.txt there."""
     os.chdir(folder)
     sys.path[0] = str(folder)
     with open("output.txt", "wb", buffering=0) as file:
@@ -330,8 +345,8 @@ def run_pytest(folder, *arguments):
     sys.exit(pytest.main([*arguments, "-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder / "tmp")]))
 
 
-def verdict(mutation):
-    """("noticed", the test that failed), ("SURVIVED", "") or ("BROKEN", why its tests tell nothing)."""
+def verdict(mutation: Mutation) -> tuple[str, str]:
+    """("noticed", the test that failed), ("SURVIVED", "") or ("BROKEN", pytest's last line, as after a timeout)."""
     code, output = run_tests(mutation.tests, mutation.words, mutation)
     failed = re.search(r"^FAILED tests/(\S+)", output, re.MULTILINE)
     if code == 1 and failed:
@@ -339,21 +354,23 @@ def verdict(mutation):
     return ("SURVIVED", "") if code == 0 else ("BROKEN", last_line(output))
 
 
-def last_line(output):
-    return (output.strip().splitlines() or ["no word from pytest"])[-1]
+def last_line(output: str) -> str:
+    """The last line of pytest's output."""
+    return (output.strip().splitlines() or ["no output of pytest"])[-1]
 
 
-def outdated(chosen):
+def outdated(chosen: list[Mutation]) -> Iterator[str]:
     """One sentence for each mutation whose snippet is not in its file exactly once."""
     for mutation in chosen:
-        times = (ROOT / mutation.file).read_text().count(mutation.before)
+        path = ROOT / mutation.file
+        times = path.read_text().count(mutation.before) if path.is_file() else 0
         if times != 1:
-            yield f"the mutation no longer applies, its snippet is there {times} times: {mutation}"
+            yield f"the mutation no longer applies, its snippet is in the file {times} times: {mutation}"
 
 
-def failing(chosen, pool):
-    """One sentence for each file of tests that fail without a mutation."""
-    words = {}
+def failing(chosen: list[Mutation], pool: ThreadPoolExecutor) -> Iterator[str]:
+    """One sentence for each test file that fails without a mutation."""
+    words: dict[str, set[str]] = {}
     for mutation in chosen:
         words.setdefault(mutation.tests, set()).add(mutation.words)
     choices = [" or ".join(sorted(each)) if all(each) else "" for each in words.values()]
@@ -362,21 +379,21 @@ def failing(chosen, pool):
             yield f"tests/{tests} fails without a mutation: {last_line(output)}"
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-k", default="", metavar="TEXT", help="only the mutations with this text in --list")
+    parser.add_argument("-k", default="", metavar="TEXT", help="only mutations whose line in --list contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations that are tried at a time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations tested at the same time")
     args = parser.parse_args()
     chosen = [Mutation(*where, *pair) for where, pairs in MUTATIONS.items() for pair in pairs]
     chosen = [mutation for mutation in chosen if args.k in str(mutation)]
     if args.list or not chosen:
-        print("\n".join(map(str, chosen)) or f"no mutation has {args.k!r} in it")
+        print("\n".join(map(str, chosen)) or f"no mutation contains {args.k!r}")
         return 0 if chosen else 2
-    # No .pyc files: they are told apart by time and size, which a mutation may leave as they are.
+    # No .pyc files: Python compares their time and size with the source, and a mutation may change neither.
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "WSID_TEST_THREADS": "1"}
     PROCESSES.set_forkserver_preload(LIBRARIES)
-    found = Counter()
+    found: Counter[str] = Counter()
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
         problems = list(outdated(chosen)) or list(failing(chosen, pool))
         if problems:

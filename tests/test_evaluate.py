@@ -357,7 +357,7 @@ def test_ground_truth_that_is_no_instance_map_is_an_error(folder, model, capsys,
     for given in (["--pred", empty, "--gt", folder / "instance_masks"], ["--data", folder]):
         error = failure(capsys, *given)
         assert "none of 3 images can be measured" in error and f"a.png {message}" in error
-    assert call(check.main, "--deep", folder) == 2 and f"a.png {message}" in capsys.readouterr().out
+    assert call(check.main, folder) == 2 and f"a.png {message}" in capsys.readouterr().out
 
 
 def test_an_image_whose_mask_is_no_instance_map_is_left_out(folder, predictions, capsys):

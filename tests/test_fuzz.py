@@ -1,4 +1,4 @@
-"""Two thousand damaged files: each is read, or refused in one sentence; no traceback, no hang, no flood of memory."""
+"""Two thousand damaged files: each is read or raises one InputError, in bounded time and memory."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from conftest import make_data
 from PIL import Image
 
 from datasets.images import read_image
-from datasets.labels import read_labels
+from datasets.labels_csv import read_labels
 from datasets.masks import read_instance_mask
 from datasets.transforms import load_square
 from engine.predictions import open_predictions
@@ -22,7 +22,7 @@ from infer import Predictor
 from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils.cli import InputError
 
-SLOWEST = 20  # seconds that one file may take, on a machine that does other things too
+MAX_SECONDS = 20  # for one file, on a machine that also runs other programs
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "ICO")
 
 
@@ -70,7 +70,7 @@ def test_two_thousand_damaged_photographs(tmp_path, predictor):
     rng = np.random.default_rng(0)
     files = list(originals(rng))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    read = refused = 0
+    read = rejected = 0
     for number in range(2000):
         kind, data = files[number % len(files)]
         path = tmp_path / f"{number}.{kind.lower()}"
@@ -86,11 +86,11 @@ def test_two_thousand_damaged_photographs(tmp_path, predictor):
                 prediction = predictor.predict(image)
                 assert prediction.masks.shape[1:] == image.shape[:2]
         except InputError as error:
-            refused += 1
+            rejected += 1
             assert str(path) in str(error) and "\n" not in str(error)
-        assert time.monotonic() - start < SLOWEST, path
+        assert time.monotonic() - start < MAX_SECONDS, path
         path.unlink()
-    assert read > 100 and refused > 100, "both happen"
+    assert read > 100 and rejected > 100, "both happen"
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 3 * 2**20, f"{grown} KiB"
 
@@ -104,9 +104,9 @@ def test_damaged_label_tables(tmp_path):
         try:
             outcomes.add(len(read_labels(folder)) > 0)
         except InputError as error:
-            outcomes.add("refused")
+            outcomes.add("rejected")
             assert str(folder) in str(error) and "\n" not in str(error)
-    assert {True, "refused"} <= outcomes
+    assert {True, "rejected"} <= outcomes
 
 
 def test_damaged_masks_and_predictions(tmp_path):
@@ -124,7 +124,7 @@ def test_damaged_masks_and_predictions(tmp_path):
                 read(path)
                 outcomes.add((path, "read"))
             except InputError as error:
-                outcomes.add((path, "refused"))
+                outcomes.add((path, "rejected"))
                 assert str(path) in str(error) and "\n" not in str(error)
     assert len(outcomes) == 4
 

@@ -1,4 +1,4 @@
-"""Every kind of file a user may hand over: what is read, and what is refused in one clear sentence."""
+"""Image files of every kind: the pixels that are read, and the message for files that are not read."""
 
 import io
 import struct
@@ -13,7 +13,8 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from datasets import images
-from datasets.images import MAX_PIXELS, MAX_SIDE, image_size, list_images, read_image
+from datasets.images import MAX_PIXELS, MAX_SIDE, image_size, read_image
+from datasets.listing import list_images
 from datasets.masks import MaskFile, list_masks, read_instance_mask, read_saliency_mask
 from utils.cli import InputError
 
@@ -21,7 +22,7 @@ MARKS = np.array([[[200, 20, 20], [20, 200, 20], [20, 20, 200]], [[90, 90, 90], 
 
 
 def picture(height=40, width=60):
-    """A smooth colour picture no two of whose quarters are alike."""
+    """A smooth colour picture whose quarters all differ."""
     y, x = np.mgrid[:height, :width]
     return np.stack([255 * y / height, 255 * x / width, 128 + 0 * x], axis=-1).astype(np.uint8)
 
@@ -51,7 +52,7 @@ def test_jpeg(tmp_path):
     assert np.abs(image.astype(int) - picture()).max() < 12
 
 
-def test_format_is_told_by_content_not_by_name(tmp_path):
+def test_format_is_detected_from_the_content(tmp_path):
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.jpg", picture(), format="PNG")), picture())
 
 
@@ -117,7 +118,7 @@ def test_float_and_32_bit_tiffs_keep_their_scale(tmp_path, dtype, white, bands):
         np.array([[1, 2, 30000]], np.int16),
     ],
 )
-def test_no_range_of_values_comes_out_nearly_black(tmp_path, values):
+def test_any_range_of_values_is_visible(tmp_path, values):
     (tmp_path / "a.tif").write_bytes(tiff(values[..., None]))
     assert 64 < read_image(tmp_path / "a.tif").max()
 
@@ -152,7 +153,7 @@ def test_kinds_of_tiff_that_are_not_read_are_named(tmp_path):
             assert is_one_sentence(error, "a.tif is a TIFF", words, "not read")
 
 
-def test_thumbnails_in_tiffs_are_passed_over(tmp_path):
+def test_thumbnails_in_tiffs_are_skipped(tmp_path):
     thumbnail, page = (Image.fromarray(picture(*size)) for size in ((4, 6), (40, 60)))
     thumbnail.save(tmp_path / "a.tif", save_all=True, append_images=[page], tiffinfo={254: 1})
     content = (tmp_path / "a.tif").read_bytes()
@@ -185,7 +186,7 @@ def test_further_formats(tmp_path, name):
         ("f.pfm", b"Pf\n3 1\n-1\n" + np.array([0, 0.5, 1], "<f4").tobytes()),
     ],
 )
-def test_portable_maps_are_scaled_by_what_they_say(tmp_path, name, content):
+def test_portable_maps_are_scaled_by_their_header(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     np.testing.assert_allclose(read_image(tmp_path / name)[0, :, 1], [0, 128, 255], atol=1)
 
@@ -210,7 +211,7 @@ def test_colour_profiles_are_followed(tmp_path, suffix, mode):
 
 @pytest.mark.parametrize("profile", [b"\0" * 1_500_000, b"no profile", "truncated", "of other colours"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
-def test_unusable_colour_profiles_do_not_matter(tmp_path, profile, mode):
+def test_unusable_colour_profiles_are_ignored(tmp_path, profile, mode):
     profile = {"truncated": red_is_blue()[:300], "of other colours": lab_profile()}.get(profile, profile)
     image = Image.fromarray(picture()).convert(mode)
     image.save(tmp_path / "a.png", icc_profile=profile)
@@ -273,7 +274,7 @@ def test_heic_names_the_library_it_needs(tmp_path, monkeypatch):
         (b"\0\0\0\x18ftypcrx ", "camera raw"),
     ],
 )
-def test_what_is_not_read_is_named(tmp_path, content, words):
+def test_other_kinds_of_file_are_named(tmp_path, content, words):
     (tmp_path / "a.jpg").write_bytes(content)
     with pytest.raises(InputError) as error:
         read_image(tmp_path / "a.jpg")
@@ -308,13 +309,13 @@ def test_transparent_parts_of_grey_and_palette_masks_are_background(tmp_path):
     indexed.putpalette(np.arange(768, dtype=np.uint8).tobytes())
     indexed.save(tmp_path / "p.png", transparency=3)
     np.testing.assert_array_equal(read_instance_mask(tmp_path / "p.png"), [[0, 1, 2, 255]])
-    hidden = WHITE_AND_TWO * np.array([1, 1, 1, 0], np.uint8)  # a plane of alpha that nobody filled
+    hidden = WHITE_AND_TWO * np.array([1, 1, 1, 0], np.uint8)  # an alpha plane that was never filled
     np.testing.assert_array_equal(read_instance_mask(save(tmp_path / "all.png", hidden)), [[2, 1, 255, 255]])
     np.testing.assert_array_equal(read_saliency_mask(save(tmp_path / "s.png", WHITE_AND_TWO))[0, 2:], [0, 1])
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_masks_are_upright_and_say_their_size(tmp_path, suffix):
+def test_masks_are_upright_and_have_a_size(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6
     labels = np.kron(np.array([[1, 2, 3]], np.uint8), np.ones((3, 3), np.uint8))
@@ -371,7 +372,7 @@ def test_cmyk_jpeg(tmp_path):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
-    # What a camera held that way stores: `upright` seen through the inverse of the tag's meaning.
+    # What a camera in that orientation stores.
     upright = picture()
     stored = {
         1: upright,
@@ -423,7 +424,7 @@ def test_orientation_of_deep_tiffs(tmp_path, dtype, white, orientation):
     assert np.abs(image.astype(int) - upright).max() <= 1
 
 
-def test_damaged_exif_does_not_matter(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     path = save(tmp_path / "a.jpg", picture(), quality=95, exif=b"Exif\x00\x00 this is no TIFF header")
     assert np.abs(read_image(path).astype(int) - picture()).max() < 12
 
@@ -480,18 +481,18 @@ def test_not_an_image(tmp_path, content):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_truncated(tmp_path, suffix, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_truncated(tmp_path, suffix, fraction):
     noise = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
     path = save(tmp_path / f"a.{suffix}", noise)
     content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(InputError) as error:
         read_image(path)
     assert is_one_sentence(error, path)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on what it finds
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif", "webp"])
 def test_damage_anywhere_gives_an_image_or_an_input_error(tmp_path, suffix):
     random = np.random.default_rng(1)
@@ -525,21 +526,21 @@ def test_list_a_folder(tmp_path):
     (tmp_path / "sub.jpg").mkdir()
     (tmp_path / "sub.jpg" / "z.jpg").touch()
     (tmp_path / "link.jpg").symlink_to("nowhere")
-    said = []
-    assert [path.name for path in list_images(tmp_path, said.append)] == names
-    assert said == [
+    messages = []
+    assert [path.name for path in list_images(tmp_path, messages.append)] == names
+    assert messages == [
         "5 files skipped: 2 .txt, 1 broken link, 1 without suffix, 1 .nef; 1 subfolder skipped, which "
         f'"{tmp_path / "**"}" takes too'
     ]
     assert len(list_images(tmp_path / "**")) == 1 + len(names)
 
 
-def test_nothing_is_said_of_a_folder_of_photographs(tmp_path):
+def test_no_report_for_a_folder_of_photographs(tmp_path):
     (tmp_path / "a.jpg").touch()
     assert list_images(tmp_path, pytest.fail) == [tmp_path / "a.jpg"]
 
 
-def test_a_folder_without_images_says_what_it_holds(tmp_path):
+def test_the_message_for_a_folder_without_images(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.cr2").touch()
     for source in (tmp_path, tmp_path / "*"):
@@ -549,7 +550,7 @@ def test_a_folder_without_images_says_what_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("record", [True, False])
-def test_own_results_are_no_photographs(tmp_path, record):
+def test_results_of_infer_are_skipped(tmp_path, record):
     photographs = ["cat.jpg", "dog.jpg", "old_overlay.png"]
     results = [f"cat_{kind}.png" for kind in ("instances", "overlay", "saliency", "boundary", "offsets")]
     for name in [*photographs, *results]:
@@ -580,7 +581,7 @@ def test_a_file_name_that_looks_like_a_pattern(tmp_path):
     assert list_images(path) == [path]
 
 
-def test_brackets_in_the_names_of_what_exists_are_no_pattern(tmp_path):
+def test_brackets_in_existing_names_are_no_pattern(tmp_path):
     folder = tmp_path / "[2024] Holiday"
     folder.mkdir()
     for name in ("a [1].jpg", "a [2].jpg", "b1.jpg"):

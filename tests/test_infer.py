@@ -41,7 +41,7 @@ from engine.predictor import (
 from engine.results import Results
 from models.fusion import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
-from utils import checkpoint, lazy
+from utils import checkpoint, files, lazy
 from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
 
@@ -636,7 +636,7 @@ def test_results_are_no_photographs(weights, tmp_path, capsys, added):
 
 def test_label_maps_are_visible_and_exact(tmp_path):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    checkpoint.save_labels(labels, tmp_path / "a.png")
+    files.save_label_png(labels, tmp_path / "a.png")
     assert np.array_equal(read_instance_mask(tmp_path / "a.png"), labels)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), labels)
     colours = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).reshape(-1, 3)
@@ -765,7 +765,7 @@ def test_files_are_whole_after_killed_and_concurrent_writers(tmp_path):
     path.with_name(f".{path.name[-60:]}.partial").write_bytes(b"what a killed process left, longer than the new")
 
     def write(number):
-        checkpoint.replace(path, lambda file: [file.write(bytes([number])) for _ in range(1000)])
+        files.write_atomically(path, lambda file: [file.write(bytes([number])) for _ in range(1000)])
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -775,10 +775,10 @@ def test_files_are_whole_after_killed_and_concurrent_writers(tmp_path):
     content = path.read_bytes()
     assert len(content) == 1000 and len(set(content)) == 1
     with pytest.raises(ZeroDivisionError):
-        checkpoint.replace(path, lambda file: file.write(b"half") / 0)
+        files.write_atomically(path, lambda file: file.write(b"half") / 0)
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
     with pytest.raises(InputError, match="shorten"):
-        checkpoint.replace(tmp_path / ("n" * 256), lambda file: None)
+        files.write_atomically(tmp_path / ("n" * 256), lambda file: None)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -797,22 +797,22 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_pipes_are_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDWR)
-    checkpoint.save_json([1], tmp_path / "pipe")
+    files.save_json([1], tmp_path / "pipe")
     assert json.loads(os.read(end, 99)) == [1] and (tmp_path / "pipe").is_fifo()
     os.close(end)
 
 
 def test_pictures_are_listed_where_predictions_cannot_be_written(weights, tmp_path, capsys):
     photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
-    replace_file = checkpoint.replace
+    replace_file = files.write_atomically
 
     def full(path, write):
         if path.name == "predictions.json":
-            raise checkpoint.cannot_write(path, OSError(28, "No space left on device"))
+            raise files.write_error(path, OSError(28, "No space left on device"))
         replace_file(path, write)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "replace", full)
+        patch.setattr(files, "write_atomically", full)
         assert call("--img", photographs, tmp_path / "absent.png", "--weights", weights, "--out", out) == 1
     output = capsys.readouterr()
     assert "p00_instances.png" in output.out and "predictions.json" not in output.out

@@ -1,9 +1,10 @@
-"""labels.csv: what is read, and every kind of bad row, named by file and line."""
+"""labels.csv: the tables that are read, and a message with file and line for every kind of bad row."""
 
 import pytest
 from PIL import Image
 
-from datasets.labels import VOC_CLASSES, Sample, read_labels
+from datasets.labels import VOC_CLASSES, Sample
+from datasets.labels_csv import read_labels
 from utils.cli import InputError
 
 HEADER = "image,classes,count\n"
@@ -38,8 +39,8 @@ def test_rows_in_file_order(folder):
     assert [sample.stem for sample in samples] == ["b", "a", "c"]
 
 
-def test_spreadsheet_habits(folder):
-    """Byte-order mark, CRLF, quotes, blanks, empty lines, other columns, another order: all harmless."""
+def test_tables_of_spreadsheets(folder):
+    """Byte-order mark, CRLF, quotes, blanks, empty lines, other columns and another order are read."""
     text = '\ufeffcount, classes ,note,image\r\n 2 ,"dog  cat dog",x, a.jpg\r\n\r\n0,,,b.jpg\r\n'
     samples = read(folder, text)
     assert [(s.stem, s.classes, s.count) for s in samples] == [("a", (7, 11), 2), ("b", (), 0)]
@@ -72,7 +73,7 @@ def test_the_folder_may_be_a_string(folder):
         ("c.jpg,cat,1", "c.jpg, which is missing (there is c.png)"),
         ('b.jpg,"cat', "is no row of a table"),
         (",cat,1", "names no image"),
-        ("a.jpg,cat,1", "names a again, after"),
+        ("a.jpg,cat,1", "repeats the name a of"),
     ],
 )
 def test_bad_row(folder, row, complaint):
@@ -89,24 +90,24 @@ def test_bad_row(folder, row, complaint):
         ("count,image\n2,a.jpg\n0,b.jpg\n", [(None, 2), (None, 0)]),
     ],
 )
-def test_a_column_left_out_is_not_known(folder, text, expected):
+def test_a_missing_column_means_unknown_labels(folder, text, expected):
     assert [(sample.classes, sample.count) for sample in read(folder, text)] == expected
 
 
-def test_a_column_by_another_name_is_noticed(folder, capsys):
+def test_a_warning_about_an_unknown_column(folder, capsys):
     assert read(folder, ",image,kind,count\n0,a.jpg,cat,1\n")[0].classes is None
-    assert "line 1 has no column classes, which is then not known (not read: kind)" in capsys.readouterr().err
+    assert "line 1 has no column classes, so that label is unknown (not read: kind)" in capsys.readouterr().err
     read(folder, "image,count,\na.jpg,1,\n")
     read(folder, "image,classes,count,note\na.jpg,cat,1,sharp\n")
     assert not capsys.readouterr().err
 
 
-def test_problems_can_be_collected(folder):
+def test_problems_are_collected_by_report(folder):
     (folder / "labels.csv").write_text(HEADER + "a.jpg,cat,1\nb.jpg,unicorn,1\nz.jpg,cat,1\nc.png,dog,x\na.jpg,cat,2\n")
     problems = []
     assert [sample.stem for sample in read_labels(folder, problems.append)] == ["a"]
     assert [str(problem).split("labels.csv ")[1].split(" ")[1] for problem in problems] == ["3", "4", "5", "6"]
-    assert "line 6 names a again, after" in str(problems[3]) and "line 2; rename or remove one" in str(problems[3])
+    assert "line 6 repeats the name a of" in str(problems[3]) and "line 2; rename or remove one" in str(problems[3])
 
 
 def test_masks_beside_the_images(folder):
@@ -123,7 +124,7 @@ def test_line_number_counts_empty_lines(folder):
 
 def test_two_names_with_one_stem(folder):
     Image.new("RGB", (4, 4)).save(folder / "images" / "a.png")
-    with pytest.raises(InputError, match="names a again"):
+    with pytest.raises(InputError, match="repeats the name a of"):
         read(folder, HEADER + "a.jpg,cat,1\na.png,cat,1\n")
 
 
@@ -187,7 +188,7 @@ TABLE = "image,classes,count\na.jpg,person dog,2\nb.jpg,cat,1\n"
     ],
 )
 def test_dialects(folder, content):
-    """What Excel, LibreOffice, pandas and Windows make of one table."""
+    """One table as written by Excel, LibreOffice, pandas and Windows."""
     (folder / "labels.csv").write_bytes(content)
     assert read_labels(folder) == [
         Sample(folder / "images" / "a.jpg", (11, 14), 2),
@@ -208,7 +209,7 @@ def test_file_names_outside_ascii(folder):
     assert [sample.stem for sample in read_labels(folder)] == ["\xe4", "e\u0301"]
 
 
-def test_names_that_fit_several_files(folder):
+def test_ambiguous_file_names(folder):
     for name in ("A.JPG", "c.jpg"):
         Image.new("RGB", (4, 4)).save(folder / "images" / name)
     assert [sample.path.name for sample in read(folder, HEADER + "A.JPG,cat,1\n")] == ["A.JPG"]
@@ -218,7 +219,7 @@ def test_names_that_fit_several_files(folder):
 
 
 def test_one_stem_in_several_folders(folder):
-    """The photographs are told apart by their folders, and a folder that is missing is not ignored then."""
+    """The stems include the folders, and then a missing folder is an error."""
     for name in ("cats/1.jpg", "dogs/1.jpg", "1.jpg", "dogs/2.jpg", "3.jpg"):
         (folder / "images" / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / "images" / name)
@@ -237,18 +238,18 @@ def test_photographs_beside_the_table(folder):
     assert read_labels(folder / "images")[0].path == folder / "images" / "a.jpg"
 
 
-def test_only_what_is_asked_for_has_to_be_right(folder):
+def test_only_the_requested_label_is_checked(folder):
     (folder / "labels.csv").write_text(HEADER + "a.jpg,unicorn,1\nb.jpg,cat,many\n")
     problems = []
     assert [sample.count for sample in read_labels(folder, problems.append, only="count")] == [1]
     assert [sample.classes for sample in read_labels(folder, problems.append, only="classes")] == [(7,)]
     assert ["many" in str(problem) for problem in problems] == [True, False]
     (folder / "labels.csv").write_text("image,count,kind\na.jpg,1,cat\n")
-    assert read_labels(folder, only="count")[0].count == 1, "and no word of the other column"
+    assert read_labels(folder, only="count")[0].count == 1, "without a warning about the other column"
     with pytest.raises(InputError, match="line 1 lacks the column classes"):
         read_labels(folder, only="classes")
 
 
-def test_a_doubled_column(folder):
+def test_a_repeated_column(folder):
     with pytest.raises(InputError, match="line 1 has the column count twice"):
         read(folder, "image,count,count\na.jpg,1,2\n")

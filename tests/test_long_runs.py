@@ -21,7 +21,7 @@ from engine import config, trainer
 from engine.cam_labels import SPREAD, write_pseudo_labels
 from engine.config import Machine, Schedule
 from engine.trainer import prepare_machine, train
-from utils import checkpoint, distributed, progress
+from utils import checkpoint, distributed, files, progress
 from utils.cli import InputError, Stopped
 from utils.parallel import WorkerPool
 
@@ -111,9 +111,9 @@ def test_sigterm_saves_and_the_same_call_continues(samples, tmp_path):
 def test_sigterm_of_a_script_is_exit_code_143(photographs, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = ['train']\n"
-        "from utils.cli import Stopped, run, stop_signal\n"
+        "from utils.cli import Stopped, run, sigterm_event\n"
         "def main():\n"
-        "    with stop_signal() as stopped:\n"
+        "    with sigterm_event() as stopped:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        if stopped.wait(10): raise Stopped\n"
         "run(main)\n"
@@ -155,11 +155,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(samples, tmp_path, monkeypatch
         file.write(b"half of it")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def replace(path, write, real=checkpoint.replace):
+    def replace(path, write, real=files.write_atomically):
         real(path, write if len(written) < 3 else half)
         written.append(checkpoint.load(path)["step"])
 
-    monkeypatch.setattr(checkpoint, "replace", replace)
+    monkeypatch.setattr(files, "write_atomically", replace)
     with pytest.raises(InputError, match="No space left on device"):
         run_training(samples, tmp_path / "full")
     monkeypatch.undo()
@@ -236,7 +236,7 @@ def test_half_an_environment_of_torchrun_is_one_sentence(monkeypatch, variables,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words) as error:
-        distributed.start(-1)
+        distributed.init(-1)
     assert "torchrun, or unset" in str(error.value)
 
 
@@ -341,9 +341,9 @@ def test_a_log_file_gets_a_line_a_minute(monkeypatch, capsys):
 
 
 def test_batches_must_come_out_even(monkeypatch):
-    monkeypatch.setattr(distributed, "size", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(InputError, match="--batch-size 6 is not a multiple of the 4 processes"):
-        distributed.share_of_batch(6)
+        distributed.local_batch_size(6)
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -14,7 +14,7 @@ import train_branches
 import train_pts
 from datasets.images import read_image
 from datasets.labels import Sample
-from datasets.training import read_map, read_samples
+from datasets.training import read_label_map, read_samples
 from engine import hparams
 from engine.cam_labels import usable_samples
 from engine.config import Machine
@@ -23,7 +23,7 @@ from engine.presets import BEST
 from engine.run import Run
 from models.fusion_config import FusionConfig
 from models.wsid_net import goes_on_from, load_weights
-from utils import checkpoint, digest, provenance
+from utils import checkpoint, digest, files, provenance
 from utils.cli import InputError, make_folder
 
 QUICK = (
@@ -76,7 +76,7 @@ def repaint(folder):
     path = folder / "data" / "images" / "photo1.png"
     image = read_image(path)
     image[10, 10] ^= 1
-    checkpoint.save_png(image, path)
+    files.save_png(image, path)
 
 
 def replace_text(path, old, new):
@@ -100,7 +100,7 @@ def rename(folder):
 
 def relabel_pixels(folder):
     path = folder / "run" / "labels" / "saliency" / "photo0.png"
-    checkpoint.save_png(255 - read_map(path), path)
+    files.save_png(255 - read_label_map(path), path)
 
 
 def another_classifier(folder):
@@ -177,7 +177,7 @@ def test_counts_do_not_matter_to_the_classifier_and_photographs_can_be_added_to_
         file.write("new.png,cat,1\n")
     assert train(trained, "--no-crf", "--stage", "labels") == 0
     assert (trained / "run" / "labels" / "classes" / "new.png").exists()
-    assert "new" in provenance.recorded(trained / "run" / "labels")["photographs"]
+    assert "new" in provenance.read_record(trained / "run" / "labels")["photographs"]
 
 
 def test_labels_of_another_run_are_those_of_these_photographs(trained, capsys):
@@ -356,22 +356,22 @@ def test_two_processes_settle_what_a_folder_is_before_either_works(trained):
 
 def test_what_is_unfinished_may_change(tmp_path):
     picture, folder = tmp_path / "a.png", make_folder(tmp_path / "made")
-    checkpoint.save_png(np.zeros((4, 4), np.uint8), picture)
+    files.save_png(np.zeros((4, 4), np.uint8), picture)
     sample = Sample(picture, classes=(1,))
     for finished in (False, True):
         provenance.bind(
             folder,
             {"size": 64},
-            photographs=provenance.photographs([sample], "classes"),
+            photographs=provenance.describe_photographs([sample], "classes"),
             finished=lambda stem, finished=finished: finished,
         )
-    checkpoint.save_png(np.ones((4, 4), np.uint8), picture)
-    now = provenance.photographs([sample], "classes")
+    files.save_png(np.ones((4, 4), np.uint8), picture)
+    now = provenance.describe_photographs([sample], "classes")
     provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: False)
-    assert provenance.recorded(folder)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
-    checkpoint.save_png(np.full((4, 4), 2, np.uint8), picture)
+    assert provenance.read_record(folder)["photographs"] == {"a": {"picture": digest.of_file(picture), "classes": [1]}}
+    files.save_png(np.full((4, 4), 2, np.uint8), picture)
     with pytest.raises(InputError, match="the picture of a changed"):
-        now = provenance.photographs([sample], "classes")
+        now = provenance.describe_photographs([sample], "classes")
         provenance.bind(folder, {"size": 64}, photographs=now, finished=lambda stem: True)
 
 
@@ -409,4 +409,4 @@ def test_digests_are_of_contents(tmp_path):
     assert digest.of_value({"a": 1, "b": (2,)}) == digest.of_value({"b": [2], "a": 1})
     with pytest.raises(InputError, match="cannot read"):
         digest.of_file(tmp_path / "absent")
-    assert json.dumps(provenance.inputs_of(read_samples([make_data(tmp_path / "d")]), "classes", "count"))
+    assert json.dumps(provenance.digest_inputs(read_samples([make_data(tmp_path / "d")]), "classes", "count"))

@@ -1,4 +1,4 @@
-"""The published layouts, a few 32 x 48 images of each made on the fly: what is read, merged, refused and reported."""
+"""The published layouts, on a few generated 32 x 48 images of each: reading, merging, errors and reports."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from datasets.images import image_size, read_image
 from datasets.labels import CLASS_INDEX, VOC_CLASSES, Sample
 from datasets.masks import encode_rle
 from datasets.sources import find_source, list_ground_truth, merge, read_ground_truth, read_source
-from datasets.training import TrainingImages, read_classes, read_map, read_samples, with_classes
+from datasets.training import TrainingImages, read_label_map, read_samples, select_cam_samples
 from engine.cam_labels import SPREAD, write_pseudo_labels
 from models.grouping import split_labels_by_count
 from models.losses import centroid_target_loss, subitizing_loss
@@ -50,11 +50,13 @@ def regions(*boxes):
     return labels
 
 
-def known(samples):
+def labels_of(samples):
+    """{stem: (classes, count)}"""
     return {sample.stem: (sample.classes, sample.count) for sample in samples}
 
 
-def refused(function, *args):
+def message_of(function, *args):
+    """The message of the InputError that function(*args) raises."""
     with pytest.raises(InputError) as error:
         function(*args)
     assert "\n" not in str(error.value)
@@ -78,7 +80,7 @@ def voc_annotation(root, name, objects, size="<size><width>50</width><height>40<
     (root / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
 
 
-VOC_SHARES = """<object><name>cat</name>
+VOC_FRACTIONS = """<object><name>cat</name>
     <bndbox><xmin>0.1</xmin><xmax>0.9</xmax><ymin>0</ymin><ymax>1</ymax></bndbox></object>"""
 
 
@@ -94,10 +96,10 @@ def voc(tmp_path):
     (root / "ImageSets/Main/train.txt").write_text("2007_1\n2007_2\n2007_3\n")
     (root / "ImageSets/Main/val.txt").write_text("2007_4\n")
     (root / "ImageSets/Main/dog_train.txt").write_text("2007_1  1\n2007_2 -1\n")
-    # 8 x 5 pixels are 2 % of 50 x 40 and count, 7 x 5 do not; what is difficult says nothing.
+    # 8 x 5 pixels are 2 % of 50 x 40 and count, 7 x 5 do not; difficult objects are ignored.
     voc_annotation(root, "2007_1", [voc_object("person", 8, 5), voc_object("person", 20, 20), voc_object("cat", 7, 5)])
     voc_annotation(root, "2007_2", [voc_object("dog", 20, 20), voc_object("cat", 30, 30, difficult=1)])
-    voc_annotation(root, "2007_3", [])  # nobody has looked at it
+    voc_annotation(root, "2007_3", [])  # not annotated yet
     voc_annotation(root, "2007_4", [voc_object("tvmonitor", 9, 9)])
     save(VOC_LABELS, root / "SegmentationObject" / "2007_1.png", "P")
     return tmp_path / "VOCdevkit"
@@ -105,7 +107,7 @@ def voc(tmp_path):
 
 def test_voc_classes_counts_and_masks(voc):
     samples = read_source(voc)
-    assert known(samples) == {"2007_2": ((DOG,), 1), "2007_1": ((CAT, PERSON), 2)}
+    assert labels_of(samples) == {"2007_2": ((DOG,), 1), "2007_1": ((CAT, PERSON), 2)}
     assert [sample.stem for sample in samples] == ["2007_2", "2007_1"], "the order of the list"
     without, with_mask = samples
     assert without.mask is None and with_mask.mask.size() == (H, W)
@@ -113,12 +115,12 @@ def test_voc_classes_counts_and_masks(voc):
 
 
 def test_voc_splits_and_roots(voc):
-    assert list(known(read_source(f"{voc}@Main/train"))) == ["2007_1", "2007_2", "2007_3"]
-    assert known(read_source(f"{voc}@val")) == {"2007_4": ((19,), 1)}, "from Main, as Segmentation has no val"
+    assert list(labels_of(read_source(f"{voc}@Main/train"))) == ["2007_1", "2007_2", "2007_3"]
+    assert labels_of(read_source(f"{voc}@val")) == {"2007_4": ((19,), 1)}, "from Main, as Segmentation has no val"
     assert read_source(voc) == read_source(voc / "VOC2012") == read_source(voc.parent)
-    message = refused(read_source, f"{voc}@test")
+    message = message_of(read_source, f"{voc}@test")
     assert "no image list ImageSets/Segmentation/test.txt or" in message and "it has train, val; name" in message
-    assert "dog_train.txt is not a list of image names" in refused(read_source, f"{voc}@dog_train")
+    assert "dog_train.txt is not a list of image names" in message_of(read_source, f"{voc}@dog_train")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_voc_splits_and_roots(voc):
         ("<?xml version='1.0' encoding='klingon'?><annotation/>", "2007_3.xml is not XML"),
         ([voc_object("", 9, 9)], "2007_3.xml has an object without a name"),
         ([voc_object("cat", -9, -9)], "2007_3.xml has a box that ends before it begins"),
-        ([VOC_SHARES], "2007_3.xml has a box in shares of the image"),
+        ([VOC_FRACTIONS], "2007_3.xml has a box in fractions of the image"),
         ("<annotations><image><box label='cat'/></image></annotations>", "2007_3.xml is no annotation of PASCAL VOC"),
         ("<annotation xmlns='a'><object/></annotation>", "2007_3.xml is no annotation of PASCAL VOC"),
         ([voc_object("cat", "nan", 9)], "2007_3.xml has an object whose bndbox/xmax is no number"),
@@ -141,42 +143,42 @@ def test_voc_bad_annotation(voc, xml, complaint):
         voc_annotation(voc / "VOC2012", "2007_3", xml)
     else:
         (voc / "VOC2012/Annotations/2007_3.xml").write_text(xml)
-    assert complaint in refused(read_source, f"{voc}@Main/train")
+    assert complaint in message_of(read_source, f"{voc}@Main/train")
     problems = []
     assert len(read_source(f"{voc}@Main/train", problems.append)) == 2 and complaint in str(problems[0])
 
 
 def test_voc_missing_files(voc):
     (voc / "VOC2012/JPEGImages/2007_1.jpg").unlink()
-    assert "JPEGImages/2007_1, which is missing" in refused(read_source, voc)
+    assert "JPEGImages/2007_1, which is missing" in message_of(read_source, voc)
     (voc / "VOC2012/Annotations/2007_2.xml").unlink()
-    assert "2007_2.xml (No such file" in refused(read_source, voc)
+    assert "2007_2.xml (No such file" in message_of(read_source, voc)
 
 
 def test_voc_other_classes_count(voc):
     voc_annotation(voc / "VOC2012", "2007_3", [voc_object(name, 9, 9) for name in ("unicorn", "Dining table", "TV")])
     voc_annotation(voc / "VOC2012", "2007_4", [voc_object("unicorn", 9, 9)])
     samples = read_source(f"{voc}@Main/train")
-    assert known(samples)["2007_3"] == ((10, 19), 3) and samples[2].others == ("unicorn",)
-    assert known(read_source(f"{voc}@val")) == {"2007_4": ((), 1)}
+    assert labels_of(samples)["2007_3"] == ((10, 19), 3) and samples[2].others == ("unicorn",)
+    assert labels_of(read_source(f"{voc}@val")) == {"2007_4": ((), 1)}
 
 
-def test_voc_what_nobody_can_tell(voc):
-    """Neither an annotation without objects nor one with difficult ones alone says that there is nothing."""
+def test_voc_unknown_counts(voc):
+    """An annotation without objects, or with difficult ones alone, does not mean a count of 0."""
     voc_annotation(voc / "VOC2012", "2007_4", [voc_object("cat", 30, 30, difficult=1)])
-    assert known(read_source(f"{voc}@val")) == {"2007_4": ((), None)}
-    assert known(read_source(f"{voc}@Main/train"))["2007_3"] == (None, None)
+    assert labels_of(read_source(f"{voc}@val")) == {"2007_4": ((), None)}
+    assert labels_of(read_source(f"{voc}@Main/train"))["2007_3"] == (None, None)
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>", "<size><width/></size>"])
-def test_voc_without_a_size_takes_the_photographs(voc, size):
+def test_voc_a_missing_size_is_that_of_the_photograph(voc, size):
     # 2 % of 48 x 32 are 30.72 pixels, of 50 x 40 they are 40.
     voc_annotation(voc / "VOC2012", "2007_4", [voc_object("cat", 31, 1), voc_object("cat", 30, 1)], size)
-    assert known(read_source(f"{voc}@val")) == {"2007_4": ((CAT,), 1)}
+    assert labels_of(read_source(f"{voc}@val")) == {"2007_4": ((CAT,), 1)}
 
 
 def test_voc_names_as_tools_write_them(tmp_path):
-    """A list of another name with a mark of its encoding, blanks and quotes; pictures of any kind, dots in names."""
+    """A list of another name with a byte-order mark, blanks and quotes; pictures of any kind, dots in names."""
     root = tmp_path / "cvat"
     (root / "ImageSets" / "Main").mkdir(parents=True)
     (root / "Annotations" / "sub").mkdir(parents=True)
@@ -188,28 +190,28 @@ def test_voc_names_as_tools_write_them(tmp_path):
     (lists / "default.txt").write_bytes('"my photo 1"\r\na.v2\r\nsub/b\r\nc.jpg\r\n'.encode("utf-8-sig"))
     (lists / "cat_default.txt").write_text("a.v2  1\nc -1\n")
     samples = read_source(root)
-    assert known(samples) == dict.fromkeys(["my photo 1", "a.v2", "b", "c"], ((CAT,), 1))
+    assert labels_of(samples) == dict.fromkeys(["my photo 1", "a.v2", "b", "c"], ((CAT,), 1))
     save(VOC_LABELS, root / "SegmentationObject" / "sub" / "b.png")
     assert [sample.mask is None for sample in read_source(root)] == [True, True, False, True]
     (lists / "mine.txt").write_text("my photo 1\n")
-    assert list(known(read_source(f"{root}@mine"))) == ["my photo 1"]
-    assert "it has default, mine; name one" in refused(read_source, root)
+    assert list(labels_of(read_source(f"{root}@mine"))) == ["my photo 1"]
+    assert "it has default, mine; name one" in message_of(read_source, root)
     photograph(root / "JPEGImages" / "c.jpg")
-    assert read_source(f"{root}@default")[3].path.name == "c.jpg", "the whole name tells"
+    assert read_source(f"{root}@default")[3].path.name == "c.jpg", "the whole name decides"
     (lists / "default.txt").write_text("c\n")
-    assert "may be c.bmp or c.jpg" in refused(read_source, f"{root}@default")
+    assert "may be c.bmp or c.jpg" in message_of(read_source, f"{root}@default")
 
 
 def test_voc_masks_without_annotations(voc):
     shutil.rmtree(voc / "VOC2012" / "Annotations")
-    assert known(read_source(voc)) == {"2007_2": (None, None), "2007_1": (None, 2)}
+    assert labels_of(read_source(voc)) == {"2007_2": (None, None), "2007_1": (None, 2)}
     shutil.rmtree(voc / "VOC2012" / "ImageSets")
-    assert len(read_source(voc)) == 4 and "leave the split out" in refused(read_source, f"{voc}@train")
+    assert len(read_source(voc)) == 4 and "leave the split out" in message_of(read_source, f"{voc}@train")
 
 
 @pytest.mark.parametrize("places", ["images annotations", "images images", ". .", "JPEGImages labels"])
 def test_voc_annotations_beside_photographs(tmp_path, capsys, places):
-    """As labelImg, Roboflow and Kaggle have them."""
+    """The layouts of labelImg, Roboflow and Kaggle."""
     photographs, annotations = (tmp_path / "set" / place for place in places.split())
     (tmp_path / "Annotations").mkdir()
     for name in ("a.png", "b.JPG", "unlabelled.jpg"):
@@ -219,7 +221,11 @@ def test_voc_annotations_beside_photographs(tmp_path, capsys, places):
         annotations.mkdir(exist_ok=True)
         suffix = "XML" if name == "b" else "xml"
         (tmp_path / "Annotations" / f"{name}.xml").rename(annotations / f"{name}.{suffix}")
-    assert known(read_samples([tmp_path / "set"])) == {"a": ((DOG,), 1), "b": ((DOG,), 1), "unlabelled": (None, None)}
+    assert labels_of(read_samples([tmp_path / "set"])) == {
+        "a": ((DOG,), 1),
+        "b": ((DOG,), 1),
+        "unlabelled": (None, None),
+    }
     assert "gone.xml, belong to no photograph" in capsys.readouterr().err
     assert check.main([str(tmp_path / "set")]) == 1
     assert "gone.xml, belong to no photograph" in capsys.readouterr().out
@@ -243,7 +249,7 @@ def ilso(tmp_path):
 
 def test_ilso_counts_come_from_the_masks(ilso):
     samples = read_source(ilso)
-    assert known(samples) == {"a": (None, 3), "b": (None, 1), "c": (None, None)}
+    assert labels_of(samples) == {"a": (None, 3), "b": (None, 1), "c": (None, None)}
     mask = samples[0].mask.read()
     assert [len(np.unique(mask[region])) for region in (np.s_[:9, :9], np.s_[:9, 9:20], np.s_[20:30, 20:40])] == [1] * 3
     assert sorted(np.unique(mask)) == [0, 1, 2, 3] and (mask > 0).sum() == 81 + 99 + 200
@@ -251,18 +257,18 @@ def test_ilso_counts_come_from_the_masks(ilso):
 
 
 def test_ilso_under_its_other_names(ilso):
-    before = known(read_source(ilso))
+    before = labels_of(read_source(ilso))
     (ilso / "images").rename(ilso / "imgs")
     (ilso / "gt").rename(ilso / "instance_masks")
-    assert known(read_source(ilso)) == before
+    assert labels_of(read_source(ilso)) == before
 
 
 def test_ilso_bad_masks(ilso):
     save(regions((255, 3, 3, 9, 9)), ilso / "gt" / "b.png")
-    assert "b.png shows nothing but void" in refused(read_source, ilso)
+    assert "b.png shows nothing but void" in message_of(read_source, ilso)
     photograph(ilso / "gt" / "z.png")
     problems = []
-    assert list(known(read_source(ilso, problems.append))) == ["a", "c"]
+    assert list(labels_of(read_source(ilso, problems.append))) == ["a", "c"]
     assert "z.png has no photograph in" in str(problems[0]) and "b.png shows" in str(problems[1])
 
 
@@ -312,14 +318,14 @@ def coco(tmp_path):
 
 def test_coco_classes_counts_and_masks(coco):
     samples = read_source(coco)
-    assert known(samples) == {
+    assert labels_of(samples) == {
         "000000000001": ((CAT, PERSON), 3),
         "000000000002": ((), 1),
         "000000000003": (None, None),
     }
     expected = regions((255, 0, 0, 32, 1), (1, 2, 2, 22, 22), (2, 4, 4, 10, 10), (3, 10, 30, 20, 40), (4, 25, 0, 30, 6))
     np.testing.assert_array_equal(samples[0].mask.read(), expected)
-    assert samples[0].mask.size() == (H, W) and samples[2].mask is None, "of the last nothing is known"
+    assert samples[0].mask.size() == (H, W) and samples[2].mask is None, "the labels of the last are unknown"
 
 
 def test_coco_names_of_voc_classes(coco):
@@ -334,20 +340,20 @@ def test_coco_names_of_voc_classes(coco):
 
 @pytest.mark.parametrize("place", ["images/val2017", "images", "."])
 def test_coco_photographs_elsewhere(coco, place):
-    expected = known(read_source(coco))
+    expected = labels_of(read_source(coco))
     (coco / "val2017").rename(coco / "moved")
     (coco / place).mkdir(parents=True, exist_ok=True)
     for path in (coco / "moved").iterdir():
         path.rename(coco / place / path.name)
-    assert known(read_source(coco / "annotations" / "instances_val2017.json")) == expected
+    assert labels_of(read_source(coco / "annotations" / "instances_val2017.json")) == expected
 
 
 def test_coco_splits(coco):
     write_coco(coco, coco_data(), "train2017")
-    assert "has the splits train2017, val2017; name one" in refused(read_source, coco)
+    assert "has the splits train2017, val2017; name one" in message_of(read_source, coco)
     assert len(read_source(f"{coco}@val2017")) == 3
-    assert "name one" in refused(read_source, f"{coco}@minival")
-    assert "is one split already" in refused(read_source, f"{coco}/annotations/instances_val2017.json@val2017")
+    assert "name one" in message_of(read_source, f"{coco}@minival")
+    assert "is one split already" in message_of(read_source, f"{coco}/annotations/instances_val2017.json@val2017")
 
 
 def test_coco_without_segmentation_has_no_mask(coco):
@@ -374,7 +380,7 @@ def test_coco_bad_segmentation(coco, segmentation, complaint):
     data = coco_data()
     data["annotations"][0]["segmentation"] = segmentation
     write_coco(coco, data)
-    message = refused(read_source(coco)[0].mask.read)
+    message = message_of(read_source(coco)[0].mask.read)
     assert complaint in message and "instances_val2017.json image 1" in message
 
 
@@ -391,8 +397,11 @@ def test_coco_polygon_far_outside_is_clipped(coco):
     [
         (lambda data: data["annotations"][5].update(category_id=99), "image 2 has the unknown category 99"),
         (lambda data: data["annotations"][5].update(NO_AREA), "image 2 has an annotation without an area"),
-        (lambda data: data["annotations"][5].update(NO_AREA, bbox=[0, 0, 0.5, 1]), "the bbox [0, 0, 0.5, 1] in shares"),
-        (lambda data: data["annotations"][5].update(NO_AREA, segmentation=rectangle(0, 0, 0.5, 1)), "are shares"),
+        (
+            lambda data: data["annotations"][5].update(NO_AREA, bbox=[0, 0, 0.5, 1]),
+            "the bbox [0, 0, 0.5, 1] in fractions",
+        ),
+        (lambda data: data["annotations"][5].update(NO_AREA, segmentation=rectangle(0, 0, 0.5, 1)), "are fractions"),
         (lambda data: data["images"][1].update(file_name="x" * 300), "which is missing"),
         (lambda data: data["images"][1].update(file_name="/"), "which is missing"),
         (lambda data: data["annotations"].extend([data["annotations"][5]] * 255), "image 2 has the count 256"),
@@ -403,9 +412,11 @@ def test_coco_bad_image_is_one_problem(coco, change, complaint):
     data = coco_data()
     change(data)
     write_coco(coco, data)
-    assert complaint in refused(read_source, coco)
+    assert complaint in message_of(read_source, coco)
     problems = []
-    assert list(known(read_source(coco, problems.append))) == ["000000000001", "000000000003"] and len(problems) == 1
+    assert (
+        list(labels_of(read_source(coco, problems.append))) == ["000000000001", "000000000003"] and len(problems) == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -424,21 +435,21 @@ def test_coco_bad_file(coco, change, complaint):
     data = coco_data()
     change(data)
     write_coco(coco, data)
-    assert complaint in refused(read_source, coco)
+    assert complaint in message_of(read_source, coco)
 
 
 def test_coco_counts_need_no_categories(coco):
     data = coco_data()
-    expected = known(read_source(f"{coco}@count"))
+    expected = labels_of(read_source(f"{coco}@count"))
     del data["categories"]
     write_coco(coco, data)
-    assert known(read_source(f"{coco}@count")) == expected == known(read_source(f"{coco}@val2017,count"))
+    assert labels_of(read_source(f"{coco}@count")) == expected == labels_of(read_source(f"{coco}@val2017,count"))
 
 
 def test_coco_is_not_json(coco):
     (coco / "annotations" / "instances_val2017.json").write_text("{")
-    assert "is not JSON" in refused(read_source, coco)
-    assert "cannot read" in refused(read_source, coco / "nowhere.json")
+    assert "is not JSON" in message_of(read_source, coco)
+    assert "cannot read" in message_of(read_source, coco / "nowhere.json")
 
 
 @pytest.mark.parametrize(
@@ -461,13 +472,13 @@ def test_coco_is_not_json(coco):
     ],
 )
 def test_coco_dialects(coco, change):
-    """What other tools make of one file; read as the original, masks and all."""
+    """Variants of the file that other tools write give the same labels and masks."""
     expected = read_source(coco)
     data = coco_data()
     change(data)
     write_coco(coco, data)
     found = read_source(coco)
-    assert known(found) == known(expected)
+    assert labels_of(found) == labels_of(expected)
     for sample in (0, 1):
         np.testing.assert_array_equal(found[sample].mask.read(), expected[sample].mask.read())
 
@@ -480,10 +491,10 @@ def test_coco_area_of_the_bbox(coco):
     assert [(s.count, s.mask) for s in read_source(coco)] == [(4, None), (1, None), (None, None)]
     data["annotations"][0]["bbox"] = [11, 11, -10, 10]
     write_coco(coco, data)
-    assert "image 1 has the bbox [11, 11, -10, 10], which ends before it begins" in refused(read_source, coco)
+    assert "image 1 has the bbox [11, 11, -10, 10], which ends before it begins" in message_of(read_source, coco)
 
 
-def test_coco_masks_are_those_of_the_file_as_it_is(coco):
+def test_coco_masks_follow_a_changed_file(coco):
     assert len(np.unique(read_source(coco)[1].mask.read())) == 2
     data = coco_data()
     data["annotations"][5]["segmentation"] = rectangle(0, 0, 3, 3)
@@ -491,18 +502,18 @@ def test_coco_masks_are_those_of_the_file_as_it_is(coco):
     assert (read_source(coco)[1].mask.read() > 0).sum() == 9
 
 
-def test_coco_a_crowd_is_not_nothing(coco):
+def test_coco_a_crowd_has_an_unknown_count(coco):
     data = coco_data()
     data["annotations"] = [data["annotations"][4] | {"category_id": 7}]
     write_coco(coco, data)
-    assert known(read_source(coco))["000000000001"] == ((), None)
+    assert labels_of(read_source(coco))["000000000001"] == ((), None)
 
 
-def test_coco_some_annotations_of_no_image(coco, capsys):
+def test_coco_annotations_without_an_image(coco, capsys):
     data = coco_data()
     data["annotations"][5]["image_id"] = 9
     write_coco(coco, data)
-    assert known(read_samples([coco]))["000000000002"] == (None, None)
+    assert labels_of(read_samples([coco]))["000000000002"] == (None, None)
     assert "1 of 6 annotations in" in capsys.readouterr().err
     assert check.main([str(coco)]) == 1
 
@@ -530,12 +541,12 @@ def test_coco_in_other_layouts(tmp_path, file, photographs, name):
     roboflow = path.parent.name == "train"
     for source in (path, path.parent if roboflow else tmp_path / "set", f"{tmp_path / 'set'}@train"):
         if roboflow or not str(source).endswith("@train") or "train" in file:
-            assert known(read_source(source))["000000000001"] == ((CAT, PERSON), 3)
+            assert labels_of(read_source(source))["000000000001"] == ((CAT, PERSON), 3)
     if roboflow:
-        assert f"name one of the folders in it: {path.parent}" in refused(read_source, tmp_path / "set")
+        assert f"name one of the folders in it: {path.parent}" in message_of(read_source, tmp_path / "set")
 
 
-# Sources and what several of them say
+# Sources and merging
 
 
 def labels_csv(folder, text, size=(W, H)):
@@ -560,46 +571,46 @@ def test_layouts_are_recognized(voc, ilso, coco, tmp_path):
     assert photographs == [Sample(ilso / "images" / f"{stem}.jpg") for stem in "abc"]
 
 
-def test_what_is_no_source(ilso, tmp_path):
+def test_unknown_sources(ilso, tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "absent"):
-        assert f"there is no {path / 'labels.csv'} nor another known layout" in refused(read_source, path)
-    assert "names the split val, but" in refused(read_source, f"{ilso}@val")
-    assert "two things at once" in refused(read_source, f"{ilso}@classes,count")
-    assert "two things at once" in refused(read_source, f"{ilso}@train,val")
+        assert f"there is no {path / 'labels.csv'} nor another known layout" in message_of(read_source, path)
+    assert "names the split val, but" in message_of(read_source, f"{ilso}@val")
+    assert "two things at once" in message_of(read_source, f"{ilso}@classes,count")
+    assert "two things at once" in message_of(read_source, f"{ilso}@train,val")
 
 
-def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+def test_a_folder_without_permission(tmp_path, monkeypatch):
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("pathlib.Path.iterdir", forbidden)
-    assert f"cannot read {tmp_path} (Permission denied)" in refused(find_source, tmp_path)
+    assert f"cannot read {tmp_path} (Permission denied)" in message_of(find_source, tmp_path)
 
 
 def test_an_at_sign_in_a_folder_name(ilso):
     ilso.rename(ilso.with_name("mine@home"))
     assert len(read_source(ilso.with_name("mine@home"))) == 3
-    assert known(read_source(str(ilso.with_name("mine@home")) + "@count"))["a"] == (None, 3)
+    assert labels_of(read_source(str(ilso.with_name("mine@home")) + "@count"))["a"] == (None, 3)
 
 
 def test_classes_from_one_and_counts_from_another(voc, tmp_path):
     counts = labels_csv(tmp_path / "counts", "image,count\n2007_1.jpg,5\n")
     samples = read_samples([f"{voc}@classes", counts])
-    assert known(samples) == {"2007_2": ((DOG,), None), "2007_1": ((CAT, PERSON), 5)}
+    assert labels_of(samples) == {"2007_2": ((DOG,), None), "2007_1": ((CAT, PERSON), 5)}
     assert samples[1].path == voc / "VOC2012/JPEGImages/2007_1.jpg"
     classes = labels_csv(tmp_path / "classes", "image,classes,count\n2007_1.jpg,sofa,9\n")
-    assert known(read_samples([counts, f"{classes}@classes"])) == {"2007_1": ((17,), 5)}
+    assert labels_of(read_samples([counts, f"{classes}@classes"])) == {"2007_1": ((17,), 5)}
 
 
-def test_conflicts_name_both(voc, tmp_path):
+def test_conflicts_name_both_sources(voc, tmp_path):
     other = labels_csv(tmp_path / "other", "image,classes,count\n2007_1.jpg,person,2\n")
-    message = refused(read_samples, [voc, other])
+    message = message_of(read_samples, [voc, other])
     assert "share a name" in message and "JPEGImages/2007_1.jpg" in message and "other/images/2007_1.jpg" in message
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "images").symlink_to(voc / "VOC2012" / "JPEGImages")
     (tmp_path / "linked" / "labels.csv").write_text("image,count\n2007_1.jpg,7\n")
-    message = refused(read_samples, [voc, tmp_path / "linked"])
+    message = message_of(read_samples, [voc, tmp_path / "linked"])
     assert f"{voc} and {tmp_path / 'linked'} disagree on the count of" in message and "(2 and 7)" in message
 
 
@@ -608,17 +619,17 @@ def test_the_same_file_may_come_twice(voc):
     assert len(read_samples([voc, f"{voc}@Main/train", voc / "VOC2012" / "JPEGImages"])) == 4
 
 
-def test_photographs_of_one_name_are_not_mixed_up(tmp_path, capsys):
+def test_different_photographs_of_one_name(tmp_path, capsys):
     a = labels_csv(tmp_path / "a", "image,classes\nx.jpg,cat\n")
     b = labels_csv(tmp_path / "b", "image,count\nx.jpg,1\n", size=(W, H + 1))
-    assert "share a name but not a size" in refused(read_samples, [a, b])
+    assert "share a name but not a size" in message_of(read_samples, [a, b])
     photograph(tmp_path / "c" / "x.jpg")
     photograph(tmp_path / "c" / "y.jpg")
-    assert known(read_samples([a, tmp_path / "c"])) == {"x": ((CAT,), None), "y": (None, None)}
+    assert labels_of(read_samples([a, tmp_path / "c"])) == {"x": ((CAT,), None), "y": (None, None)}
     assert f"{tmp_path}/c/x.jpg is left out, as {a}/images/x.jpg shares its name" in capsys.readouterr().err
-    assert "share a name" in refused(read_samples, [tmp_path / "c", a]), "labels are not left out"
+    assert "share a name" in message_of(read_samples, [tmp_path / "c", a]), "labels are not left out"
     photograph(tmp_path / "c" / "x.png")
-    assert "names x again" in refused(read_samples, [tmp_path / "c"])
+    assert "repeats the name x of" in message_of(read_samples, [tmp_path / "c"])
 
 
 def test_merge_reports_and_keeps_the_first(tmp_path):
@@ -632,9 +643,9 @@ def test_ground_truth_of_every_layout(voc, ilso, coco, tmp_path):
     assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"]
     assert len(read_ground_truth(f"{coco}@val2017")) == 2
     (ilso / "labels.csv").write_text("image,count\na.jpg,1\n")
-    assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"], "labels.csv does not choose"
-    assert "instance_masks is not a folder" in refused(read_ground_truth, ilso / "images")
-    assert "has no instance masks" in refused(read_ground_truth, f"{voc}@val")
+    assert [sample.stem for sample in read_ground_truth(ilso)] == ["a", "b"], "whatever labels.csv lists"
+    assert "instance_masks is not a folder" in message_of(read_ground_truth, ilso / "images")
+    assert "has no instance masks" in message_of(read_ground_truth, f"{voc}@val")
 
 
 def test_list_ground_truth(voc, ilso):
@@ -642,19 +653,19 @@ def test_list_ground_truth(voc, ilso):
         masks = list_ground_truth(source)
         assert list(masks) == ["a", "b"] and str(masks["a"]) == str(ilso / "gt" / "a.png")
     assert list(list_ground_truth(voc / "VOC2012" / "SegmentationObject")) == list(list_ground_truth(voc)) == ["2007_1"]
-    assert refused(list_ground_truth, "nowhere").startswith("nowhere is not a folder")
-    assert "has no instance masks" in refused(list_ground_truth, f"{voc}@val")
+    assert message_of(list_ground_truth, "nowhere").startswith("nowhere is not a folder")
+    assert "has no instance masks" in message_of(list_ground_truth, f"{voc}@val")
 
 
-# Training with gaps in what is known
+# Training with unknown labels
 
 
-def test_with_classes(tmp_path):
+def test_select_cam_samples(tmp_path):
     path = tmp_path / "x.jpg"
     cat, nothing, unknown_count = Sample(path, (CAT,), 1), Sample(path, (), 0), Sample(path, (CAT,))
     left_out = [Sample(path), Sample(path, None, 2), Sample(path, (), 2), Sample(path, (), None)]
-    assert with_classes([cat, *left_out, nothing, unknown_count]) == [cat, nothing, unknown_count]
-    assert "no photograph has classes" in refused(with_classes, [nothing, *left_out])
+    assert select_cam_samples([cat, *left_out, nothing, unknown_count]) == [cat, nothing, unknown_count]
+    assert "no photograph has classes" in message_of(select_cam_samples, [nothing, *left_out])
 
 
 def test_photographs_of_one_stem_have_labels_of_their_own(tmp_path):
@@ -664,7 +675,7 @@ def test_photographs_of_one_stem_have_labels_of_their_own(tmp_path):
     for sample in read_samples([folder]):
         cams = np.ones((1, 16, 16), np.float32)
         write_pseudo_labels(tmp_path / "labels", sample, cams, sample.classes, 16, SPREAD, use_crf=False)
-    found = [read_classes(tmp_path / "labels" / "classes" / f"{name}_1.png", 16).max() for name in ("cats", "dogs")]
+    found = [read_label_map(tmp_path / "labels" / "classes" / f"{name}_1.png", 16).max() for name in ("cats", "dogs")]
     assert found == [CAT + 1, DOG + 1]
 
 
@@ -682,19 +693,19 @@ def test_unknown_labels_leave_the_count_losses_out(tmp_path):
 # python -m datasets.check
 
 
-def test_check_of_sound_data(voc, ilso, coco, capsys):
+def test_check_of_valid_data(voc, ilso, coco, capsys):
     assert check.main([f"{voc}@Main/train", str(coco), str(ilso)]) == 0
     text = capsys.readouterr().out
     for line in (
         f"{voc}@Main/train: PASCAL VOC",
         "images   3",
         "classes  cat: 1, person: 1, dog: 1",
-        "counts   1: 1, 2: 1, not known: 1",
+        "counts   1: 1, 2: 1, unknown: 1",
         "others   giraffe: 2",
         "masks    1",
         "problems 0",
-        "classes  not known: 3",
-        "counts   1: 1, 3: 1, not known: 1",
+        "classes  unknown: 3",
+        "counts   1: 1, 3: 1, unknown: 1",
         "all together:",
         "images   9",
     ):
@@ -732,7 +743,7 @@ def test_check_reads_pixels_unless_quick(tmp_path, capsys):
     "file", ["a.txt", "labels.txt", "a.json", "labels.xlsx", "Labels.ods", "annotations.csv", "a.xml"]
 )
 def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
-    """YOLO, labelme, spreadsheets: not read, and told so by trainings and by the check."""
+    """YOLO, labelme, spreadsheets: trainings and the check print that they are not read."""
     photograph(tmp_path / "images" / "a.jpg")
     (tmp_path / "labels").mkdir()
     for name in ("images/README.txt", "predictions.json"):
@@ -741,13 +752,13 @@ def test_labels_of_other_tools_are_named(tmp_path, capsys, file):
     for folder in (tmp_path, tmp_path / "images", tmp_path / "labels"):
         (folder / file).write_text("{}")
         for source in (tmp_path, tmp_path / "images"):
-            assert known(read_samples([source])) == {"a": (None, None)}
+            assert labels_of(read_samples([source])) == {"a": (None, None)}
             assert f"{folder / file} may hold labels, which are not read" in capsys.readouterr().err
         assert check.main([str(tmp_path)]) == 1
         (folder / file).unlink()
 
 
-def test_a_coco_file_that_is_not_looked_at_is_named(coco, capsys):
+def test_a_coco_file_that_is_not_read_is_named(coco, capsys):
     file = coco / "annotations" / "instances_val2017.json"
     for place in (file, coco / "val2017.json"):
         file = file.rename(place)
@@ -758,28 +769,28 @@ def test_a_coco_file_that_is_not_looked_at_is_named(coco, capsys):
 def test_photographs_in_other_folders_are_named(tmp_path, capsys):
     for name in ("images/a.jpg", "images/more/b.jpg", "c.jpg", "dogs/d.jpg"):
         photograph(tmp_path / "set" / name)
-    assert list(known(read_samples([tmp_path / "set"]))) == ["a"]
+    assert list(labels_of(read_samples([tmp_path / "set"]))) == ["a"]
     folders = ", ".join(str(tmp_path / "set" / name) for name in ("", "dogs", "images/more"))
     assert f"the photographs in {folders} are not read" in capsys.readouterr().err
     assert check.main([str(tmp_path / "set")]) == 1
     for name in ("a.jpg", "b.jpg"):
         photograph(tmp_path / "yolo" / "images" / name[0] / name)
-    message = refused(read_source, tmp_path / "yolo")
+    message = message_of(read_source, tmp_path / "yolo")
     assert f"name one of the folders in it: {tmp_path}/yolo/images/a, {tmp_path}/yolo/images/b" in message
 
 
 def test_labels_without_photographs_are_named(tmp_path):
     (tmp_path / "labels.xlsx").touch()
-    assert "labels.xlsx may hold labels, which are not read" in refused(read_source, tmp_path)
-    assert "labels.xlsx is no photograph" in refused(read_source, tmp_path / "labels.xlsx")
+    assert "labels.xlsx may hold labels, which are not read" in message_of(read_source, tmp_path)
+    assert "labels.xlsx is no photograph" in message_of(read_source, tmp_path / "labels.xlsx")
 
 
 def test_brackets_in_folder_names(tmp_path):
     folder = labels_csv(tmp_path / "[2024] Holiday", "image,count\na.jpg,1\n")
     write_coco(folder / "coco", coco_data())
     photograph(folder / "coco" / "val2017" / "000000000001.jpg")
-    assert known(read_source(folder)) == {"a": (None, 1)} == known(read_source(folder / "labels.csv"))
-    assert known(read_source(folder / "images")) == {"a": (None, None)}
+    assert labels_of(read_source(folder)) == {"a": (None, 1)} == labels_of(read_source(folder / "labels.csv"))
+    assert labels_of(read_source(folder / "images")) == {"a": (None, None)}
     assert len(read_source(folder / "coco", [].append)) == 1
 
 
@@ -792,11 +803,11 @@ def test_a_home_with_an_at_sign(tmp_path, monkeypatch):
 def test_label_maps_of_names_that_are_not_utf8(tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4\xff.png")
     save(VOC_LABELS, tmp_path / "map.png").rename(path)
-    np.testing.assert_array_equal(read_map(path), VOC_LABELS)
+    np.testing.assert_array_equal(read_label_map(path), VOC_LABELS)
     for content in (b"", b"no picture"):
         (tmp_path / "map.png").write_bytes(content)
-        assert "map.png is missing or broken" in refused(read_map, tmp_path / "map.png")
-    assert "gone.png is missing or broken" in refused(read_map, tmp_path / "gone.png")
+        assert "map.png is missing or broken" in message_of(read_label_map, tmp_path / "map.png")
+    assert "gone.png is missing or broken" in message_of(read_label_map, tmp_path / "gone.png")
 
 
 def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
@@ -808,7 +819,7 @@ def test_check_of_sources_that_disagree(voc, tmp_path, capsys):
 
 
 def test_check_with_an_unknown_option():
-    assert "unrecognized arguments: --fast" in refused(check.main, ["x", "--fast"])
+    assert "unrecognized arguments: --fast" in message_of(check.main, ["x", "--fast"])
 
 
 def test_check_as_a_command(tmp_path):

@@ -20,11 +20,11 @@ import train_branches
 import train_pts
 from datasets.labels import Sample
 from datasets.loader import ResumableSampler
-from datasets.training import TrainingImages, read_map, read_samples
+from datasets.training import TrainingImages, read_label_map, read_samples
 from engine import pts
 from engine.presets import BEST, PAPER
 from models.wsid_net import load_weights
-from utils import checkpoint, digest
+from utils import checkpoint, digest, files
 from utils.cli import InputError
 
 QUICK = (
@@ -213,8 +213,8 @@ def test_class_labels_divide_the_objects_or_stand_for_them(tmp_path, count, by_c
     classes = np.zeros((64, 64), np.uint8)
     classes[8:24, 8:56], classes[24:56, 8:56] = 15, 13
     image = np.repeat(np.where(classes > 0, 230, 20).astype(np.uint8)[..., None], 3, 2)
-    checkpoint.save_png(classes, initial / "classes" / "rider.png")
-    checkpoint.save_png(image[..., 0], initial / "saliency" / "rider.png")
+    files.save_png(classes, initial / "classes" / "rider.png")
+    files.save_png(image[..., 0], initial / "saliency" / "rider.png")
     saliency = (classes[::4, ::4] > 0).astype(np.float32)
     boundary, offsets = np.zeros_like(saliency), np.zeros((2, 16, 16), np.float32)
     boundary[6] = 1
@@ -224,9 +224,9 @@ def test_class_labels_divide_the_objects_or_stand_for_them(tmp_path, count, by_c
     pts.write_label(labels, sample, image, [saliency, boundary, offsets], 2, config, initial)
     assert (labels / "classes" / "rider.none").exists() == (written is None)
     if written == "classes":
-        assert np.array_equal(read_map(labels / "classes" / "rider.png"), classes)
+        assert np.array_equal(read_label_map(labels / "classes" / "rider.png"), classes)
     if written == "instances":
-        found = read_map(labels / "classes" / "rider.png")
+        found = read_label_map(labels / "classes" / "rider.png")
         assert found[12, 12] == found[12, 50] != found[50, 12] == found[50, 50] and found[12, 12] in (1, 2)
 
 
@@ -241,7 +241,7 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     assert after["config"] == before["config"] | {"size": 96}
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in before["state"])
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
-    assert labels and all(read_map(path).shape == (96, 96) for path in labels)
+    assert labels and all(read_label_map(path).shape == (96, 96) for path in labels)
 
 
 def test_pts_combines_logits_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
@@ -253,12 +253,12 @@ def test_pts_combines_logits_with_masks_that_no_crf_has_refined(trained, data, t
     for kind in ("saliency", "classes"):
         shutil.copytree(trained / "labels" / kind, tmp_path / "labels" / kind)
     for path in (tmp_path / "labels" / "saliency").iterdir():
-        checkpoint.save_png(np.zeros_like(read_map(path)), path)
+        files.save_png(np.zeros_like(read_label_map(path)), path)
     shutil.copy(trained / "weights.pt", tmp_path)
     options = [*given, "--iters", "1", "--epochs", "0"]
     assert call(train_pts.main, *options) == 0
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
-    assert len(labels) == 6 and all(read_map(path).mean() < 128 for path in labels)
+    assert len(labels) == 6 and all(read_label_map(path).mean() < 128 for path in labels)
     (tmp_path / "labels" / "config.json").write_text("{")
     assert call(train_pts.main, *options) == 2
     assert "config.json does not say what the folder was made from" in capsys.readouterr().err
@@ -504,9 +504,9 @@ def test_labels_move_with_their_photograph(photographs, tmp_path):
         (tmp_path / kind).mkdir()
     for sample in samples:  # the label is the red channel, so both must stay equal under any crop and mirror
         red = cv2.resize(cv2.imread(str(sample.path))[..., 2], (64, 64))
-        checkpoint.save_png(np.repeat(red[..., None], 3, 2), sample.path)
+        files.save_png(np.repeat(red[..., None], 3, 2), sample.path)
         for kind in ("smooth", "hard"):
-            checkpoint.save_png(red, tmp_path / kind / f"{sample.stem}.png")
+            files.save_png(red, tmp_path / kind / f"{sample.stem}.png")
     maps = {"pseudo": tmp_path / "smooth", "pseudo_classes": tmp_path / "hard"}
 
     def derive(image, maps, count):

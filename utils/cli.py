@@ -1,4 +1,4 @@
-"""What every script needs at its edge: options that are checked, clear errors, the device, the output folder."""
+"""Command-line interface of all scripts: checked options, clear errors, the device, the output folder."""
 
 import argparse
 import io
@@ -7,55 +7,80 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class InputError(Exception):
+    """Input that the user can correct. The message is one sentence that names the file and the remedy."""
+
+
+class Stopped(BaseException):
+    """SIGTERM was received."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help with the script's own description as it stands, and with default values where there are any."""
+    """--help with the unedited description of the script, and default values other than None, False and []."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         nothing = action.default is None or action.default is False or action.default == []
         return action.help if nothing else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser with this project's help and errors: InputError, one sentence without the usage."""
+    """argparse's parser with this project's help and errors: an InputError of one sentence, without the usage."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": Help} | options)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         try:
             return super().parse_args(args, namespace)
         except InputError as error:
             for file in sys.argv[1:] if args is None else args:
-                if file.startswith("-") and os.path.lexists(file):  # as a shell makes it of *
+                if file.startswith("-") and os.path.lexists(file):  # a shell expands * to such names
                     raise InputError(f"the file {file} is taken for an option; write ./{file}") from error
             raise
 
 
-def integer(least, most=None):
-    """The ``type=`` of an option that is a whole number from ``least`` to ``most``, or without an upper end."""
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The ``type=`` of an option: an integer from ``least`` to ``most`` (None: no upper limit)."""
     return _number(int, "a whole number", least, most)
 
 
-def number(least, most=None, *, above=None, below=None):
-    """The ``type=`` of an option that is a finite number from ``least`` to ``most``; both are allowed themselves.
+def number(
+    least: float | None, most: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Callable[[str], float]:
+    """The ``type=`` of an option: a finite number from ``least`` to ``most``, both included.
 
-    above, below: ends that are not allowed themselves, in place of ``least`` and ``most``.
+    above, below: limits that are not included themselves, instead of ``least`` and ``most``.
     """
     return _number(float, "a number", least, most, above, below)
 
 
-def _number(kind, name, least, most=None, above=None, below=None):
-    ends = {"of at least": least, "of at most": most, "above": above, "below": below}
-    allowed = f"{name} {' and '.join(f'{word} {end:g}' for word, end in ends.items() if end is not None)}".strip()
+def _number(
+    kind: Callable[[str], T],
+    name: str,
+    least: float | None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], T]:
+    limits = {"of at least": least, "of at most": most, "above": above, "below": below}
+    allowed = f"{name} {' and '.join(f'{word} {end:g}' for word, end in limits.items() if end is not None)}".strip()
 
-    def parse(text):
+    def parse(text: str) -> Any:
+        value: Any
         try:
             value = kind(text)
         except ValueError:
@@ -69,10 +94,10 @@ def _number(kind, name, least, most=None, above=None, below=None):
     return parse
 
 
-def path_of(text):
-    """The ``type=`` of an option that is a path: a Path whose ~ is the home folder, wherever the shell left it.
+def path_of(text: str) -> Path:
+    """The ``type=`` of an option that is a path: a Path in which a leading ~ is expanded to the home folder.
 
-    What exists as it is named is no home folder.
+    A file whose own name begins with ~ is kept as it is.
     """
     if text.startswith("~") and os.path.lexists(text):
         return Path(os.path.abspath(text))
@@ -82,32 +107,24 @@ def path_of(text):
     return Path(path)
 
 
-class InputError(Exception):
-    """Input the user can mend. The message is one sentence naming the file and the remedy."""
-
-
-class Stopped(BaseException):
-    """SIGTERM came, and everything is saved."""
-
-
-def stop_signal():
-    """Within it SIGTERM sets the threading.Event it gives, for the caller to finish what it is at."""
+def sigterm_event() -> AbstractContextManager[threading.Event]:
+    """Context in which SIGTERM sets the returned threading.Event, so that the caller can finish its step and save."""
     event = threading.Event()
     return _on_sigterm(lambda *_: event.set(), event)
 
 
-def stop_at_once():
-    """Within it SIGTERM raises Stopped, as Ctrl-C does KeyboardInterrupt: for work that has nothing to save."""
+def raise_on_sigterm() -> AbstractContextManager[None]:
+    """Context in which SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt, for work with nothing to save."""
 
-    def stop(*_):
+    def stop(*_: Any) -> NoReturn:
         raise Stopped
 
-    return _on_sigterm(stop)
+    return _on_sigterm(stop, None)
 
 
 @contextmanager
-def _on_sigterm(handler, value=None):
-    if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+def _on_sigterm(handler: Callable[..., Any], value: T) -> Iterator[T]:
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
         yield value
         return
     before = signal.signal(signal.SIGTERM, handler)
@@ -117,15 +134,15 @@ def _on_sigterm(handler, value=None):
         signal.signal(signal.SIGTERM, before)
 
 
-def run(main):
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main()`` and exit with its return code (None counts as 0).
 
-    An InputError prints its sentence and exits with 2; Ctrl-C exits with 130 and SIGTERM, where something is being
-    trained or labelled, with 143; anything else is a bug of ours and keeps its traceback. Of several processes
-    (utils.distributed) only the first that fails speaks: the others fail of the same, or because it has gone. Output
-    that nobody can take makes no failure of what is done.
+    An InputError prints its sentence and exits with 2; Ctrl-C exits with 130, and SIGTERM, within the contexts above,
+    with 143; any other exception is a bug and keeps its traceback. With several processes (utils.distributed) only the
+    first that fails prints: the others fail of the same error, or because that one has ended. A closed standard output
+    is no error.
     """
-    settle_output()
+    make_output_robust()
     try:
         sys.exit(main() or 0)
     except InputError as error:
@@ -142,19 +159,19 @@ def run(main):
         sys.exit(1)
 
 
-def _first_to_fail():
-    if "WORLD_SIZE" not in os.environ:  # one process alone
+def _first_to_fail() -> bool:
+    if "WORLD_SIZE" not in os.environ:  # a single process
         return True
     from utils.distributed import first_to_fail  # here, because it needs this module, and torch
 
     return first_to_fail()
 
 
-def settle_output():
-    """Make stdout and stderr take any text, and go on when they are closed or the program that reads them has ended.
+def make_output_robust() -> None:
+    """Make stdout and stderr accept any text, and ignore that they are closed or that their reader has ended.
 
-    What their encoding does not know is written as a backslash and its number. Other errors, as of a full disk, are
-    told once on stderr.
+    Characters outside their encoding are written as escapes. Other errors, such as a full disk, are printed once to
+    stderr.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -170,28 +187,28 @@ def settle_output():
 
 
 class _Output(io.FileIO):
-    """A standard stream that does not raise when it is written to."""
+    """A standard stream whose writes raise no error."""
 
-    def __init__(self, number):
-        super().__init__(number, "wb", closefd=False)
-        self.told = False
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.reported = False
 
-    def write(self, data):
+    def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if not isinstance(error, BrokenPipeError) and self.fileno() == 1 and not self.told:
-                self.told = True
+            if not isinstance(error, BrokenPipeError) and self.fileno() == 1 and not self.reported:
+                self.reported = True
                 print(f"cannot write to the standard output ({error.strerror}); it is lost", file=sys.stderr)
             return len(data)
 
 
-def select_device(gpu):
-    """Return the torch.device for ``--gpu``: -1 is the CPU, n the n-th CUDA device.
+def select_device(gpu: int) -> "torch.device":
+    """The torch.device of ``--gpu``: -1 is the CPU, n the n-th CUDA device.
 
     Raises InputError when that GPU is not there.
     """
-    import torch  # here, because wrong arguments are told without it
+    import torch  # here, so that wrong arguments are reported before torch is imported
 
     if gpu < 0:
         return torch.device("cpu")
@@ -201,7 +218,7 @@ def select_device(gpu):
     return torch.device("cuda", gpu)
 
 
-def make_folder(path):
+def make_folder(path: str | Path) -> Path:
     """Create ``path`` (and its parents) and return it as a Path; InputError when it cannot be written to."""
     path = Path(path)
     try:

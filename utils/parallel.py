@@ -1,40 +1,47 @@
-"""Work beside the main thread: processes for the CRF and the fusion of a training, threads that work ahead."""
+"""Work beside the main thread: processes for the CRF and the fusion of a training, threads that prefetch."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 
-from utils.cli import InputError, stop_at_once
+from utils.cli import InputError, raise_on_sigterm
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def leave_signals_to_parent():
-    """In a worker process: Ctrl-C and a scheduler's SIGTERM reach all processes of a job, and what then becomes of this
-    one its parent decides; it ends when that ends, however hard."""
+def leave_signals_to_parent() -> None:
+    """In a worker process: ignore SIGINT and SIGTERM, which reach all processes of a job, and end with the parent, even
+    when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent():
-    multiprocessing.parent_process().join()
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
-def _begin():
+def _start_worker() -> None:
     leave_signals_to_parent()
-    torch.set_num_threads(1)  # the workers are many
+    torch.set_num_threads(1)  # one core per worker
 
 
 @contextmanager
-def _signals_later():
-    """Ctrl-C and SIGTERM wait meanwhile; processes that are started meanwhile never see them."""
+def _signals_blocked() -> Iterator[None]:
+    """Context that delays SIGINT and SIGTERM; processes started within it never receive them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -46,38 +53,39 @@ def _signals_later():
 
 
 class WorkerPool:
-    """A pool that holds back the producer: at most four tasks a worker wait, so memory stays bounded.
+    """A pool of processes whose queue is bounded to four tasks per worker, which bounds the memory.
 
-    An error in a worker is raised by the next ``submit`` or at the end of the ``with`` block, InputError where a worker
-    itself is gone. An error in the block, Ctrl-C and SIGTERM (Stopped) end the workers at once. With workers=0
-    everything runs in this process.
+    workers: number of processes; with 0 everything runs in this process. Use it in a ``with`` block. An error in a
+    worker is raised by the next ``submit`` or at the end of the block, as InputError when a worker process has died. An
+    error in the block, Ctrl-C and SIGTERM (``Stopped``) end the workers at once.
     """
 
-    def __init__(self, workers):
+    def __init__(self, workers: int) -> None:
         self.limit = 4 * workers
         # spawn: forking a process that has started torch's threads can deadlock.
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) if workers else None
-        self.pending, self.others = set(), set(multiprocessing.active_children())
+        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) if workers else None
+        self.pending: set[Future] = set()
+        self.others = set(multiprocessing.active_children())
 
-    def submit(self, function, *args):
-        """Run ``function(*args)`` in a worker, waiting while too many tasks are under way."""
+    def submit(self, function: Callable[..., object], *args: Any) -> None:
+        """Run ``function(*args)`` in a worker; waits while the queue is full."""
         if self.pool is None:
             function(*args)
             return
         if len(self.pending) >= self.limit:
             done, self.pending = wait(self.pending, return_when=FIRST_COMPLETED)
-            self._collect(done)
-        with self._naming_the_loss(), _signals_later():
+            self._raise_errors(done)
+        with self._explaining_death(), _signals_blocked():
             self.pending.add(self.pool.submit(function, *args))
 
-    def _collect(self, futures):
-        with self._naming_the_loss():
+    def _raise_errors(self, futures: Iterable[Future]) -> None:
+        with self._explaining_death():
             for future in futures:
                 future.result()
 
     @contextmanager
-    def _naming_the_loss(self):
+    def _explaining_death(self) -> Iterator[None]:
         try:
             yield
         except BrokenProcessPool as error:
@@ -86,37 +94,40 @@ class WorkerPool:
                 "work in the script's own process), and the same command continues"
             ) from error
 
-    def __enter__(self):
-        self.stop = stop_at_once()
+    def __enter__(self) -> "WorkerPool":
+        self.stop = raise_on_sigterm()
         self.stop.__enter__()
         return self
 
-    def __exit__(self, kind, value, trace):
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None and self.pool:
-                self._collect(self.pending)
+                self._raise_errors(self.pending)
                 self.pool.shutdown()
         finally:
             if self.pool:
-                self._end()
+                self._end(self.pool)
             self.stop.__exit__(None, None, None)
 
-    def _end(self):
+    def _end(self, pool: ProcessPoolExecutor) -> None:
         for worker in set(multiprocessing.active_children()) - self.others:
             worker.kill()
-        self.pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
-def map_ahead(function, items, workers, ahead):
+def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
     """Yield ``function(item)`` of every item, in order, computed in ``workers`` threads beside the caller's.
 
-    When a value is yielded at most ``ahead`` items (0 or more) are under way or done; ``items`` is taken from no
-    further, in the caller's thread, and may be endless. The first error is raised in its item's place and ends the
-    rest. Meant for work that leaves Python (decoding, OpenCV, torch); torch uses one core in each thread.
+    ahead: how many items (0 or more) may be under way or done beyond the yielded one. ``items`` is iterated in the
+    caller's thread, no further than that, and may be endless. An error is raised in the place of its item and ends the
+    iteration. Meant for work that releases the interpreter lock (decoding, OpenCV, torch); torch uses one core in each
+    thread.
     """
-    torch.get_num_threads()  # settles the caller's number, which the workers' would otherwise become
+    torch.get_num_threads()  # fixes the caller's number of threads, which the workers would otherwise change
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    pending = deque()
+    pending: deque[Future[R]] = deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))

@@ -1,0 +1,124 @@
+"""Atomic files: each is written beside its place and renamed, so that it is either complete or absent."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from utils.cli import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+REMEDIES = {
+    errno.ENAMETOOLONG: "shorten the name it is made from",
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EISDIR: "remove the folder of that name or choose another --out",
+}
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace the file ``path`` by what ``write(file)`` writes; when that raises, the old file stays.
+
+    The data go to a hidden file in the same folder, which is renamed at the end. A hidden file that a killed process
+    left is overwritten; processes that write the same path at once wait for each other. To a device or a pipe the data
+    are written directly.
+
+    Raises InputError when the system refuses to write.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name[-60:]}.partial")  # a file name is limited to 255 bytes
+    try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            with open(path, "wb") as file:
+                write(file)
+            return
+        with _open_exclusively(partial) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def write_error(path: str | Path, error: OSError) -> InputError:
+    """The InputError for an OSError that was raised while ``path`` was written."""
+    remedy = REMEDIES.get(error.errno or 0, "check the rights of its folder or choose another --out")
+    return InputError(f"cannot write {path} ({error.strerror}); {remedy}")
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """Context in which no other process holds the lock of ``folder``; InputError when one holds it already.
+
+    The system releases the lock of a process that is killed.
+    """
+    with open(Path(folder) / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                # Not flock, whose lock lives on in the data loader's processes.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise InputError(f"another process is at work in {folder}; wait for it or stop it") from error
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
+def save_json(value: Any, path: str | Path) -> None:
+    """Write ``value`` as JSON to ``path`` atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def save_png(array: np.ndarray, path: str | Path) -> None:
+    """Write uint8 [H,W] or RGB [H,W,3] as a PNG to ``path`` atomically."""
+    bgr = array if array.ndim == 2 else array[..., ::-1]
+    write_atomically(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
+
+
+def save_label_png(labels: np.ndarray, path: str | Path) -> None:
+    """Write a label map, uint8 [H,W], as a palette PNG: viewers show colours, readers of the indices get the labels
+    (Pillow, ``datasets.masks.read_instance_mask``)."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(_voc_palette().tobytes())
+    write_atomically(path, lambda file: picture.save(file, "PNG", compress_level=1))
+
+
+def _open_exclusively(partial: Path) -> BinaryIO:
+    """``partial``, empty and open for this process and thread alone."""
+    while True:
+        file = open(partial, "a+b")
+        if fcntl is None:
+            break
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(partial)):
+                break
+        file.close()  # the process that held the lock has renamed the file meanwhile
+    file.truncate(0)
+    return file
+
+
+def _voc_palette() -> np.ndarray:
+    """VOC's colours, uint8 [256,3]: 0 is black, and consecutive numbers have very different colours."""
+    bits = np.arange(256)[:, None] >> np.arange(8) & 1  # [256,8], the lowest first
+    # Bits 0, 3, 6 make red, 1, 4, 7 green, 2 and 5 blue; the lowest bit of a number is the highest of a colour.
+    channels = [sum(bits[:, 3 * k + c] << 7 - k for k in range(3) if 3 * k + c < 8) for c in range(3)]
+    return np.stack(channels, 1).astype(np.uint8)
