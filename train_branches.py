@@ -58,7 +58,8 @@ def get_args_parser() -> Parser:
     options.add_option(group, "--canny", "canny", "edges of the BE module", metavar="auto|none|only|LOW,HIGH")
     options.add_option(group, "--count-head", "count_head", "predict the number of objects on the branches' backbone")
     options.add_fusion_option(
-        group, "settings of models.fusion.FusionConfig for the network's file; default: those of --init or --preset"
+        group,
+        "settings of models.fusion_config.FusionConfig for the network's file; default: those of --init or --preset",
     )
 
     options.add_schedule_options(parser, "schedule (Sec. 4.1)")

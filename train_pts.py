@@ -54,7 +54,7 @@ def get_args_parser() -> Parser:
         group, "--instance-labels", "instance_labels", "write instances too, to train the branches on them"
     )
     options.add_option(group, "--by-class", "by_class", "divide these instances by class labels first")
-    options.add_fusion_option(group, "settings of models.fusion.FusionConfig for the masks of the labels")
+    options.add_fusion_option(group, "settings of models.fusion_config.FusionConfig for the masks of the labels")
     options.add_machine_options(parser)
     return parser
 

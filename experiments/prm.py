@@ -28,7 +28,8 @@ from engine.config import LIMITS
 from engine.presets import PAPER
 from models.backbones import BACKBONES
 from models.classifier import Classifier
-from models.fusion import FusionConfig, instance_masks
+from models.fusion import instance_masks
+from models.fusion_config import FusionConfig
 from utils import checkpoint, files
 from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
 from utils.progress import tqdm

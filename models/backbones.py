@@ -140,7 +140,7 @@ def _network_of(name: str) -> Callable[..., Any]:
     for package in ("torchvision", "torchvision.models"):  # imported by timm for functions that are not used here
         lazy.package(package)
     timm = lazy.package("timm")
-    timm.__version__ = importlib.import_module("timm.version").__version__  # its modules read it
+    vars(timm)["__version__"] = importlib.import_module("timm.version").__version__  # its modules read it
     lazy.package("timm.models")
     data, constants = lazy.package("timm.data"), importlib.import_module("timm.data.constants")
     vars(data).update({key: value for key, value in vars(constants).items() if key.isupper()})

@@ -47,9 +47,9 @@ def fuse(
     the paper. hypotheses: of ``count_hypotheses`` for the same maps; the one of ``count`` is used where it is there. n
     may be 0.
     """
-    known = {hypothesis.number: hypothesis.clusters for hypothesis in hypotheses}
-    if count in known:
-        clusters = known[count]
+    precomputed = {hypothesis.number: hypothesis.clusters for hypothesis in hypotheses}
+    if count in precomputed:
+        clusters = precomputed[count]
     elif count:
         clusters = group_by_count(saliency.cpu().numpy(), offsets.cpu().numpy(), count, settings)
     else:

@@ -242,7 +242,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ],
     ("models/fusion.py", "test_fusion.py", ""): [
         ("(start * (1 - boundary))[None]", "start[None]"),
-        ("if count in known:", "if False:"),
+        ("if count in precomputed:", "if False:"),
         ("score >= settings.min_score", "score >= 0"),
     ],
     ("models/scoring.py", "test_fusion.py", ""): [

@@ -39,7 +39,7 @@ from engine.predictor import (
     process,
 )
 from engine.results import Results
-from models.fusion import FusionConfig
+from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
 from utils import checkpoint, files, lazy
 from utils.cli import InputError, path_of

@@ -1,4 +1,4 @@
-"""The operators against dense float64 algebra and brute-force loops on small maps, and the properties they promise."""
+"""The operators against dense float64 algebra and brute-force loops on small maps, and their documented properties."""
 
 import math
 import os
@@ -26,7 +26,7 @@ def implementation(request, monkeypatch):
 
 
 def brute_affinity(boundary, radius):
-    """[H, W] -> [K, H, W], one Python loop per entry; the path is written out anew from its definition."""
+    """[H, W] -> [K, H, W], one Python loop per entry; the path is derived from its definition."""
     height, width = boundary.shape
     offsets = [(0, dx) for dx in range(1, radius)]
     offsets += [(dy, dx) for dy in range(1, radius) for dx in range(1 - radius, radius) if dy**2 + dx**2 < radius**2]
@@ -139,7 +139,7 @@ def test_centroids_stop_after_a_short_move():
     assert torch.equal(ops.converge_centroids(field, max_iters=4, tol=0.4)[0, 1], (columns + 2).clamp(max=19))
 
 
-def test_centroids_stay_inside_and_ignore_broken_moves():
+def test_centroids_stay_inside_and_skip_moves_that_are_not_finite():
     field = torch.full((1, 2, 6, 7), 1e30)
     assert torch.equal(ops.converge_centroids(field)[0].amax((1, 2)), torch.tensor([5.0, 6.0]))
     assert torch.equal(ops.converge_centroids(-field)[0].amax((1, 2)), torch.zeros(2))
@@ -231,21 +231,22 @@ def test_pairs_against_loop(radius, height, width):
     affinity = torch.stack([brute_affinity(b, radius) for b in boundary])
     k_of = {tuple(d): k for k, d in enumerate(ops.path_offsets(radius)[0].tolist())}
     counts = torch.zeros(2, 2, height, width, dtype=torch.int32)
-    entropy, error = torch.zeros(counts.shape, dtype=torch.float64), torch.zeros(labels.shape, dtype=torch.float64)
+    cross_entropy = torch.zeros(counts.shape, dtype=torch.float64)
+    error = torch.zeros(labels.shape, dtype=torch.float64)
     for n, p, q, same in brute_pairs(labels, radius):
         step = torch.tensor([q[0] - p[0], q[1] - p[1]])
         a = affinity[n, k_of[tuple(step.tolist())], p[0], p[1]]
         here = (n, int(not same), *p)
         counts[here] += 1
-        entropy[here] -= math.log(a + 1e-5 if same else 1 + 1e-5 - a)
+        cross_entropy[here] -= math.log(a + 1e-5 if same else 1 + 1e-5 - a)
         if same:
-            miss = field[n, :, p[0], p[1]] - field[n, :, q[0], q[1]] - step * int(labels[n, p[0], p[1]] > 0)
-            error[n, p[0], p[1]] += miss.abs().sum()
+            difference = field[n, :, p[0], p[1]] - field[n, :, q[0], q[1]] - step * int(labels[n, p[0], p[1]] > 0)
+            error[n, p[0], p[1]] += difference.abs().sum()
     assert torch.equal(ops.pair_counts(labels, radius), counts) and (counts.any() or radius == 1)
-    assert torch.allclose(ops.boundary_pair_loss(boundary, labels, radius), entropy, atol=1e-9)
+    assert torch.allclose(ops.boundary_pair_loss(boundary, labels, radius), cross_entropy, atol=1e-9)
     assert torch.allclose(ops.displacement_pair_loss(field, labels, radius), error, atol=1e-9)
     single = ops.boundary_pair_loss(boundary.float(), labels, radius)
-    assert single.dtype == torch.float32 and torch.allclose(single.double(), entropy, rtol=1e-4, atol=1e-3)
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), cross_entropy, rtol=1e-4, atol=1e-3)
     assert torch.allclose(
         ops.displacement_pair_loss(field.float(), labels, radius).double(), error, rtol=1e-5, atol=1e-4
     )
@@ -257,15 +258,15 @@ def test_pairs_against_loop(radius, height, width):
     [(12, 24, 24), (14, 14, 6), (14, 6, 14), (26, 16, 16), (40, 3, 20), (64, 1, 70), (64, 70, 1)],
 )
 def test_pairs_survive_products_of_many_small_factors(radius, height, width, dtype):
-    """As sure and as wrong as can be, on maps narrower than the radius, too: every factor is the least there is."""
+    """Every factor has its least value, on maps narrower than the radius, too."""
     labels, walls = torch.ones(1, height, width, dtype=torch.int64), torch.ones(1, height, width, dtype=dtype)
-    together, apart = ops.boundary_pair_loss(walls, labels, radius).unbind(1)
+    same, different = ops.boundary_pair_loss(walls, labels, radius).unbind(1)
     expected = ops.pair_counts(labels, radius)[:, 0] * -math.log(1e-5)
-    assert torch.allclose(together, expected.to(dtype), rtol=1e-5) and not apart.any()
+    assert torch.allclose(same, expected.to(dtype), rtol=1e-5) and not different.any()
     labels[0, ::2, ::3] = 2
-    apart = ops.boundary_pair_loss(0 * walls, labels, radius)[:, 1]
+    different = ops.boundary_pair_loss(0 * walls, labels, radius)[:, 1]
     expected = ops.pair_counts(labels, radius)[:, 1] * -math.log(1e-5)
-    assert torch.allclose(apart, expected.to(dtype), rtol=1e-2) and apart.any(), "1 + 1e-5 in float32"
+    assert torch.allclose(different, expected.to(dtype), rtol=1e-2) and different.any(), "1 + 1e-5 in float32"
 
 
 @pytest.mark.parametrize("radius, height, width, fast", [(5, 6, 7, True), (10, 5, 11, True), (3, 3, 4, False)])
@@ -278,7 +279,7 @@ def test_pairs_gradcheck(radius, height, width, fast):
     assert torch.autograd.gradcheck(lambda v: ops.displacement_pair_loss(v, labels, radius), field, fast_mode=fast)
 
 
-def test_pairs_of_undecided_pixels_say_nothing():
+def test_pairs_of_undecided_pixels_contribute_nothing():
     labels = torch.full((1, 8, 8), 7)
     field, boundary = torch.randn(1, 2, 8, 8, requires_grad=True), rand(1, 8, 8).requires_grad_()
     total = ops.displacement_pair_loss(field, labels, 3, ignore_index=7).sum()
@@ -288,7 +289,7 @@ def test_pairs_of_undecided_pixels_say_nothing():
     assert not ops.pair_counts(labels, 3, ignore_index=7).any() and ops.pair_counts(labels, 3).any()
 
 
-def test_pairs_show_broken_values():
+def test_pair_losses_of_nan_are_nan():
     labels = torch.ones(1, 8, 9, dtype=torch.int64)
     boundary, field = rand(1, 8, 9), torch.randn(1, 2, 8, 9, generator=generator())
     boundary[0, 4, 4] = field[0, 1, 4, 4] = math.nan
@@ -296,12 +297,12 @@ def test_pairs_show_broken_values():
         assert found[4, 4].isnan() and found[3, 4].isnan() and found[7].isfinite().all()
 
 
-def test_pairs_of_values_beyond_their_range_are_no_less_exact():
+def test_pair_losses_are_exact_for_boundaries_outside_0_to_1():
     labels = torch.ones(1, 12, 12, dtype=torch.int64)
     for value, logarithm in ((-1e30, math.log(1e30)), (-1e-30, math.log(1 + 1e-5)), (-math.inf, math.inf)):
-        together = ops.boundary_pair_loss(torch.full((1, 12, 12), value), labels, 10)[:, 0]
+        same = ops.boundary_pair_loss(torch.full((1, 12, 12), value), labels, 10)[:, 0]
         counts = ops.pair_counts(labels, 10)[:, 0]
-        assert torch.allclose(together[counts > 0], -counts[counts > 0] * logarithm, rtol=1e-2)
+        assert torch.allclose(same[counts > 0], -counts[counts > 0] * logarithm, rtol=1e-2)
     boundary = torch.full((1, 12, 12), 1.00001, dtype=torch.float64).nextafter(torch.zeros(()).double())
     assert ops.boundary_pair_loss(boundary, labels, 10).isfinite().all(), "factors of 1e-16"
 
@@ -316,7 +317,7 @@ def test_pixels_without_pairs_have_a_gradient_of_zero():
         assert total == 0 and not boundary.grad.any() and not field.grad.any()
 
 
-def test_a_gradient_has_no_gradient_of_its_own():
+def test_operators_are_differentiable_once():
     labels = some_labels(1, 7, 8)
     for of, maps in (
         (lambda b: ops.boundary_affinity(b, 4), rand(1, 7, 8)),
@@ -345,7 +346,7 @@ def test_a_gradient_has_no_gradient_of_its_own():
         ),
     ],
 )
-def test_deterministic_gradients_are_the_same_every_time(device):
+def test_deterministic_gradients_are_reproducible(device):
     labels, found = some_labels(4, 60, 70), []
     boundary = rand(4, 60, 70, dtype=torch.float32).round(decimals=1)
     torch.use_deterministic_algorithms(True)
@@ -354,16 +355,13 @@ def test_deterministic_gradients_are_the_same_every_time(device):
             leaf = boundary.to(device).requires_grad_()
             affinity = ops.boundary_affinity(leaf, 10)
             weight = torch.randn(affinity.shape, generator=generator()).to(device)
-            entropy = ops.boundary_pair_loss(leaf, labels.to(device), 10)
+            sums = ops.boundary_pair_loss(leaf, labels.to(device), 10)
             found.append(
-                [
-                    torch.autograd.grad(of, leaf, by)[0].cpu()
-                    for of, by in ((affinity, weight), (entropy, weight[:, :2]))
-                ]
+                [torch.autograd.grad(of, leaf, by)[0].cpu() for of, by in ((affinity, weight), (sums, weight[:, :2]))]
             )
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(one, again) for other in found[1:] for one, again in zip(found[0], other))
+    assert all(torch.equal(one, two) for other in found[1:] for one, two in zip(found[0], other))
     leaf = boundary.requires_grad_()
     undecided = torch.where(labels == 255, torch.nan, labels.float())
     plain = reference.boundary_affinity(leaf, 10), reference.boundary_pair_loss(leaf, undecided, 10)
@@ -372,9 +370,9 @@ def test_deterministic_gradients_are_the_same_every_time(device):
         assert torch.allclose(grad, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-def test_pairs_keep_nothing_per_pair(implementation):
+def test_pair_losses_store_nothing_per_pair(implementation):
     if implementation == "reference":
-        pytest.skip("the stand-in goes through affinities")
+        pytest.skip("the reference computes affinities")
     labels, saved = some_labels(2, 30, 40), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.boundary_pair_loss(rand(2, 30, 40).requires_grad_(), labels, 10)
@@ -404,7 +402,7 @@ def test_walk_against_dense(method, radius, height, width):
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-4, 1e-8, 1e-12])
 def test_chebyshev_keeps_its_bound(tol):
-    """For any map: x is the sign pattern that the error matrix amplifies most, found from the dense matrices."""
+    """For any map: the row sums of the absolute error matrix are the errors of the worst maps in [-1, 1]."""
     radius, side, steps = 5, 11, 100
     empty, weak, cells = torch.zeros(1, side, side).double(), rand(1, side, side) * 0.5, rand(1, side, side).round()
     for boundary in (empty, weak, cells):
@@ -458,7 +456,7 @@ def test_walk_flip_and_transpose_equivariance(method):
         assert torch.allclose(walk(turn(boundary), turn(x)), turn(expected), rtol=0, atol=1e-12)
 
 
-def test_walk_passes_broken_values_on_without_crashing():
+def test_walk_spreads_nan():
     affinity = ops.boundary_affinity(torch.zeros(1, 6, 30), 3)
     x = torch.zeros(1, 1, 6, 30)
     x[0, 0, 2, 3] = math.nan
@@ -467,8 +465,8 @@ def test_walk_passes_broken_values_on_without_crashing():
 
 
 @pytest.mark.parametrize("method", ["power", "chebyshev"])
-def test_broken_values_do_not_pass_from_one_edge_to_the_other(method):
-    """Nor round the lower edge: only pixels that the walk reaches are hit. Rows and columns are odd in number."""
+def test_nan_and_infinity_do_not_wrap_around_the_edges(method):
+    """Only pixels that the walk reaches are affected; the numbers of rows and columns are odd."""
     for height, width in ((7, 9), (7, 17), (1, 33)):
         affinity = ops.boundary_affinity(torch.zeros(1, height, width), 3)
         for value in (math.nan, math.inf):
@@ -480,7 +478,7 @@ def test_broken_values_do_not_pass_from_one_edge_to_the_other(method):
             assert not result[-1, -1].isfinite() and result[~reached].eq(0).all()
 
 
-# ---- all three ---------------------------------------------------------------------------------------------------
+# ---- all operators ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -497,9 +495,9 @@ def test_empty_inputs(dtype):
         assert ops.random_walk(x, affinity, 5, 10, 256).shape == x.shape
         labels = torch.zeros(shape, dtype=torch.int64)
         field = torch.zeros(shape[0], 2, *shape[1:], dtype=dtype, requires_grad=True)
-        entropy, error = ops.boundary_pair_loss(boundary, labels, 5), ops.displacement_pair_loss(field, labels, 5)
-        assert ops.pair_counts(labels, 5).shape == entropy.shape == field.shape and error.shape == shape
-        (entropy.sum() + error.sum()).backward()
+        sums, errors = ops.boundary_pair_loss(boundary, labels, 5), ops.displacement_pair_loss(field, labels, 5)
+        assert ops.pair_counts(labels, 5).shape == sums.shape == field.shape and errors.shape == shape
+        (sums.sum() + errors.sum()).backward()
         assert field.grad.shape == field.shape and not field.grad.any()
     x = torch.zeros(1, 0, 4, 5, dtype=dtype)
     assert ops.random_walk(x, torch.zeros(1, 34, 4, 5, dtype=dtype), 5, 10, 256).shape == x.shape
@@ -590,14 +588,14 @@ WALK = {"radius": 5, "power": 10, "steps": 5}
         lambda: ops.boundary_affinity([[0.5]], 5),
     ],
 )
-def test_wrong_arguments_are_named(call):
+def test_wrong_arguments_raise_a_value_error(call):
     with pytest.raises(ValueError):
         call()
 
 
 @pytest.mark.parametrize("height, width", [(2**15 + 1, 2**15), (1, 2**24 + 1), (2**24 + 1, 1)])
 def test_maps_too_large_for_their_indices_are_refused(implementation, height, width):
-    def large(*channels, dtype=torch.float32):  # one value, seen everywhere
+    def large(*channels, dtype=torch.float32):  # one value, expanded
         return torch.zeros((), dtype=dtype).expand(1, *channels, height, width)
 
     labels = large(dtype=torch.int64)
@@ -620,9 +618,9 @@ def test_maps_too_large_for_their_indices_are_refused(implementation, height, wi
         lambda: inner.boundary_affinity_backward(large(12), winner, 3),
         lambda: inner.pair_counts(large(), 3),
         lambda: inner.boundary_pair_loss(large(), large(), 3),
-        lambda: inner.affinity_entropy_backward(large(2), large(), large(), 3),
+        lambda: inner.boundary_pair_loss_backward(large(2), large(), large(), 3),
         lambda: inner.displacement_pair_loss(large(2), large(), 3),
-        lambda: inner.displacement_error_backward(large(), large(2), large(), 3),
+        lambda: inner.displacement_pair_loss_backward(large(), large(2), large(), 3),
         lambda: inner.random_walk(large(1), large(12), 3, 5.0, 2, []),
     ):
         with pytest.raises(RuntimeError, match="pixels"):
@@ -685,20 +683,24 @@ def test_compiled_equals_reference(device, dtype):
 
 
 def everything(boundary, labels, field, x, radius):
-    """What all operators make of these, gradients too, by name."""
+    """The results of all operators and their gradients, by name."""
     leaf, leaf_field = boundary.clone().requires_grad_(), field.clone().requires_grad_()
-    affinity, entropy = ops.boundary_affinity(leaf, radius), ops.boundary_pair_loss(leaf, labels, radius)
-    error = ops.displacement_pair_loss(leaf_field, labels, radius)
+    affinity, boundary_sums = ops.boundary_affinity(leaf, radius), ops.boundary_pair_loss(leaf, labels, radius)
+    errors = ops.displacement_pair_loss(leaf_field, labels, radius)
     found = {
         "affinity": affinity,
-        "entropy": entropy,
-        "error": error,
+        "boundary sums": boundary_sums,
+        "displacement errors": errors,
         "counts": ops.pair_counts(labels, radius),
         "centroids": ops.converge_centroids(field, 20),
     }
     for method in ("power", "chebyshev"):
         found[f"walk by {method}"] = ops.random_walk(x, affinity, radius, 5, 20, method)
-    for name, of, to in (("affinity", affinity, leaf), ("entropy", entropy, leaf), ("error", error, leaf_field)):
+    for name, of, to in (
+        ("affinity", affinity, leaf),
+        ("boundary sums", boundary_sums, leaf),
+        ("displacement errors", errors, leaf_field),
+    ):
         weight = torch.rand(of.shape, generator=generator(7), dtype=of.dtype)
         (found[f"gradient of the {name}"],) = torch.autograd.grad(of, to, weight)
     return {name: value.detach().double() for name, value in found.items()}
@@ -710,8 +712,8 @@ def everything(boundary, labels, field, x, radius):
     "radius, height, width",
     [(14, 14, 6), (14, 6, 14), (20, 5, 7), (5, 1, 1), (2, 1, 9), (3, 9, 1), (33, 1, 20), (33, 20, 1)],
 )
-def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, height, width, dtype):
-    """On maps narrower than the radius; of values at the ends of their range, beyond it, and of none at all."""
+def test_compiled_agrees_with_reference_on_extreme_inputs(monkeypatch, radius, height, width, dtype):
+    """On maps narrower than the radius; values at the limits of their range, outside it, NaN and infinite."""
     labels = some_labels(2, height, width)
     draws = {"ends": rand(2, height, width).round(), "beyond": 100 * rand(2, height, width) - 50}
     for name in (*draws, "nan", "inf"):
@@ -733,7 +735,7 @@ def test_compiled_agrees_with_reference_whatever_comes(monkeypatch, radius, heig
             if what in ("affinity", "counts", "centroids"):
                 assert torch.equal(value.nan_to_num(9e9), plain.nan_to_num(9e9)), case
             else:
-                if "walk" in what:  # where infinities meet, which of them comes last is a matter of rounding
+                if "walk" in what:  # where infinities meet, the result depends on rounding
                     value, plain = (torch.where(v.isfinite(), v, torch.nan) for v in (value, plain))
                 size = plain[plain.isfinite()].abs().amax().clamp(min=1) if plain.isfinite().any() else 1
                 tol = 3e-4 if dtype == torch.float32 else 1e-9
@@ -755,9 +757,9 @@ def test_opcheck(device):
         both, one = rand(len(x), 2, 7, 9, dtype=dtype).to(device), boundary.clone()
         check(torch.ops.wsid.pair_counts.default, (labels, 3))
         check(torch.ops.wsid.boundary_pair_loss.default, (boundary.clone().requires_grad_(), labels, 3))
-        check(torch.ops.wsid.affinity_entropy_backward.default, (both, boundary, labels, 3))
+        check(torch.ops.wsid.boundary_pair_loss_backward.default, (both, boundary, labels, 3))
         check(torch.ops.wsid.displacement_pair_loss.default, (field.clone().requires_grad_(), labels, 3))
-        check(torch.ops.wsid.displacement_error_backward.default, (one, field, labels, 3))
+        check(torch.ops.wsid.displacement_pair_loss_backward.default, (one, field, labels, 3))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, [0.5, 0.0, 0.5]))
         check(torch.ops.wsid.random_walk.default, (x, affinity, 3, 10.0, 8, []))
 
@@ -794,15 +796,15 @@ def test_thread_count_does_not_matter():
             affinity = ops.boundary_affinity(leaf, 10)
             (affinity * affinity).sum().backward()
             leaf_field, labels = field.clone().requires_grad_(), some_labels(*boundary.shape)
-            entropy = ops.boundary_pair_loss(leaf, labels, 10)
-            (ops.displacement_pair_loss(leaf_field, labels, 10).sum() + entropy.sum()).backward()
+            sums = ops.boundary_pair_loss(leaf, labels, 10)
+            (ops.displacement_pair_loss(leaf_field, labels, 10).sum() + sums.sum()).backward()
             walks = [ops.random_walk(x[:n], affinity[:n], 10, 10, 30, m) for n in (1, 3) for m in ("power", "auto")]
             results.append(
                 [
                     ops.converge_centroids(field),
                     affinity,
                     leaf.grad,
-                    entropy,
+                    sums,
                     leaf_field.grad,
                     ops.pair_counts(labels, 10),
                     *walks,
@@ -827,7 +829,7 @@ def test_thread_count_does_not_matter():
     ],
 )
 def test_older_instruction_sets(isa):
-    """The choice is made once per process, so each of them is tried in its own."""
+    """The choice is made once per process, so each is tested in its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "equals_reference"]
     done = subprocess.run(command, env={**os.environ, "WSID_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
@@ -841,7 +843,7 @@ def test_compiled_gradient_needs_winners():
         affinity.sum().backward()
 
 
-def test_no_memory_but_output_and_one_byte_per_entry(implementation):
+def test_affinity_stores_one_byte_per_entry(implementation):
     boundary = rand(2, 30, 40, dtype=torch.float32).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
