@@ -17,7 +17,7 @@ from torch import nn
 
 from datasets.loader import ResumableSampler
 from datasets.training import TrainingImages, read_samples
-from engine import trainer
+from engine import config, trainer
 from engine.cam_labels import SPREAD, write_pseudo_labels
 from engine.config import Machine, Schedule
 from engine.trainer import prepare_machine, train
@@ -139,8 +139,9 @@ def test_a_gradient_that_is_no_number_leaves_the_last_good_state(samples, tmp_pa
     assert saved["step"] == 4 and checkpoint.is_finite(saved)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(samples, tmp_path):
-    """After the last step too, which no loss follows."""
+def test_weights_that_are_no_numbers_are_not_saved(samples, tmp_path, monkeypatch):
+    """After the last step too, which no loss follows; at a rate that no option allows."""
+    monkeypatch.setitem(config.LIMITS, "lr", float)
     with pytest.raises(InputError, match=r"the weights are not finite after iteration 0; lower --lr"):
         run_training(samples, tmp_path, failing(0, lambda loss: 1e6 * loss), epochs=1, batch_size=6, lr=1e38)
     assert not list(tmp_path.glob("checkpoint*"))
