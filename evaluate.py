@@ -29,7 +29,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from datasets.labels import LabelWarning, Report, raise_or_warn
+from datasets.labels import Report, collect_into
 from datasets.listing import list_images
 from datasets.sources import list_ground_truth, masks_by_stem, read_ground_truth
 from engine import hparams
@@ -122,14 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     _check_options(args)
     problems: list[InputError] = []
-
-    def report(error: InputError) -> None:
-        if isinstance(error, LabelWarning):
-            raise_or_warn(error)  # which prints it
-        else:
-            problems.append(error)
-
-    gt_masks, photographs = _ground_truth(args, report)
+    gt_masks, photographs = _ground_truth(args, collect_into(problems))
     if args.pred:
         methods = measure_files(dict(args.pred), gt_masks, problems.append, args.saliency_pred)
     else:

@@ -69,12 +69,17 @@ class LabelWarning(InputError):
 def raise_or_warn(error: InputError) -> None:
     """The default ``report`` of all readers: raises an InputError, prints a LabelWarning to stderr.
 
-    Pass the append method of a list to collect the problems instead.
+    ``collect_into`` makes one that collects the errors instead.
     """
     if not isinstance(error, LabelWarning):
         raise error
     if distributed.is_main():
         print(f"warning: {error}", file=sys.stderr)
+
+
+def collect_into(problems: list[InputError]) -> Report:
+    """A ``report`` that appends every InputError to ``problems``, and prints a LabelWarning to stderr."""
+    return lambda error: raise_or_warn(error) if isinstance(error, LabelWarning) else problems.append(error)
 
 
 def collect_samples(

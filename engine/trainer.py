@@ -216,8 +216,8 @@ def _backward(
         shared["divisors"] = distributed.all_reduce_mean(batch.pop("divisors").mean(0))
     images = len(batch["image"])
     try:
-        for tensors in zip(*(value.tensor_split(parts) for value in batch.values()), strict=True):
-            part = dict(zip(batch, tensors, strict=True))
+        for values in zip(*(value.tensor_split(parts) for value in batch.values()), strict=True):
+            part = dict(zip(batch, values, strict=True))
             fraction = len(part["image"]) / images
             terms = {key: fraction * term for key, term in step_of(part | shared, progress).items()}
             sum(weights.get(key, 1.0) * term for key, term in terms.items()).backward()  # type: ignore[union-attr]
@@ -225,7 +225,7 @@ def _backward(
                 total[key] = total.get(key, 0.0) + term.detach()
         means = distributed.all_reduce_mean(torch.stack([*total.values()]).float())
         gradients = [parameter.grad for parameter in step_of.parameters() if parameter.grad is not None]
-        norm, *values = torch.cat((torch.nn.utils.get_total_norm(gradients)[None], means)).tolist()
+        norm, *scalars = torch.cat((torch.nn.utils.get_total_norm(gradients)[None], means)).tolist()
     except RuntimeError as error:
         if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -234,7 +234,7 @@ def _backward(
             f"the {where}'s memory does not hold a batch; give --accumulate 2 or more, --amp bf16, or a smaller --size "
             "or --batch-size, and repeat the command"
         ) from error
-    return dict(zip(total, values, strict=True)), norm
+    return dict(zip(total, scalars, strict=True)), norm
 
 
 def _memory(device: torch.device) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 from scipy import ndimage
 
 from datasets.images import read_image
+from datasets.labels import collect_into
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from engine.metrics import ImageResult, match_instances, summarize
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictor = Predictor(args.weights, select_device(args.gpu), settings=args.fusion)
     results: dict[str, list[ImageResult]] = {row: [] for row in ROWS}
     problems: list[InputError] = []
-    for sample in tqdm(read_ground_truth(args.data, problems.append), "oracle study", unit="img", mininterval=2):
+    samples = read_ground_truth(args.data, collect_into(problems))
+    for sample in tqdm(samples, "oracle study", unit="img", mininterval=2):
+        assert sample.mask
         try:
             image, gt = read_image(sample.path), sample.mask.read()
             check_size(sample.path, image.shape, gt.shape)

@@ -20,6 +20,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from datasets.images import read_image
+from datasets.labels import collect_into
 from datasets.masks import prediction_records
 from datasets.sources import read_ground_truth
 from datasets.transforms import resize, to_tensor
@@ -94,7 +95,7 @@ def predict_source(
     InputError for each photograph that cannot be read."""
     records: list[dict[str, Any]] = []
     problems: list[InputError] = []
-    for sample in tqdm(read_ground_truth(source, problems.append), "PRM", unit="img", mininterval=2):
+    for sample in tqdm(read_ground_truth(source, collect_into(problems)), "PRM", unit="img", mininterval=2):
         try:
             image = read_image(sample.path)
         except InputError as error:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from datasets.images import image_size
+from datasets.labels import Mask
 from datasets.sources import masks_by_stem, read_ground_truth
 from engine import options
 from engine.config import Preset, override
@@ -251,19 +252,25 @@ def check_arguments(args: argparse.Namespace) -> None:
             digest_of_maps(folder, stems)
 
 
-def digest_of_truth(source: str) -> tuple[list[str], str]:
-    """(stems, digest) of the photographs with masks in a source, in its order. The digest is of the photographs' files
-    and of the values of the masks.
+def ground_truth(source: str) -> tuple[dict[str, Mask], dict[str, Path]]:
+    """({stem: mask}, {stem: photograph}) of a source, in its order; InputError for what cannot be read."""
+    samples = read_ground_truth(source)
+    return masks_by_stem(samples), {sample.stem: sample.path for sample in samples}
 
-    InputError for a photograph or mask that cannot be read, and where the two have not one size.
+
+def digest_of_truth(source: str) -> tuple[list[str], str]:
+    """(stems, digest) of ``ground_truth``: a digest of the files of the photographs and the values of the masks.
+
+    InputError for a photograph or mask that cannot be read, or whose sizes differ.
     """
-    samples, parts = read_ground_truth(source), []
-    masks = masks_by_stem(samples)
-    for sample, photograph in zip(samples, digest.of_files([sample.path for sample in samples]), strict=True):
-        labels = masks[sample.stem].read()
-        check_size(sample.path, image_size(sample.path), labels.shape)
-        parts.append([sample.stem, photograph, digest.of_bytes(str(labels.shape).encode(), labels.tobytes())])
-    return [sample.stem for sample in samples], digest.of_value(parts)
+    masks, photographs = ground_truth(source)
+    files_digests = dict(zip(photographs, digest.of_files(photographs.values()), strict=True))
+    parts = []
+    for stem, mask in masks.items():
+        labels = mask.read()
+        check_size(photographs[stem], image_size(photographs[stem]), labels.shape)
+        parts.append([stem, files_digests[stem], digest.of_bytes(str(labels.shape).encode(), labels.tobytes())])
+    return list(masks), digest.of_value(parts)
 
 
 def digest_of_maps(folder: Path, stems: Iterable[str]) -> str:
@@ -277,7 +284,7 @@ def write_truth(val: str, out: Path) -> Path:
     folder."""
     _, made_from = digest_of_truth(val)
     folder = make_folder(out / f"truth_{made_from[:8]}")
-    for stem, mask in masks_by_stem(read_ground_truth(val)).items():
+    for stem, mask in ground_truth(val)[0].items():
         files.save_png(np.uint8(255 * true_saliency(mask.read())), folder / f"{stem}.png")
     return folder
 
@@ -377,8 +384,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
     if kept.exists():
         return json.loads(kept.read_text())
     problems: list[InputError] = []
-    samples = read_ground_truth(val)
-    masks = masks_by_stem(samples)
+    masks, photographs = ground_truth(val)
     if row.method == "prm":
         classifier = prm.load_classifier(weights, cam.backbone, cam.output_stride).to(device)
         records, problems = prm.predict_source(classifier, val, cam.size, device)
@@ -388,10 +394,9 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
     else:
         settings = [f"{name}={value}" for name, value in changed.items()]
         predictor = Predictor(weights, device, method=row.method, settings=settings)
-        photographs = {sample.stem: sample.path for sample in samples}
         methods = measure_predictor(predictor, masks, photographs, problems.append, maps)
     if problems:
-        raise InputError(f"{len(problems)} of {len(samples)} photographs cannot be measured; the first: {problems[0]}")
+        raise InputError(f"{len(problems)} of {len(masks)} photographs cannot be measured; the first: {problems[0]}")
     (summary,) = summarize_methods(methods).values()
     files.save_json(summary, kept)
     return summary
