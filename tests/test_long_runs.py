@@ -266,7 +266,7 @@ def killed(image, maps, count):
     [
         (None, r"^the image .*photo3.png is truncated or damaged \(.*\); copy it again or leave it out$"),
         (full, r"^the shared memory .* give --workers 0 or fewer, .* --shm-size"),
-        (crowded, r"^the machine does not bear the processes that load images .* give fewer --workers"),
+        (crowded, r"^the machine cannot run the processes that load images .* give fewer --workers"),
         (killed, r"^a process that loads images died, .* give fewer --workers"),
     ],
 )
