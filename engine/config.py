@@ -15,23 +15,12 @@ from models.backbones import BACKBONES
 from models.fusion_config import FusionConfig
 from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig
-from utils.cli import InputError, integer, number
+from utils.cli import InputError, integer, number, one_of
 
 LARGEST_SEED = 2**32 - 1
 OPTIMIZERS = ("sgd", "adamw")
 
 Config = TypeVar("Config")
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    """The ``type=`` of an option that is one of several words."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ArgumentTypeError(f"{text!r} does not fit; give one of {', '.join(choices)}")
-        return text
-
-    return parse
 
 
 def multiple_of(step: int, least: int, most: int, why: str) -> Callable[[str], int]:

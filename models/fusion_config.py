@@ -5,18 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from utils.cli import InputError, integer, number
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    """As ``utils.cli.number``, for one of several words."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ArgumentTypeError(f"{text!r} does not fit; give {' or '.join(choices)}")
-        return text
-
-    return parse
+from utils.cli import InputError, integer, number, one_of
 
 
 def _switch(text: str) -> bool:
@@ -28,15 +17,15 @@ def _switch(text: str) -> bool:
 
 # The values that each setting may have. Limits that are left out would give no instance in any image, or overflow.
 ALLOWED: dict[str, Callable[[str], Any]] = {
-    "grouping": _one_of("sinks", "count"),
+    "grouping": one_of("sinks", "count"),
     "theta": number(0, below=1),
     "sink_thresh": number(None, 1000, above=0),
-    "centroid_region": _one_of("salient", "image"),
+    "centroid_region": one_of("salient", "image"),
     "radius": integer(1, 64),
     "power": number(0.1, 1000),
     "steps": integer(0, 10**5),
     "saliency_thresh": number(0, below=1),
-    "mask_rule": _one_of("relative", "peak"),
+    "mask_rule": one_of("relative", "peak"),
     "mask_thresh": number(0, below=1),
     "min_area": number(0, below=1),
     "min_score": number(0, 1),

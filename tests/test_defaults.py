@@ -176,7 +176,7 @@ def test_lsu_weight_0_removes_l_su_and_nothing_else():
     [
         ({"size": 100}, "size: '100' does not fit; give a multiple of 32"),
         ({"lr": 0.0}, "lr: '0.0' does not fit; give a number of at most 1000 and above 0"),
-        ({"optimizer": "adam"}, "optimizer: 'adam' does not fit; give one of sgd, adamw"),
+        ({"optimizer": "adam"}, "optimizer: 'adam' does not fit; give sgd or adamw"),
         ({"scales": (1.0, -1.0)}, "scales: '-1.0' does not fit"),
         ({"backbone": "vgg"}, "backbone: 'vgg' does not fit"),
     ],

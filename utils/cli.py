@@ -94,6 +94,17 @@ def _number(
     return parse
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    """The ``type=`` of an option that is one of several words."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} does not fit; give {', '.join(choices[:-1])} or {choices[-1]}")
+        return text
+
+    return parse
+
+
 def path_of(text: str) -> Path:
     """The ``type=`` of an option that is a path: a Path in which a leading ~ is expanded to the home folder.
 
