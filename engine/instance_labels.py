@@ -17,7 +17,8 @@ from models.fusion_config import FusionConfig
 from models.grouping import components, masks_of, split_regions
 from models.saliency_prior import combine_logits
 
-FG_THRESH, BG_THRESH = 0.6, 0.3  # pseudo mask above which a pixel is an instance's, below which background [ours]
+# Value of the pseudo mask above which a pixel belongs to an instance, and below which to the background [ours].
+FG_THRESH, BG_THRESH = 0.6, 0.3
 
 
 class Maps(NamedTuple):
@@ -101,12 +102,12 @@ def instance_label(
 
     The class labels that the branches are first trained on merge touching objects of one class. These labels separate
     them, by the V and B of the network, and their contours are those of the CRF.
-    label: float32 [S,S] in 0..1, of ``pseudo_mask``, in place of S; count: the count label, 1 or more; classes: uint8
-    [S,S], the photograph's class labels (0 background, 1..20, 255 undecided) or None: pixels of an instance whose label
-    differs from its most frequent class are undecided. by_class: the region is divided by the class labels first, and
-    by V within a class.
+    label: float32 [S,S] in 0..1, as returned by ``pseudo_mask``, in place of S; count: the count label, 1 or more;
+    classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255 undecided) or None: pixels of an
+    instance whose label differs from its most frequent class are undecided. by_class: the region is divided by the
+    class labels first, and by V within a class.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 undecided; None where not exactly ``count`` instances
-    result, each of ``settings.min_area`` of the image.
+    result, each at least ``settings.min_area`` of the image.
     """
     grid = (maps.boundary.shape[0], maps.boundary.shape[1])
     saliency = F.adaptive_avg_pool2d(torch.from_numpy(label)[None], grid)[0]

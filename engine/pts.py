@@ -155,7 +155,10 @@ def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
 
 
 def is_tried(labels: Path, sample: Sample) -> bool:
-    """Whether ``write_label`` is finished with a photograph: one with classes always has a label."""
+    """Whether ``write_label`` is finished with a photograph.
+
+    Its saliency/<stem>.png then exists or, if it has no classes and so no initial mask, its <stem>.none.
+    """
     suffixes = (".png",) if sample.classes else (".png", ".none")
     return any((labels / "saliency" / f"{sample.stem}{suffix}").exists() for suffix in suffixes)
 
@@ -171,10 +174,14 @@ def write_label(
 ) -> None:
     """The labels of one photograph, in a worker process.
 
-    saliency/<stem>.png is its next pseudo mask. With ``config.instance_labels`` classes/<stem>.png holds its instances,
-    for a later training of the branches; where not as many are found as its count label says, its initial class labels,
-    unless it shows several classes and ``config.by_class`` is set. Where there is no label, an empty <stem>.none is
-    written; of a photograph without an instance, the initial mask beside it.
+    saliency/<stem>.png is its next pseudo mask. If no instance is found, an empty <stem>.none marks it (not trained
+    on); if it has an initial mask, that is saved as <stem>.png, too.
+
+    With ``config.instance_labels``, classes/<stem>.png is for a later training of the branches. It holds
+    - the instances, where as many are found as the count label says;
+    - else the initial class labels, where there are any, unless the photograph shows several classes and
+      ``config.by_class`` is set;
+    - else it is missing, and an empty classes/<stem>.none is written.
 
     image: uint8 RGB [S,S,3]; arrays: S [h,w], B [h,w] and V [2,h,w], as of ``Maps``; count: the predicted number of
     objects; initial: the folder of its initial pseudo labels, None where it has none.

@@ -31,8 +31,9 @@ from utils.progress import tqdm
 
 
 def run_stages(run: Run, names: Sequence[str]) -> None:
-    """Run the named stages of ``STAGES`` one after another, and put the network together after the branches or the
-    saliency branch.
+    """Run the named stages of ``STAGES`` one after another.
+
+    After them OUT/weights.pt is assembled when either stage, branches or saliency, ran.
 
     A stage that is finished is passed over, one that was stopped is continued. InputError for samples, settings or an
     OUT that do not fit, before anything is computed.
@@ -64,8 +65,12 @@ def uses_counts(run: Run) -> bool:
 
 
 def initialize(run: Run, model: BoundaryCentroidNet | SaliencyNet, part: str, freeze: int) -> str:
-    """Give a new network its starting weights: those of the same ``part`` of ``run.start``, or else ImageNet's for
-    the backbone. Returns their digest."""
+    """Give a new network its starting weights, and freeze the first ``freeze`` levels of its backbone.
+
+    part: "branches" or "saliency". With ``run.start`` all weights are those of this part of it (a BoundaryCentroidNet
+    gets a mean offset of 0), else those of the backbone are ImageNet's. Returns the digest of these weights. Raises
+    InputError when ``run.start`` is a network of other settings.
+    """
     if run.start:
         require_same_network(run)
         start = getattr(run.start, part)
@@ -199,7 +204,11 @@ def train_branches(run: Run, samples: list[Sample]) -> None:
 def mean_offset(
     model: BoundaryCentroidNet, samples: list[Sample], size: int, canny: str, device: torch.device
 ) -> Tensor:
-    """The mean of V over the training set, [1,2,1,1] in stride-4 pixels: L_V leaves a constant of V free [IRN]."""
+    """The mean of V, [1,2,1,1] in stride-4 pixels: L_V leaves a constant of V free [IRN].
+
+    It is taken over a sample of some 500 to 1000 training photographs (``evenly_spaced``), or over all where they are
+    fewer.
+    """
     model.eval()
     model.centroid.mean_offset.zero_()
     chosen = evenly_spaced(samples)

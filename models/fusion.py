@@ -15,7 +15,10 @@ from models.scoring import CountHypothesis, expected_iou, on_grid, score_of
 
 
 class SoftInstances(NamedTuple):
-    """The result of ``fuse`` for one image: maps [n,H,W] of ``walk``; centroids, float [n,2], (y, x) on the grid."""
+    """The result of ``fuse`` for one image.
+
+    maps: [n,H,W] in 0..1, as returned by ``walk``; centroids: float [n,2], (y, x) in pixels of the grid.
+    """
 
     maps: Tensor
     centroids: np.ndarray
@@ -62,9 +65,10 @@ def walk(clusters: np.ndarray, saliency: Tensor, boundary: Tensor, settings: Fus
 
     "peak": each map is divided by its maximum [IRN]. A faint instance then spreads, and one with a dominant peak is
     truncated.
-    "relative" [ours]: the walk also starts from the background, with 1 - S where a pixel is not salient or in no
-    cluster. The value of a pixel is the smaller of two fractions: inst / (inst + background), and the same against the
-    strongest other instance after division by the peaks, without which the larger instance would take the smaller.
+    "relative" [ours]: the walk also starts from the background, from every pixel that is not salient or belongs to no
+    cluster, with strength 1 - S. The value of a pixel is the smaller of two fractions: inst / (inst + background), and
+    the same against the strongest other instance after division by the peaks, without which the larger instance would
+    take the smaller.
 
     clusters: bool [n,H,W]; saliency: S [H,W] and boundary: B [H,W] in 0..1, on the stride-4 grid. Returns [n,H,W] in
     0..1 on the device of S.
@@ -97,8 +101,8 @@ def instance_masks(
 ) -> InstanceMasks:
     """Soft maps to masks at the image's size: bilinear upsampling, background threshold, argmax, score.
 
-    maps: of ``walk``, [n,h,w] in 0..1, or bool masks of clusters; saliency: S [h,w] in 0..1; size: (H, W). The score is
-    ``score_of``, multiplied by ``expected_iou`` where there are ``hypotheses``. Instances of at most
+    maps: as returned by ``walk``, [n,h,w] in 0..1, or bool masks of clusters; saliency: S [h,w] in 0..1; size: (H, W).
+    The score is ``score_of``, multiplied by ``expected_iou`` where there are ``hypotheses``. Instances of at most
     ``settings.min_area`` of the image, or with a score below ``settings.min_score``, are dropped.
     """
     empty = InstanceMasks(np.zeros((0, *size), bool), np.zeros(0, np.float32), np.zeros(0, np.int64))

@@ -90,10 +90,12 @@ def find_clusters(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pixels clustered by the sinks that they converge to (Eq. 1, 2).
 
-    offsets: V [2,H,W] in pixels of the grid. Sinks are the 4-connected components of |V| < sink_thresh; a pixel belongs
-    to the sink nearest to the point it converges to. region: bool [H,W], to which sinks and clusters are restricted;
-    default everywhere. Returns (labels int [H,W] in 0..n, 0 outside the region and where there is no sink; centroids
-    float [n,2], the (y, x) centres of the sinks).
+    Sinks are the 4-connected components of |V| < sink_thresh. A pixel p moves along V to the point that it converges
+    to, and belongs to the sink with the pixel nearest to that point.
+
+    offsets: V [2,H,W]; sink_thresh: above 0; both in pixels of the grid. region: bool [H,W], to which sinks and
+    clusters are restricted; None is the whole image. Returns (labels int64 [H,W]: k = 1..n for the k-th sink, 0 outside
+    the region, and everywhere if there is no sink; centroids float [n,2], the (y, x) mean of the pixels of each sink).
     """
     at_rest = (offsets.square().sum(0) < sink_thresh**2).cpu().numpy()
     if region is not None:
@@ -119,7 +121,7 @@ def salient_clusters(
 ) -> Clusters:
     """The clusters whose salient fraction is above theta (Sec. 3.1.1), of at least min_area of the image.
 
-    labels, centroids: of ``find_clusters``; saliency: S [H,W] in 0..1.
+    labels, centroids: as returned by ``find_clusters``; saliency: S [H,W] in 0..1.
     """
     salient = saliency > settings.saliency_thresh
     size = np.bincount(labels.ravel(), minlength=len(centroids) + 1)

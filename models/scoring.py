@@ -12,7 +12,11 @@ from models.grouping import Clusters, group_by_count
 
 
 class CountHypothesis(NamedTuple):
-    """The instances of an image if it showed ``number`` objects, and the probability of that."""
+    """A possible number of objects in an image.
+
+    number: 1 or more; probability: of that number, in 0..1; clusters: the salient region with the instances grouped for
+    that number.
+    """
 
     number: int
     probability: float
@@ -42,7 +46,8 @@ def score_of(inside: np.ndarray, saliency: np.ndarray) -> float:
     """The score of an instance, in (0, 1]: the geometric mean of S inside it and of the drop of S across its contour.
 
     A false instance has low saliency, or it is a part of an object or a blurred region: S then hardly drops around it.
-    inside: of ``on_grid``; saliency: S float32 [h,w] in 0..1. Around it is a band of 1/25 of the longer side of S.
+    inside: as returned by ``on_grid``; saliency: S float32 [h,w] in 0..1. Around it is a band of 1/25 of the longer
+    side of S.
     """
     reach = 2 * max(1, round(max(saliency.shape) / 25)) + 1
     around = cv2.dilate(inside, np.ones((reach, reach), np.uint8)) - inside
@@ -51,9 +56,9 @@ def score_of(inside: np.ndarray, saliency: np.ndarray) -> float:
 
 
 def expected_iou(inside: np.ndarray, hypotheses: Sequence[CountHypothesis]) -> float:
-    """The expectation over the number of objects of the largest IoU of an instance with those of that number, 0..1.
+    """The largest IoU of an instance with the instances grouped for a number of objects, in expectation over it, 0..1.
 
-    It is low for an instance that appears for improbable numbers only. inside: of ``on_grid``.
+    It is low for an instance that appears for improbable numbers only. inside: as returned by ``on_grid``.
     """
     expected = 0.0
     for _, probability, clusters in hypotheses:
