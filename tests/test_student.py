@@ -97,7 +97,7 @@ def detections(*squares, count=1):
 
 def test_targets_are_boxes_and_masks_of_instances_without_void():
     labels = torch.zeros(32, 32, dtype=torch.uint8)
-    labels[2:12, 4:20], labels[20:30, 8:16], labels[0, 0], labels[15, :] = 3, 7, 9, 255
+    labels[2:12, 4:20], labels[20:30, 8:16], labels[0, 0], labels[13:19, :] = 3, 7, 9, 255
     targets = targets_of(labels)  # 9 is too small for a box
     assert targets["boxes"].tolist() == [[4, 2, 20, 12], [8, 20, 16, 30]]
     assert targets["masks"].sum((1, 2)).tolist() == [160, 80]
