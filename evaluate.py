@@ -159,7 +159,7 @@ def _measure_weights(
 
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
-    predictor = Predictor(args.weights, device, method=args.method or "wsid", settings=args.fusion)
+    predictor = Predictor(args.weights, device, method=args.method or "wsid", settings=args.fusion, ranked=True)
     perturbations = PERTURBATIONS if args.perturb else ()
     methods = measure_predictor(predictor, gt_masks, photographs, report, args.saliency_dir, perturbations)
     if args.save_pred and methods:

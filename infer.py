@@ -155,7 +155,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         )
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
-    results = Results(make_folder(args.out), identity, args.visualize, args.saliency_dir, ids)
+    maps = predictor.map_kinds if args.visualize else ()
+    results = Results(make_folder(args.out), identity, maps, args.saliency_dir, ids)
     paths, clashes = results.without_clashes(paths)
     failed += clashes
     if ids:

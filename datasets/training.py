@@ -113,7 +113,7 @@ class TrainingImages(Dataset):
     def _augmented_map(self, name: str, sample: Sample, window: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """The ``window`` of one of the maps of a photograph, uint8 [size,size]."""
         labels = np.ascontiguousarray(window(read_label_map(self.maps[name] / f"{sample.stem}.png")))
-        return _nearest(labels, self.size) if name.endswith("_classes") else resize(labels, self.size)
+        return resize_labels(labels, self.size) if name.endswith("_classes") else resize(labels, self.size)
 
 
 def on_grid(name: str, labels: np.ndarray) -> np.ndarray:
@@ -133,8 +133,9 @@ def read_label_map(path: str | Path, size: int | None = None) -> np.ndarray:
         labels = None
     if labels is None:
         raise InputError(f"the label map {path} is missing or broken; delete it and run the script that made it again")
-    return labels if size is None else _nearest(labels, size)
+    return labels if size is None else resize_labels(labels, size)
 
 
-def _nearest(labels: np.ndarray, size: int) -> np.ndarray:
+def resize_labels(labels: np.ndarray, size: int) -> np.ndarray:
+    """A label map [H,W] as [size,size], by nearest neighbour."""
     return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST)

@@ -6,7 +6,7 @@ marked [ours] are not in the paper, those marked [IRN] come from Ahn et al., CVP
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from datasets.transforms import parse_canny
@@ -19,6 +19,8 @@ from utils.cli import InputError, integer, number, one_of
 
 LARGEST_SEED = 2**32 - 1
 OPTIMIZERS = ("sgd", "adamw")
+# Settings that former runs do not record: left out of a record where they are 0, so that those runs stay valid.
+ADDED_LATER = ("warmup", "average")
 
 Config = TypeVar("Config")
 
@@ -43,6 +45,8 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "optimizer": one_of(*OPTIMIZERS),
     "backbone_lr": number(0, 1000),
     "freeze": integer(0, 5),
+    "warmup": integer(0),
+    "average": number(0, below=1),
     "backbone": one_of(*BACKBONES),
     "output_stride": lambda text: int(one_of("8", "16", "32")(text)),
     "size": multiple_of(32, 64, 4096, "which the backbones can halve five times"),
@@ -59,6 +63,10 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "init_mask_weight": number(0, below=1),
     "logit_weights": number(-100, 100),
     "prior_weights": number(-100, 100),
+    "rounds": integer(1, 100),
+    "pyramid_channels": multiple_of(16, 32, 1024, "for group normalisation"),
+    "crop": number(0.1, 1),
+    "copy_paste": number(0, 3),
     "gpu": integer(-1),
     "workers": integer(0, 256),
     "amp": one_of("off", "bf16"),
@@ -111,6 +119,8 @@ class Schedule(_Checked):
 
     batch_size: images per step of the optimizer, over all processes and parts. lr: initial learning rate of the new
     layers; pretrained ones take lr * backbone_lr. freeze: pretrained levels f1..f<freeze> that are not trained.
+    warmup: iterations in which the learning rate rises linearly. average: decay per iteration of an exponential moving
+    average of the weights, which then is the result; 0 for the last weights [both ours].
     """
 
     epochs: int
@@ -119,6 +129,8 @@ class Schedule(_Checked):
     optimizer: str = "sgd"
     backbone_lr: float = 0.1
     freeze: int = 1
+    warmup: int = 0
+    average: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,26 @@ class SelfTrainingConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class StudentTrainingConfig(_Checked):
+    """The student network of ``engine.student``: a Mask R-CNN trained on the instances of a trained network [ours].
+
+    schedule: of a round. rounds: of labelling and training. backbone; size: of the input square, pixels;
+    pyramid_channels: width of the feature pyramid and of the mask head. freeze_depthwise: whether the depthwise
+    filters of the backbone are not trained, because their gradients are slow on a CPU. crop: the smallest fraction of
+    each side that a random crop keeps. copy_paste: instances of other photographs pasted into each, on average.
+    """
+
+    schedule: Schedule = Schedule(12, 8, 4e-4, "adamw", 0.25, 2, warmup=200, average=0.998)
+    rounds: int = 1
+    backbone: str = "resnet50"
+    size: int = 512
+    pyramid_channels: int = 256
+    freeze_depthwise: bool = False
+    crop: float = 0.6
+    copy_paste: float = 0.7
+
+
+@dataclass(frozen=True)
 class Preset:
     """All settings of a training. ``network`` is that of the branches and of the saliency branch.
 
@@ -260,10 +292,23 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def settings_of(*configs: Any, **more: Any) -> dict[str, Any]:
-    """The fields of dataclasses, and of those within them, and ``more``, as one {name: plain value}."""
+    """The fields of dataclasses, and of those within them, and ``more``, as one {name: plain value}.
+
+    Those of ``ADDED_LATER`` are left out where they are 0, as in ``as_recorded``.
+    """
     found: dict[str, Any] = {}
     for config in configs:
         for entry in fields(config):
             value = getattr(config, entry.name)
-            found |= settings_of(value) if is_dataclass(value) else {entry.name: value}
+            if is_dataclass(value):
+                found |= settings_of(value)
+            elif value or entry.name not in ADDED_LATER:
+                found[entry.name] = value
     return found | more
+
+
+def as_recorded(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts, {name of a field: value}."""
+    return asdict(
+        config, dict_factory=lambda pairs: {name: value for name, value in pairs if value or name not in ADDED_LATER}
+    )

@@ -92,8 +92,10 @@ def measure_predictor(
 
 
 def hypotheses_of(prediction: "Prediction") -> dict[str, Scored]:
-    """What is measured of a Prediction, {ending of the row's name: (masks, scores)}: its disjoint instances."""
-    return {"": (prediction.masks, prediction.scores)}
+    """What is measured of a Prediction, {ending of the row's name: (masks, scores)}: its disjoint instances, and before
+    them the overlapping hypotheses of a student network, as COCO's protocol measures detectors."""
+    disjoint = prediction.masks, prediction.scores
+    return {"": disjoint} if prediction.ranked is None else {", ranked": prediction.ranked, ", disjoint": disjoint}
 
 
 def _run(

@@ -13,7 +13,11 @@ def settings_of(run: Path) -> dict[str, bool | int | float | str]:
     Raises InputError when the folder holds none.
     """
     found: dict[str, bool | int | float | str] = {}
-    for path in (*sorted(run.glob("*/config.json")), *run.glob("pts/r1/config.json")):
+    for path in (
+        *sorted(run.glob("*/config.json")),
+        *run.glob("pts/r1/config.json"),
+        *run.glob("r1/train/config.json"),
+    ):
         stage = path.relative_to(run).parts[0]
         record = provenance.read_record(path.parent)
         for name, value in record["settings"].items() if record else ():

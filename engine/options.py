@@ -6,35 +6,37 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from engine.config import LIMITS, Machine, Preset, override
+from engine.config import LIMITS, Config, Machine, Preset, override
 from engine.presets import PRESETS
 from models.backbones import BACKBONES
 from utils.cli import Parser, integer, path_of
 
 Group = Any  # argparse's group of options has no public type
-SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "by_class")  # of a Preset
+SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "by_class", "freeze_depthwise")
+PRESET_DEFAULTS = "defaults: those of --preset"
 WORDS = {"epochs": "N", "batch_size": "N", "freeze": "N", "iterations": "R", "backbone": "NAME"}
 
 
-def add_run_options(parser: Parser) -> Group:
-    """--preset, --data and --out. Returns their group."""
+def add_run_options(parser: Parser, out: str = "runs/default", presets: bool = True) -> Group:
+    """--preset, where there are ``presets``, --data and --out. Returns their group."""
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="paper",
-        help="the settings: those of the paper, or the ones with the highest figures measured here",
-    )
+    if presets:
+        group.add_argument(
+            "--preset",
+            choices=PRESETS,
+            default="paper",
+            help="the settings: those of the paper, or the ones with the highest figures measured here",
+        )
     group.add_argument(
         "--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs, see README"
     )
-    group.add_argument("--out", type=path_of, default=Path("runs/default"), help="folder of the run")
+    group.add_argument("--out", type=path_of, default=Path(out), help="folder of the run")
     return group
 
 
-def add_group(parser: Parser, title: str) -> Group:
-    """A group of options whose default values are the preset's."""
-    return parser.add_argument_group(title, "defaults: those of --preset")
+def add_group(parser: Parser, title: str, description: str | None = PRESET_DEFAULTS) -> Group:
+    """A group of options for settings; ``description``: what their default values are."""
+    return parser.add_argument_group(title, description)
 
 
 def add_option(group: Group, name: str, setting: str, text: str, **more: Any) -> None:
@@ -50,10 +52,14 @@ def add_option(group: Group, name: str, setting: str, text: str, **more: Any) ->
         group.add_argument(name, **{"type": LIMITS[setting]} | common | metavar | more)
 
 
-def add_schedule_options(parser: Parser, title: str, least_epochs: int = 1) -> Group:
+def add_schedule_options(
+    parser: Parser, title: str, least_epochs: int = 1, description: str | None = PRESET_DEFAULTS
+) -> Group:
     """The options of a Schedule. Returns their group."""
-    group = add_group(parser, title)
-    add_option(group, "--epochs", "epochs", "of each stage that is trained", type=integer(least_epochs))
+    group = add_group(parser, title, description)
+    add_option(
+        group, "--epochs", "epochs", "passes over the photographs, in each stage or round", type=integer(least_epochs)
+    )
     add_option(group, "--batch-size", "batch_size", "photographs a step")
     add_option(group, "--lr", "lr", "initial learning rate of the new layers")
     add_option(group, "--optimizer", "optimizer", "sgd or adamw", metavar="sgd|adamw")
@@ -62,9 +68,14 @@ def add_schedule_options(parser: Parser, title: str, least_epochs: int = 1) -> G
     return group
 
 
+def add_backbone_option(group: Group) -> None:
+    """--backbone."""
+    add_option(group, "--backbone", "backbone", f"one of {', '.join(BACKBONES)}")
+
+
 def add_size_options(group: Group) -> None:
     """--backbone, --output-stride and --size, of the network, and of the classifier where that is trained."""
-    add_option(group, "--backbone", "backbone", f"one of {', '.join(BACKBONES)}")
+    add_backbone_option(group)
     add_option(group, "--output-stride", "output_stride", "of the backbone: 8, 16 or 32", metavar="8|16|32")
     add_option(group, "--size", "size", "input square, pixels")
 
@@ -104,8 +115,13 @@ def machine_of(args: argparse.Namespace) -> Machine:
 
 def preset_of(args: argparse.Namespace, start: Preset | None = None) -> Preset:
     """The preset that --preset names, or ``start``, with the values of the options that are given."""
+    return with_options(start or PRESETS[args.preset], args)
+
+
+def with_options(config: Config, args: argparse.Namespace) -> Config:
+    """A dataclass of settings, such as a Preset, with the values of the options that are given."""
     values = {name: _plain(value) for name, value in vars(args).items() if name in LIMITS or name in SWITCHES}
-    return override(start or PRESETS[args.preset], values)
+    return override(config, values)
 
 
 def _plain(value: Any) -> Any:

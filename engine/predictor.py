@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -18,18 +18,21 @@ from torch import Tensor
 
 from datasets.images import read_image
 from datasets.masks import read_saliency_mask
-from datasets.transforms import network_input, resize
-from models import AMP, MAX_INSTANCES, METHODS
+from datasets.transforms import network_input, resize, to_tensor
+from models import AMP, MAX_INSTANCES, METHODS, STUDENT
 from models.count_head import expected_count, one_hot_count
 from models.fusion import fuse, instance_masks
 from models.fusion_config import FusionConfig
 from models.grouping import connected_components
 from models.scoring import CountHypothesis, count_hypotheses
-from models.wsid_net import goes_on_from, load_weights
+from models.wsid_net import WSIDNet, goes_on_from, load_network
 from ops import compiled
 from utils import digest
 from utils.cli import InputError
 from utils.parallel import map_ahead
+
+if TYPE_CHECKING:
+    from models.mask_rcnn import Detections
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_WEIGHTS = (
@@ -38,7 +41,8 @@ DEFAULT_WEIGHTS = (
     ROOT / "weights" / "wsid_tf_efficientnet_lite2_512.pt",
 )
 
-Input = tuple[Tensor, Tensor]  # of the network: RGB [1,3,S,S] in 0..1 and Canny edges [1,1,S,S] of 0 and 1
+# Of the network: RGB [1,3,S,S] in 0..1 and, but for a student network, Canny edges [1,1,S,S] of 0 and 1.
+Input = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
@@ -66,15 +70,18 @@ class Prediction:
 
     masks: bool [n,H,W], disjoint. scores: float32 [n] in (0, 1]. centroids: float [n,2], (y, x) in pixels of the
     photograph. saliency, boundary: S and B, float32 [H,W] in 0..1. offsets: V, float32 [2,h,w], (dy, dx) in pixels of
-    the network's stride-4 grid h x w.
+    the network's stride-4 grid h x w. A student network has neither B nor V: both are None.
+    ranked: masks bool [m,H,W], overlapping, and scores float32 [m] of all hypotheses of a student network, where the
+    Predictor was made with ``ranked``; else None.
     """
 
     masks: np.ndarray
     scores: np.ndarray
     centroids: np.ndarray
     saliency: np.ndarray
-    boundary: np.ndarray
-    offsets: np.ndarray
+    boundary: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    ranked: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class Maps(NamedTuple):
@@ -101,15 +108,18 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 class Predictor:
-    """A trained WSID-Net and the settings of its fusion.
+    """A trained WSID-Net and the settings of its fusion, or a student network.
 
-    weights: a file of train_branches.py or train_pts.py; None takes those of runs/default, else the bundled ones.
+    weights: a file of train_branches.py, train_pts.py or train_student.py; None takes those of runs/default, else the
+    bundled ones.
     device: a torch.device or its name.
     method: "wsid", the fusion of the paper; or "components", the connected components of S, a baseline.
     settings: a FusionConfig, or NAME=VALUE strings that replace single values of the one in the weights file.
+    A student network takes neither.
     count: the number of objects where it is known, 1..254: salient pixels are then divided into so many instances; 0
     where it is not.
     amp: precision of the network: "auto" (bfloat16 where ``bfloat16_pays``), "bf16" or "off" (float32).
+    ranked: whether a Prediction of a student network has all hypotheses beside its disjoint instances.
     Raises InputError when the weights cannot be used, or for an argument that is none of these.
 
     ``predict`` and ``predict_batch`` are all most callers need. Their three steps, ``prepare``, ``network`` and
@@ -126,6 +136,7 @@ class Predictor:
         settings: FusionConfig | Sequence[str] | None = None,
         count: int = 0,
         amp: str = "auto",
+        ranked: bool = False,
     ) -> None:
         for name, value, known in (("method", method, METHODS), ("amp", amp, AMP)):
             if value not in known:
@@ -138,11 +149,19 @@ class Predictor:
                 "NAME=VALUE strings"
             )
         self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.count = _usable(device), method, int(count)
-        self.net = load_weights(self.weights, self.device)
-        self.settings = (
-            settings if isinstance(settings, FusionConfig) else FusionConfig.of(settings or (), self.net.fusion)
-        )
+        self.device, self.method, self.count, self.ranked = _usable(device), method, int(count), ranked
+        self.net = load_network(self.weights, self.device)
+        if isinstance(self.net, WSIDNet):
+            self.settings = (
+                settings if isinstance(settings, FusionConfig) else FusionConfig.of(settings or (), self.net.fusion)
+            )
+        else:
+            for name, given in (("method", method != METHODS[0]), ("fusion", bool(settings))):
+                if given:
+                    raise InputError(
+                        f"{self.weights} holds a student network, which has no choice of {name}; leave it out"
+                    )
+            self.method, self.settings = STUDENT, FusionConfig()
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
         self.process = os.getpid()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -151,9 +170,15 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Callable[[], "Predictor"], tuple[()]]:
         """Pickled as the path of its weights and its options, because a pipe does not hold all of its tensors."""
-        options: dict[str, Any] = {"method": self.method, "settings": self.settings, "count": self.count}
-        options["amp"] = "bf16" if self.bf16 else "off"
+        options: dict[str, Any] = {"count": self.count, "amp": "bf16" if self.bf16 else "off", "ranked": self.ranked}
+        if self.method != STUDENT:
+            options |= {"method": self.method, "settings": self.settings}
         return partial(Predictor, self.weights.resolve(), self.device, **options), ()
+
+    @property
+    def map_kinds(self) -> tuple[str, ...]:
+        """The maps that a Prediction has, by the names of its fields."""
+        return ("saliency",) if self.method == STUDENT else ("saliency", "boundary", "offsets")
 
     def identity(self) -> dict[str, Any]:
         """All that predictions depend on besides the photographs and the machine, as a plain value."""
@@ -190,6 +215,8 @@ class Predictor:
     def prepare(self, image: np.ndarray) -> Input:
         """A photograph uint8 RGB [H,W,3] as input of ``network``, on the CPU."""
         self._limit_threads_after_fork()
+        if not isinstance(self.net, WSIDNet):
+            return (to_tensor(resize(image, self.net.config.size))[None],)
         return network_input(resize(image, self.net.config.size), self.net.config.canny, "cpu")
 
     def autocast(self) -> AbstractContextManager:
@@ -197,14 +224,17 @@ class Predictor:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
-    def network(self, inputs: Sequence[Input]) -> list[Maps]:
-        """The Maps of a batch of inputs, one for each. On a GPU it returns before they are computed."""
+    def network(self, inputs: Sequence[Input]) -> "Sequence[Maps | Detections]":
+        """The Maps of a batch of inputs, one for each, or the Detections of a student network. On a GPU it returns
+        before Maps are computed."""
         if not inputs:
             return []
         self._limit_threads_after_fork()
-        image, edges = (self._upload(torch.cat(part)) for part in zip(*inputs, strict=True))
+        batch = [self._upload(torch.cat(part)) for part in zip(*inputs, strict=True)]
         with self.autocast():
-            output = self.net(image, edges)
+            output = self.net(*batch)
+        if self.method == STUDENT:
+            return output
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         return [Maps(s, b, v, p, ready) for s, b, v, p in zip(*(part.float() for part in output), strict=True)]
 
@@ -229,9 +259,24 @@ class Predictor:
             yield
 
     @torch.no_grad()
-    def instances(self, maps: Maps, size: tuple[int, int], saliency: np.ndarray | None = None) -> Prediction:
-        """The Prediction of a photograph of ``size`` (H, W) from its Maps; saliency: as for ``predict``."""
+    def instances(
+        self,
+        maps: "Maps | Detections",
+        size: tuple[int, int],
+        saliency: np.ndarray | None = None,
+        count: int | None = None,
+    ) -> Prediction:
+        """The Prediction of a photograph of ``size`` (H, W) from its Maps or Detections.
+
+        saliency: as for ``predict``; InputError with a student network. count: the number of objects, 0 where it is
+        not known; None takes that of the Predictor.
+        """
         self._limit_threads_after_fork()
+        count = self.count if count is None else count
+        if not isinstance(maps, Maps):
+            if saliency is not None:
+                raise InputError(f"{self.weights} holds a student network, which takes no saliency map; leave it out")
+            return self._of_detections(maps, size, count)
         with self._fusion_stream(maps.ready):
             s, b, v = (m.to(self.fusion_device) for m in maps[:3])
             if saliency is not None:
@@ -244,8 +289,8 @@ class Predictor:
             if self.method == "components":
                 soft, centroids = connected_components(saliency, self.settings)
             else:
-                count_probs = one_hot_count(self.count) if self.count else maps.count_probs.cpu()
-                by_count = self.count or self.settings.grouping == "count"
+                count_probs = one_hot_count(count) if count else maps.count_probs.cpu()
+                by_count = count or self.settings.grouping == "count"
                 hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
                 number = int(expected_count(count_probs)) if by_count else 0
                 soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
@@ -257,6 +302,15 @@ class Predictor:
             cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (saliency, boundary)
         )
         return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
+
+    def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
+        from models import detections  # here, because torchvision's detectors take long to import
+
+        side = self.net.config.size
+        masks, scores = detections.disjoint(found, side, size, count)
+        ranked = detections.ranked(found, side, size) if self.ranked else None
+        saliency = detections.saliency_of(found, side, size)
+        return Prediction(masks, scores, detections.centroids_of(masks), saliency, ranked=ranked)
 
 
 def _usable(device: torch.device | str) -> torch.device:

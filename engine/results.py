@@ -29,7 +29,7 @@ class Results:
     """The results of one setting in a folder.
 
     folder: an existing folder. identity: a plain value of all that the results depend on besides the photographs.
-    all_maps: whether S, B and V are written as pictures too. saliency_dir: the folder of maps that replace S, or None.
+    maps: those of ``MAPS`` that are written as pictures too. saliency_dir: the folder of maps that replace S, or None.
     ids: a function from stems to {stem: image_id}, or None where the stem is the image_id.
 
     Every finished photograph is a line of ``journal``, a file named by the identity. predictions.json is made from it,
@@ -42,12 +42,12 @@ class Results:
         self,
         folder: Path,
         identity: Any,
-        all_maps: bool = False,
+        maps: Sequence[str] = (),
         saliency_dir: Path | None = None,
         ids: Callable[[Sequence[str]], dict[str, Any]] | None = None,
     ) -> None:
         self.folder, self.saliency_dir, self.ids = folder, saliency_dir, ids
-        self.kinds = PICTURES + MAPS * all_maps
+        self.kinds = PICTURES + tuple(maps)
         identity = digest.of_value([identity, self.kinds, bool(saliency_dir)])
         self.journal = folder / f"finished-{identity}.jsonl"
         self.lock = threading.Lock()
@@ -211,12 +211,13 @@ def label_map(masks: np.ndarray) -> np.ndarray:
 def draw(kind: str, image: np.ndarray, prediction: "Prediction") -> np.ndarray:
     """A Prediction as a picture, uint8 RGB [H,W,3] of the photograph's size.
 
-    kind: "overlay", "saliency", "boundary" or "offsets"; image: the photograph, uint8 RGB [H,W,3].
+    kind: "overlay", or one of ``MAPS`` that the Prediction has; image: the photograph, uint8 RGB [H,W,3].
     """
     if kind == "overlay":
         return visualize.overlay(image, prediction.masks, prediction.scores, prediction.centroids)
     if kind != "offsets":
         return visualize.grey(getattr(prediction, kind))
+    assert prediction.offsets is not None
     wheel, (height, width) = visualize.colour_wheel(prediction.offsets), image.shape[:2]
     wheel = cv2.resize(wheel, (width, height), interpolation=cv2.INTER_CUBIC)
     return visualize.mark(wheel, prediction.centroids)

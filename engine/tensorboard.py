@@ -2,19 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from datasets.instances import read_with_labels
 from datasets.labels import Sample
+from datasets.masks import VOID
 from datasets.training import read_label_map
-from datasets.transforms import load_square, network_input, to_tensor
-from engine.visualize import colour_wheel, grey, heat, instance_colours, mark
+from datasets.transforms import load_square, network_input, resize, to_tensor
+from engine.visualize import colour_wheel, grey, heat, instance_colours, mark, overlay
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.classifier import CAM_SIZE, Classifier, activations
 from models.grouping import find_clusters
+
+if TYPE_CHECKING:
+    from models.mask_rcnn import MaskRCNN
 
 
 def _add_rows(writer: SummaryWriter, tag: str, rows: list[list[np.ndarray]], step: int) -> None:
@@ -100,3 +106,22 @@ def show_saliency(
         mask = read_label_map(labels / "saliency" / f"{sample.stem}.png") / 255
         rows.append([_shrink(image), grey(_shrink(mask)), grey(_shrink(saliency))])
     _add_rows(writer, "saliency", rows, step)
+
+
+def show_student(
+    model: "MaskRCNN", writer: SummaryWriter, step: int, *, samples: list[Sample], labels: Path, device: torch.device
+) -> None:
+    """TensorBoard: the instance labels of photographs beside the disjoint instances that the student network finds.
+
+    labels: the folder of the label maps.
+    """
+    from models.detections import centroids_of, disjoint  # here, because torchvision's detectors take long to import
+
+    rows, size = [], model.config.size
+    for sample in samples:
+        image, found = read_with_labels(sample, labels)
+        (output,) = model(to_tensor(resize(image, size))[None].to(device))
+        truth = found == np.setdiff1d(found, (0, VOID))[:, None, None]
+        pairs = [(truth, np.ones(len(truth))), disjoint(output, size, image.shape[:2])]
+        rows.append([_shrink(overlay(image, masks, scores, centroids_of(masks))) for masks, scores in pairs])
+    _add_rows(writer, "instances", rows, step)

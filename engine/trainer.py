@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
@@ -63,6 +64,15 @@ def parameter_groups(model: nn.Module, backbone_lr: float) -> list[dict[str, Any
     return [{"params": params, "scale": scale} for scale, params in groups.items()]
 
 
+@torch.no_grad()
+def _update_average(decay: float, averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+    """One step of an exponential moving average, in place. The decay is smaller in the first steps: the weights at the
+    start of a training do not count for long."""
+    share = max(1 - decay, 9 / (10 + float(updates)))
+    for average, current in zip(averages, weights, strict=True):
+        average.lerp_(current, share)
+
+
 class _Step(nn.Module):
     """The losses of one batch as the forward of a module, which DistributedDataParallel needs."""
 
@@ -90,7 +100,8 @@ def train(
     show: Show | None = None,
     name: str = "train",
 ) -> None:
-    """Train ``model`` in place with the poly schedule lr (1 - itr / max_itr)^0.9 (Sec. 4.1).
+    """Train ``model`` in place with the poly schedule lr (1 - itr / max_itr)^0.9 (Sec. 4.1), after the linear warmup
+    of the schedule, if it has one. With ``schedule.average`` the result is the moving average of the weights.
 
     dataset: items as of ``datasets.training.TrainingImages``, with a ``seed``.
     losses(model, batch, progress) -> {name: scalar loss}; ``progress`` runs 0..1. What is minimised is the sum of the
@@ -98,8 +109,8 @@ def train(
     processes. It has the gradient of the whole batch if each loss is a mean over images, or a sum over images divided
     by their number in the part times a mean over the images of the whole batch: a batch's "divisors" [K] are such
     means, of the "divisors" [K] of all its items.
-    folder: for checkpoint.pt, which holds model, optimizer and iteration: the same call after a kill continues from it
-    and ends with the weights of an uninterrupted run. The caller binds the folder to what it is made from
+    folder: for checkpoint.pt, which holds model, optimizer, average and iteration: the same call after a kill continues
+    from it and ends with the weights of an uninterrupted run. The caller binds the folder to what it is made from
     (utils.provenance).
     writer: of the first process, None in the others; it gets every loss, under NAME/LOSS, and where the loss has a
     weight, its product with that under NAME/LOSS_weighted; the learning rate, the norm of the gradient, images per
@@ -111,6 +122,9 @@ def train(
     optimizer = OPTIMIZERS[schedule.optimizer](
         parameter_groups(model, schedule.backbone_lr), lr=schedule.lr, weight_decay=WEIGHT_DECAY
     )
+    average = None
+    if schedule.average:
+        average = AveragedModel(model, multi_avg_fn=partial(_update_average, schedule.average))
     sampler = ResumableSampler(
         len(dataset),  # type: ignore[arg-type]
         schedule.batch_size,
@@ -123,7 +137,11 @@ def train(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
+        if average:
+            average.load_state_dict(saved["average"])
     if start >= total:
+        if average:
+            model.load_state_dict(average.module.state_dict())
         print(f"{name}: already trained ({total} iterations)")
         return
     remedy = f"lower --lr, and give another --out or delete {folder}"
@@ -132,6 +150,8 @@ def train(
         """InputError for a state that is not finite; the checkpoint before stays, as it does where writing fails."""
         if distributed.is_main():
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            if average:
+                state["average"] = average.state_dict()
             if not checkpoint.is_finite(state):
                 raise InputError(f"{name}: the weights are not finite after iteration {step - 1}; {remedy}")
             checkpoint.save_newest(state, folder / "checkpoint.pt")
@@ -165,7 +185,7 @@ def train(
                 with distributed.raise_in_all():
                     save(step)
                 raise Stopped
-            rate = schedule.lr * (1 - step / total) ** GAMMA
+            rate = schedule.lr * (1 - step / total) ** GAMMA * min(1, (step + 1) / (schedule.warmup + 1))
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)
@@ -178,6 +198,8 @@ def train(
                 what = f"gradient's norm is {norm}" if math.isfinite(value) else f"loss is {value}"
                 raise InputError(f"{name}: the {what} at iteration {step}; {remedy}")
             optimizer.step()
+            if average:
+                average.update_parameters(model)
             if step % 10 == 0:
                 steps.set_postfix(loss=f"{value:.4f}", refresh=False)
                 if writer:
@@ -194,6 +216,8 @@ def train(
                 model.train()
         with distributed.raise_in_all():
             save(total)
+    if average:
+        model.load_state_dict(average.module.state_dict())
     model.eval()
 
 

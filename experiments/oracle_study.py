@@ -25,6 +25,7 @@ from engine.predictions import check_size
 from engine.predictor import Maps, Predictor
 from engine.report import format_table
 from models.count_head import one_hot_count
+from models.wsid_net import WSIDNet
 from utils.cli import InputError, Parser, integer, path_of, run, select_device
 from utils.progress import tqdm
 
@@ -84,6 +85,8 @@ def get_args_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     predictor = Predictor(args.weights, select_device(args.gpu), settings=args.fusion)
+    if not isinstance(predictor.net, WSIDNet):
+        raise InputError(f"{predictor.weights} holds a student network, without S, B and V; name those of a WSID-Net")
     results: dict[str, list[ImageResult]] = {row: [] for row in ROWS}
     problems: list[InputError] = []
     samples = read_ground_truth(args.data, collect_into(problems))
@@ -96,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             problems.append(error)
             continue
         (maps,) = predictor.network([predictor.prepare(image)])
+        assert isinstance(maps, Maps)
         for row, replaced in ROWS.items():
             found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
             results[row].append(match_instances(found.masks, found.scores, gt))

@@ -20,7 +20,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +31,7 @@ from datasets.images import image_size
 from datasets.labels import Mask
 from datasets.sources import masks_by_stem, read_ground_truth
 from engine import options
-from engine.config import Preset, override
+from engine.config import Preset, as_recorded, override
 from engine.evaluation import maps_for, measure_files, measure_predictor, summarize_methods
 from engine.predictions import check_size
 from engine.predictor import Predictor, bfloat16_pays
@@ -291,7 +291,7 @@ def write_truth(val: str, out: Path) -> Path:
 
 def folder_name(words: str, *settings: Any) -> str:
     """A name of letters, digits and underscores: the ``words``, and a digest of plain values and dataclasses."""
-    values = [value if isinstance(value, str | int | dict) else asdict(value) for value in settings]
+    values = [value if isinstance(value, str | int | dict) else as_recorded(value) for value in settings]
     return re.sub(r"\W+", "_", words).strip("_") + "_" + digest.of_value(values)[:8]
 
 
@@ -377,7 +377,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
         "fusion": changed,
         "method": row.method,
         "maps": digest_of_maps(maps, stems) if maps else None,
-        "classifier": asdict(cam) if row.method == "prm" else None,
+        "classifier": as_recorded(cam) if row.method == "prm" else None,
         "device": [device.type, bfloat16_pays(device)],
     }
     kept = weights.with_name(f"{weights.stem}_{digest.of_value(made_from)}.json")

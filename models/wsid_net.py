@@ -1,19 +1,25 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and their weights file (Fig. 2)."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models import former_names
+from models import STUDENT, former_names
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.count_head import MAX_COUNT, CountNet
 from models.fusion_config import FusionConfig
 from models.saliency_prior import SaliencyPrior
 from utils import checkpoint, digest
 from utils.cli import InputError
+
+if TYPE_CHECKING:
+    from models.mask_rcnn import MaskRCNN
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class NetOutput(NamedTuple):
@@ -169,18 +175,37 @@ def load_weights(path: Path, device: torch.device | str = "cpu") -> WSIDNet:
 def read_weights(path: Path, device: torch.device | str = "cpu") -> tuple[WSIDNet, str | None]:
     """``load_weights`` and ``digest_of_weights`` of a file that is read once."""
     saved = checkpoint.load(path, device)
+    return _restore(_wsid_net_of, saved, path, device), _digest_of(saved)
+
+
+def load_network(path: Path, device: torch.device | str = "cpu") -> "WSIDNet | MaskRCNN":
+    """``load_weights`` for a file of ``models.mask_rcnn.save_student`` too, which holds a MaskRCNN."""
+    saved = checkpoint.load(path, device)
+    if isinstance(saved, dict) and saved.get("kind") == STUDENT:
+        from models.mask_rcnn import student_of  # here, because torchvision's detectors take long to import
+
+        return _restore(student_of, saved, path, device)
+    return _restore(_wsid_net_of, saved, path, device)
+
+
+def _restore(build: Callable[[Any], Network], saved: Any, path: Path, device: torch.device | str) -> Network:
+    """The network that ``build`` makes of a weights file's content, in evaluation mode; InputError as above."""
     try:
-        config = NetConfig(**former_names.config(dict(saved)["config"]))
-        if not all(isinstance(getattr(config, field.name), type(field.default)) for field in fields(config)):
-            raise TypeError("settings of other types")
-        net = WSIDNet(config, FusionConfig(**former_names.fusion(saved.get("fusion", {}))))
-        net.training_record = dict(saved.get("training") or {})
-        net.load_state_dict(former_names.state(saved["state"]))
+        net = build(saved)
         # Of sums, which are the quickest way to read every value.
         finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
     except Exception as error:  # a file of another kind raises almost anything
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     if not finite:
         raise InputError(f"{path} holds weights that are not finite; use earlier ones, or train them anew")
-    net = net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return net, _digest_of(saved)
+    return net.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _wsid_net_of(saved: Any) -> WSIDNet:
+    config = NetConfig(**former_names.config(dict(saved)["config"]))
+    if not all(isinstance(getattr(config, field.name), type(field.default)) for field in fields(config)):
+        raise TypeError("settings of other types")
+    net = WSIDNet(config, FusionConfig(**former_names.fusion(saved.get("fusion", {}))))
+    net.training_record = dict(saved.get("training") or {})
+    net.load_state_dict(former_names.state(saved["state"]))
+    return net

@@ -194,6 +194,28 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("array[:, ::-1] if flip else array", "array"),
         ("rng.random() < 0.5", "rng.random() < 0.05"),
     ],
+    # ---- the student network
+    ("models/detections.py", "test_student.py", "disjoint_set or number_of_objects"): [
+        ("MIN_VISIBLE = 0.7", "MIN_VISIBLE = 0.0"),
+        ("np.log(1 - scores)", "np.log(scores)"),
+        ("prior + inside + outside", "inside + outside"),
+        ("            covered |= mask", "            pass"),
+    ],
+    ("models/mask_rcnn.py", "test_student.py", "targets_are_boxes"): [
+        ("boxes[:, 2:] += 1", "boxes[:, 2:] += 0"),
+        ("MIN_SIDE = 4", "MIN_SIDE = 1"),
+        ("(numbers > 0) & (numbers < VOID)", "numbers > 0"),
+    ],
+    ("datasets/copy_paste.py", "test_student.py", "cut_out or pasted"): [
+        ("AREA = (0.02, 0.25)", "AREA = (0.1, 0.11)"),
+        ("before[1:VOID] / 2", "before[1:VOID]"),
+        ("at_border > 0.3 * np.sqrt(area) or ", ""),
+    ],
+    ("engine/trainer.py", "test_student.py", "moving_average"): [
+        ("max(1 - decay, 9 / (10 + float(updates)))", "1 - decay"),
+        ("* min(1, (step + 1) / (schedule.warmup + 1))", ""),
+        ("                average.update_parameters(model)", "                pass"),
+    ],
     # ---- the network
     ("models/backbones.py", "test_defaults.py", "statistics"): [
         ("((127 / 255,) * 3, (128 / 255,) * 3)", "IMAGENET"),

@@ -16,7 +16,7 @@ import train_pts
 from datasets.transforms import canny_edges
 from engine import crf, options
 from engine.cam_labels import PLAIN, SPREAD, class_labels, saliency_mask
-from engine.config import Machine, Schedule, override
+from engine.config import Machine, Schedule, as_recorded, override, settings_of
 from engine.instance_labels import Maps, instance_label
 from engine.presets import BEST, PAPER
 from engine.trainer import train
@@ -35,6 +35,8 @@ SCHEDULE = {
     "optimizer": ("sgd", "Sec. 4.1"),
     "backbone_lr": (0.1, "IRN: ten times the rate for new layers"),
     "freeze": (1, "IRN"),
+    "warmup": (0, "Sec. 4.1: the poly schedule alone"),
+    "average": (0, "Sec. 4.1: no average over iterations"),
 }
 BACKBONE = {
     "backbone": ("resnet50", "Sec. 4.1: ResNet50 for all three branches"),
@@ -162,6 +164,13 @@ OPTIONS = [
 def test_an_option_changes_its_setting_alone(given, found, expected):
     args = train_branches.get_args_parser().parse_args(given.split())
     assert found(train_branches.resolve(args, None)) == expected
+
+
+def test_settings_added_later_are_recorded_only_where_they_are_set():
+    before = {"epochs": 1, "batch_size": 6, "lr": 0.01, "optimizer": "sgd", "backbone_lr": 0.1, "freeze": 1}
+    assert settings_of(Schedule(1)) == as_recorded(Schedule(1)) == before
+    changed = Schedule(1, warmup=2, average=0.9)
+    assert settings_of(changed) == as_recorded(changed) == before | {"warmup": 2, "average": 0.9}
 
 
 def test_lsu_weight_0_removes_l_su_and_nothing_else():

@@ -678,7 +678,7 @@ def model(monkeypatch):
     calls = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
-        def __init__(self, weights, device, method="wsid", settings=None):
+        def __init__(self, weights, device, method="wsid", settings=None, ranked=False):
             calls.created.append((weights, device.type, method))
             self.weights, self.device, self.method = weights or Path("bundled.pt"), device, method
 
@@ -696,7 +696,7 @@ def model(monkeypatch):
             masks = [red == value for value in (80, 160) if (red == value).any()]
             saliency = (red > 0).astype(np.float32) if saliency is None else saliency
             scores = np.array([0.9, 0.3], np.float32)[: len(masks)]
-            return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency)
+            return types.SimpleNamespace(masks=np.array(masks, bool), scores=scores, saliency=saliency, ranked=None)
 
     monkeypatch.setattr("engine.predictor.Predictor", Predictor)
     return calls

@@ -1,0 +1,197 @@
+"""The student network: Mask R-CNN trained on the instances that a trained network finds, in rounds [ours].
+
+In each round a teacher finds instances in all photographs with a count, as many as were counted (r<N>/labels), and the
+student is trained on these labels (r<N>/train). It is the teacher of the next round.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.images import read_image
+from datasets.instances import InstanceImages
+from datasets.labels import Sample
+from datasets.training import read_label_map
+from engine import tensorboard
+from engine.config import Machine, StudentTrainingConfig, settings_of
+from engine.predictor import Predictor
+from engine.results import label_map
+from engine.run import START
+from engine.trainer import Batch, train
+from models.backbones import load_pretrained
+from models.mask_rcnn import MaskRCNN, StudentConfig, save_student
+from models.wsid_net import load_network
+from utils import checkpoint, digest, distributed, files, provenance
+from utils.cli import InputError, make_folder, path_of
+from utils.parallel import map_ahead
+from utils.progress import tqdm
+
+INITS = ("teacher", "imagenet")
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """The training of a student network: what it learns from, with which settings, and where its results go.
+
+    out: the folder, with a folder r<N> in it for every round. samples: photographs; those with a count are used.
+    teacher: the weights file of the network that labels them in the first round. device: of this process
+    (engine.trainer.prepare_machine). init: the weights that training starts from, one of ``INITS`` or a file.
+    backbone_weights: a local file of ImageNet weights, in place of the download.
+    """
+
+    out: Path
+    samples: list[Sample]
+    teacher: Path
+    config: StudentTrainingConfig
+    machine: Machine
+    device: torch.device
+    seed: int = 0
+    init: str = "teacher"
+    backbone_weights: Path | None = None
+
+
+def train_student(run: StudentRun) -> Path:
+    """All rounds of labelling and training; returns the file of the result, OUT/weights.pt.
+
+    What is finished is passed over, what was stopped is continued. InputError where no photograph has a count above 0,
+    and where the teacher finds the number of objects that was counted in none.
+    """
+    samples, teacher = [sample for sample in run.samples if sample.count is not None], run.teacher
+    if not any(sample.count for sample in samples):
+        raise InputError("no photograph has a count above 0; name a source in --data that has them, as in labels.csv")
+    with files.lock_folder(make_folder(run.out)) if distributed.is_main() else nullcontext():
+        for r in range(1, run.config.rounds + 1):
+            folder = make_folder(run.out / f"r{r}")
+            labels = label_photographs(run, teacher, samples, make_folder(folder / "labels"))
+            complete = [sample for sample in samples if is_complete(sample, labels)]
+            if distributed.is_main():
+                print(f"r{r}: as many instances as counted in {len(complete)} of {len(samples)} photographs")
+            if not any(sample.count for sample in complete):
+                raise InputError(f"{teacher} finds as many instances as were counted in no photograph; train it longer")
+            train_round(run, teacher, complete, labels, folder)
+            teacher = folder / "weights.pt"
+        result = run.out / "weights.pt"
+        distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))
+    return result
+
+
+def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], folder: Path) -> Path:
+    """Write ``folder``/instances/<stem>.png for every Sample with objects; returns the folder of these files.
+
+    Each is the label map, uint8 of the photograph's size, of the instances that the ``teacher`` finds when the count is
+    given. Those already there are kept: the folder is bound to the teacher, and each file to its photograph and count.
+    """
+    labels, samples = folder / "instances", [sample for sample in samples if sample.count]
+    inputs = {"the teacher": digest.of_file(teacher)}
+    photographs = provenance.describe_photographs(samples, "count")
+    distributed.run_on_main(provenance.bind, folder, {}, inputs, photographs, lambda s: (labels / f"{s}.png").exists())
+    make_folder(labels)
+    todo = [sample for sample in distributed.shard(samples) if not (labels / f"{sample.stem}.png").exists()]
+    for sample, masks in tqdm(find_instances(run, teacher, todo), "labels", total=len(todo), mininterval=2):
+        files.save_png(label_map(masks), labels / f"{sample.stem}.png")
+    distributed.barrier()
+    return labels
+
+
+def find_instances(run: StudentRun, teacher: Path, samples: list[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Each Sample with the masks, bool [n,H,W], of the instances that the ``teacher`` finds when its count is given."""
+    if not samples:
+        return
+    predictor = Predictor(teacher, run.device)
+
+    def load(sample: Sample) -> Any:
+        image = read_image(sample.path)
+        return sample, image.shape[:2], predictor.prepare(image)
+
+    for sample, size, inputs in map_ahead(load, samples, max(1, run.machine.workers), 4):
+        (maps,) = predictor.network([inputs])
+        yield sample, predictor.instances(maps, size, count=sample.count).masks
+
+
+def is_complete(sample: Sample, labels: Path) -> bool:
+    """Whether the label map of a Sample shows as many instances as were counted."""
+    return sample.count == 0 or read_label_map(labels / f"{sample.stem}.png").max() == sample.count
+
+
+def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: Path, folder: Path) -> None:
+    """Train a student on the samples and their label maps ``labels``, in ``folder``/train. Result:
+    ``folder``/weights.pt."""
+    config = run.config
+    torch.manual_seed(run.seed)  # new layers start the same in every round
+    model = MaskRCNN(student_config(config))
+    settings = settings_of(config, seed=run.seed)
+    del settings["rounds"]  # more of them may be added
+    maps = digest.of_files(labels / f"{sample.stem}.png" for sample in samples if sample.count)
+    inputs = provenance.digest_inputs(samples, "count") | {"an instance label": digest.of_value(maps)}
+    inputs[START] = initialize(run, model, teacher)
+    distributed.run_on_main(provenance.bind, make_folder(folder / "train"), settings, inputs)
+    if (folder / "weights.pt").exists():
+        return
+    freeze(model, config)
+    dataset = InstanceImages(
+        samples, labels, config.size, crop=config.crop, copy_paste=config.copy_paste, seed=run.seed
+    )
+    with SummaryWriter(folder / "train") if distributed.is_main() else nullcontext() as writer:
+        train(
+            model.to(run.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+            dataset,
+            losses,
+            config.schedule,
+            run.machine,
+            folder=folder / "train",
+            device=run.device,
+            writer=writer,
+            show=partial(tensorboard.show_student, samples=samples[:8], labels=labels, device=run.device),
+            name="student",
+        )
+    distributed.run_on_main(save_student, model, folder / "weights.pt", settings)
+
+
+def student_config(config: StudentTrainingConfig) -> StudentConfig:
+    """The architecture that the settings of a training describe."""
+    channels = config.pyramid_channels
+    return StudentConfig(config.backbone, config.size, channels, mask_width=channels)
+
+
+def initialize(run: StudentRun, model: MaskRCNN, teacher: Path) -> str:
+    """Give a new network its starting weights, as far as those of ``run.init`` fit; returns their digest.
+
+    A student network of the same architecture (at any size) gives all of them. Else a network of the same backbone
+    gives that, a WSID-Net that of its saliency branch, and otherwise ImageNet does.
+    """
+    start = None
+    if run.init != "imagenet":
+        start = load_network(teacher if run.init == "teacher" else path_of(run.init))
+    source: nn.Module = model.backbone
+    if isinstance(start, MaskRCNN) and replace(start.config, size=model.config.size) == model.config:
+        source = start
+        model.load_state_dict(source.state_dict())
+    elif start and start.config.backbone == model.config.backbone:
+        source = start.backbone if isinstance(start, MaskRCNN) else start.saliency.backbone
+        model.backbone.load_state_dict(source.state_dict())
+    else:
+        load_pretrained(model.backbone, run.backbone_weights)
+    return digest.of_state(source.state_dict())
+
+
+def freeze(model: MaskRCNN, config: StudentTrainingConfig) -> None:
+    """Freeze the levels f1..f<freeze> of the backbone and, with ``freeze_depthwise``, all of its depthwise filters."""
+    model.backbone.freeze(config.schedule.freeze)
+    for module in model.backbone.modules() if config.freeze_depthwise else ():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.requires_grad_(False)
+
+
+def losses(model: MaskRCNN, batch: Batch, progress: float) -> Batch:
+    """The losses of a batch of InstanceImages. The regions that are sampled depend on ``progress`` alone, so that a
+    training that was stopped continues as it would have."""
+    torch.manual_seed(round(progress * 2**40))
+    return model.losses(batch["image"], batch["labels"])

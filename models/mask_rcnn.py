@@ -1,0 +1,192 @@
+"""The student network: class-agnostic Mask R-CNN (He et al., ICCV 2017), trained on instances of a WSID-Net [ours].
+
+Weakly supervised methods end with a standard instance segmentation network trained on their labels, as IRN does.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from datasets.masks import VOID
+from models import STUDENT
+from models.backbones import Backbone
+from models.count_head import MAX_COUNT, CountHead
+from utils import checkpoint
+
+MAX_DETECTIONS = 12  # hypotheses for a photograph
+MIN_SIDE = 4  # pixels of the input square, of the box of a training instance
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The architecture of the network; stored with its weights.
+
+    backbone: a name of ``models.backbones.BACKBONES``. size: side of the input square, pixels. channels: width of the
+    feature pyramid, mask_width: of the mask head, both multiples of 16. box_width: width of the two layers of the box
+    head. mask_layers: convolutions of the mask head.
+    """
+
+    backbone: str = "tf_efficientnet_lite2"
+    size: int = 320
+    channels: int = 96
+    box_width: int = 256
+    mask_width: int = 96
+    mask_layers: int = 3
+
+
+class Detections(NamedTuple):
+    """The hypotheses of one photograph, by descending score; n is at most MAX_DETECTIONS.
+
+    boxes: float32 [n,4], (x0, y0, x1, y1) in pixels of the input square. scores: float32 [n] in 0..1. masks: float32
+    [n,28,28], mask probabilities inside the boxes. count_probs: float32 [MAX_COUNT + 1], the probabilities of 0, 1, ...
+    objects, the last one of MAX_COUNT or more.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    masks: Tensor
+    count_probs: Tensor
+
+
+class _Float32(nn.Module):
+    """A module with outputs in float32: losses and boxes need more digits than bfloat16 has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return _to_float32(self.module(*inputs))
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else type(value)(map(_to_float32, value))
+
+
+class MaskRCNN(nn.Module):
+    """Mask R-CNN with one foreground class on a feature pyramid, and a count head on f4 and f5 of its backbone.
+
+    The input is a square, as that of WSID-Net. Regions are proposed on the levels of stride 8 and above, because a
+    salient object is rarely smaller than a tenth of the square's side; box and mask features come from stride 4 on.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config.backbone, output_stride=32)
+        widths, channels = self.backbone.channels[1:], config.channels
+        norm = partial(nn.GroupNorm, 16)
+        self.pyramid = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool(), norm_layer=norm)
+        sides = [config.size * fraction for fraction in (1 / 8, 1 / 4, 1 / 2, 0.85)]
+        anchors = AnchorGenerator([(side, side * 2**0.5) for side in sides], [(0.5, 1.0, 2.0)] * 4)
+        self.rpn = RegionProposalNetwork(
+            anchors,
+            _Float32(RPNHead(channels, anchors.num_anchors_per_location()[0])),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=128,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 400, "testing": 300},
+            post_nms_top_n={"training": 150, "testing": 100},
+            nms_thresh=0.7,
+        )
+        levels = ["0", "1", "2", "3"]
+        self.roi_heads = RoIHeads(
+            MultiScaleRoIAlign(levels, 7, 2),
+            TwoMLPHead(channels * 49, config.box_width),
+            _Float32(FastRCNNPredictor(config.box_width, 2)),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=48,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=0.02,
+            nms_thresh=0.6,
+            detections_per_img=MAX_DETECTIONS,
+            mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
+            mask_head=MaskRCNNHeads(channels, [config.mask_width] * config.mask_layers, 1, norm_layer=norm),
+            mask_predictor=_Float32(MaskRCNNPredictor(config.mask_width, config.mask_width, 2)),
+        )
+        self.count = nn.Linear(sum(self.backbone.channels[3:]), MAX_COUNT + 1)
+
+    def features(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """RGB [N,3,size,size] in 0..1 -> the pyramid {"0".."3", "pool"} of [N,C,h,w] at strides 4 to 64, float32, and
+        the logits of 0..MAX_COUNT objects [N,MAX_COUNT + 1]."""
+        levels = self.backbone(image)
+        pyramid = self.pyramid({str(i): level for i, level in enumerate(levels[1:])})
+        return {name: level.float() for name, level in pyramid.items()}, self.count(CountHead.pool(levels)).float()
+
+    def _propose(self, image, pyramid, targets=None):  # type: ignore[no-untyped-def]
+        images = ImageList(image, [tuple(image.shape[-2:])] * len(image))
+        coarse = {name: level for name, level in pyramid.items() if name != "0"}
+        return self.rpn(images, coarse, targets), images.image_sizes
+
+    def losses(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The losses of Mask R-CNN and 0.2 times the cross entropy of the count, each a scalar.
+
+        image: RGB [N,3,size,size] in 0..1. labels: uint8 [N,size,size], 0 background, 1..254 instances, 255 void.
+        """
+        targets = [targets_of(label) for label in labels]
+        pyramid, count = self.features(image)
+        (proposals, terms), sizes = self._propose(image, pyramid, targets)
+        _, of_regions = self.roi_heads(pyramid, proposals, sizes, targets)
+        numbers = torch.tensor([len(target["boxes"]) for target in targets], device=image.device)
+        of_count = 0.2 * F.cross_entropy(count, numbers.clamp(max=MAX_COUNT))
+        return {name.removeprefix("loss_"): term for name, term in (terms | of_regions | {"count": of_count}).items()}
+
+    def forward(self, image: Tensor) -> list[Detections]:
+        """RGB [N,3,size,size] in 0..1 -> the Detections of each image."""
+        pyramid, count = self.features(image)
+        (proposals, _), sizes = self._propose(image, pyramid)
+        found, _ = self.roi_heads(pyramid, proposals, sizes)
+        return [
+            Detections(one["boxes"].float(), one["scores"].float(), one["masks"][:, 0].float(), probs)
+            for one, probs in zip(found, count.softmax(1), strict=True)
+        ]
+
+
+def targets_of(labels: Tensor) -> dict[str, Tensor]:
+    """The targets of torchvision's detectors for a label map, uint8 [H,W] (0 background, 1..254 instances, 255 void).
+
+    Returns boxes float32 [n,4], labels int64 [n] (all 1) and masks uint8 [n,H,W] of the instances that are at least
+    MIN_SIDE pixels wide and high.
+    """
+    numbers = labels.unique()
+    numbers = numbers[(numbers > 0) & (numbers < VOID)]
+    masks = labels[None] == numbers[:, None, None]
+    boxes = (masks_to_boxes(masks) if len(numbers) else labels.new_zeros((0, 4))).float()
+    boxes[:, 2:] += 1  # the end of the last pixel, not its beginning
+    kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
+    ones = torch.ones(int(kept.sum()), dtype=torch.int64, device=labels.device)
+    return {"boxes": boxes[kept], "labels": ones, "masks": masks[kept].to(torch.uint8)}
+
+
+def save_student(net: MaskRCNN, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write ``net`` to ``path`` in half precision, with its configuration and the settings that it was trained with.
+
+    Raises InputError when the file cannot be written.
+    """
+    state = {key: value.half() if value.is_floating_point() else value for key, value in net.state_dict().items()}
+    training = {"student": dict(settings or {})}
+    checkpoint.save({"kind": STUDENT, "config": asdict(net.config), "training": training, "state": state}, path)
+
+
+def student_of(saved: Mapping[str, Any]) -> MaskRCNN:
+    """The MaskRCNN in what ``save_student`` wrote and ``utils.checkpoint.load`` has read."""
+    net = MaskRCNN(StudentConfig(**saved["config"]))
+    net.load_state_dict(saved["state"])
+    return net

@@ -1,0 +1,71 @@
+"""Train a Mask R-CNN on the instances that a trained network finds, the usual last step of weakly supervised methods.
+
+    python train_student.py --data data --gpu 0                  # teacher: the weights that infer.py takes
+    python train_student.py --data voc ilso --teacher runs/mine/weights_pts.pt --out runs/mine_student --rounds 2
+    tensorboard --logdir runs
+
+In each round the teacher finds instances in all photographs with a count, as many as were counted (r<N>/labels); where
+it finds fewer, the photograph is left out. The student is trained on these labels and is the teacher of the next round.
+The result is OUT/weights.pt, for --weights of infer.py and evaluate.py. A run that was stopped or killed continues when
+the command is repeated.
+"""
+
+from datasets.training import read_samples
+from engine import options
+from engine.config import StudentTrainingConfig, settings_of
+from engine.predictor import default_weights
+from engine.student import StudentRun, train_student
+from engine.trainer import prepare_machine
+from utils import distributed
+from utils.cli import Parser, path_of, run
+
+
+def get_args_parser() -> Parser:
+    parser = Parser(description=__doc__)
+    group = options.add_run_options(parser, "runs/student", presets=False)
+    group.add_argument("--teacher", type=path_of, metavar="FILE", help="weights; default: those that infer.py takes")
+    group.add_argument(
+        "--init",
+        default="teacher",
+        metavar="teacher|imagenet|FILE",
+        help="start from the weights of the teacher or of another file, as far as they fit, or from ImageNet's",
+    )
+    group.add_argument("--backbone-weights", type=path_of, help="local ImageNet weights instead of the download")
+    options.add_option(group, "--rounds", "rounds", "rounds of labelling and training", metavar="N")
+
+    group = options.add_group(parser, "network", None)
+    options.add_backbone_option(group)
+    options.add_option(group, "--size", "size", "input square, pixels")
+    options.add_option(
+        group, "--channels", "pyramid_channels", "width of the feature pyramid and the mask head", metavar="CHANNELS"
+    )
+
+    group = options.add_schedule_options(parser, "schedule of a round", description=None)
+    options.add_option(group, "--freeze-depthwise", "freeze_depthwise", "leave out depthwise filters, slow on a CPU")
+    options.add_option(group, "--warmup", "warmup", "iterations in which the learning rate rises", metavar="N")
+    options.add_option(group, "--average", "average", "decay of the moving average of the weights; 0 is without")
+
+    group = options.add_group(parser, "augmentation", None)
+    options.add_option(group, "--crop", "crop", "smallest fraction of each side that a random crop keeps")
+    options.add_option(group, "--copy-paste", "copy_paste", "mean number of instances pasted from other photographs")
+    options.add_machine_options(parser)
+    parser.set_defaults(**settings_of(StudentTrainingConfig()))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    config = options.with_options(StudentTrainingConfig(), args)
+    machine = options.machine_of(args)
+    device = prepare_machine(machine, args.seed, [config.schedule.batch_size])
+    samples = read_samples(args.data)
+    teacher = args.teacher or default_weights()
+    result = train_student(
+        StudentRun(args.out, samples, teacher, config, machine, device, args.seed, args.init, args.backbone_weights)
+    )
+    if distributed.is_main():
+        print(f"the network is in {result}; try it: python infer.py --img samples --weights {result}")
+
+
+if __name__ == "__main__":
+    run(main)
