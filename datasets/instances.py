@@ -99,7 +99,7 @@ def read_with_labels(sample: Sample, folder: str | Path) -> tuple[np.ndarray, np
     path = Path(folder) / f"{sample.stem}.png"
     labels = read_label_map(path)
     if labels.shape != image.shape[:2]:
-        raise InputError(f"{path} has another size than {sample.path}; delete it and run the script that made it again")
+        raise InputError(f"{path} has another size than {sample.path}; delete it and repeat the command that made it")
     return image, labels
 
 

@@ -129,8 +129,8 @@ def test_items_keep_labels_with_their_pixels(labelled):
         red = item["image"][0] - item["image"][2] > 0.4
         assert item["labels"].dtype == torch.uint8 and item["labels"].shape == (64, 64)
         assert ((item["labels"] > 0) == red).float().mean() > 0.95
-        again = dataset[1]
-        assert all(torch.equal(item[key], again[key]) for key in item)
+        repeated = dataset[1]
+        assert all(torch.equal(item[key], repeated[key]) for key in item)
 
 
 def test_copy_paste_adds_instances(labelled):
