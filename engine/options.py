@@ -28,7 +28,7 @@ def add_run_options(parser: Parser, out: str = "runs/default", presets: bool = T
             help="the settings: those of the paper, or the ones with the highest figures measured here",
         )
     group.add_argument(
-        "--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs, see README"
+        "--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs, see docs/data.md"
     )
     group.add_argument("--out", type=path_of, default=Path(out), help="folder of the run")
     return group
