@@ -149,7 +149,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("models/grouping.py", "test_losses.py", "as_many_as_the_count"): [
         ("min_area: float = 0.005", "min_area: float = 0.0"),
     ],
-    ("models/saliency_prior.py", "test_defaults.py", "left_alone"): [
+    ("models/saliency_prior.py", "test_defaults.py", "best_preset"): [
         ("WEIGHTS = (0.65, 0.92, -0.75)", "WEIGHTS = (1.0, 0.0, 0.0)"),
     ],
     ("models/saliency_prior.py", "test_models.py", "prior_learns"): [

@@ -291,6 +291,8 @@ def test_intervals_and_standard_errors_by_hand():
     samples = bootstrap.ap_of_draws([right] * 30 + [wrong] * 70, draws)
     low, high = bootstrap.intervals(samples)["per-image"]["0.5"]
     assert (low, high) == pytest.approx((0.3 - 1.96 * 0.0458, 0.3 + 1.96 * 0.0458), abs=0.015)
+    ramp = {"pooled": {"0.5": np.linspace(0, 1, 1001)}}
+    assert bootstrap.intervals(ramp)["pooled"]["0.5"] == pytest.approx([0.025, 0.975])
     better = bootstrap.ap_of_draws([right] * 40 + [wrong] * 60, draws)
     # In pairs, 10 of 100 images differ by 1: sqrt(.1 * .9 / 100) = .03; unpaired it would be .067.
     assert bootstrap.standard_errors(samples, better)["per-image"]["0.5"] == pytest.approx(0.03, rel=0.1)
