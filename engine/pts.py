@@ -1,7 +1,6 @@
 """The progressive training scheme of the saliency branch: Algorithm 1 (Sec. 3.4)."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ def progressive_training(run: Run) -> None:
     others = {name: value for name, value in net.state_dict().items() if not name.startswith("saliency.")}
     inputs = distributed.run_on_main(_inputs, run, digest.of_state(others))
     previous = _clone(net.saliency.state_dict())
-    with files.lock_folder(make_folder(run.out / "pts")) if distributed.is_main() else nullcontext():
+    with distributed.context_on_main(files.lock_folder, make_folder(run.out / "pts")):
         for r in range(1, config.iterations + 1):
             folder = make_folder(run.out / "pts" / f"r{r}")
             distributed.run_on_main(_bind, run, net, inputs, previous, folder)
@@ -228,7 +227,7 @@ def train_iteration(run: Run, net: WSIDNet, samples: list[Sample], folder: Path,
     show = partial(
         tensorboard.show_saliency, samples=samples[:8], size=size, device=run.device, labels=folder / "labels"
     )
-    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
+    with distributed.context_on_main(SummaryWriter, folder) as writer:
         train(
             net.saliency,
             dataset,

@@ -1,7 +1,6 @@
 """What the stages of a training have in common: the ``Run``, and how one stage is trained and kept."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,7 @@ def run_stage(
         if distributed.is_main():
             print(f"{stage}: already trained")
         return
-    with SummaryWriter(folder) if distributed.is_main() else nullcontext() as writer:
+    with distributed.context_on_main(SummaryWriter, folder) as writer:
         train(
             model.to(run.device),
             dataset,

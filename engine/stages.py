@@ -1,7 +1,6 @@
 """The stages of a training in their order, and the two that train the network: ``branches`` and ``saliency``."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
@@ -51,7 +50,7 @@ def run_stages(run: Run, names: Sequence[str]) -> None:
     for name in names:
         torch.manual_seed(run.seed)  # new layers start the same whether earlier stages were run before or now
         folder = make_folder(run.out / name)
-        with files.lock_folder(folder) if distributed.is_main() else nullcontext():
+        with distributed.context_on_main(files.lock_folder, folder):
             STAGES[name].train(run, samples[STAGES[name].samples])
         distributed.barrier()
     if "branches" in names or "saliency" in names:
@@ -76,7 +75,7 @@ def initialize(run: Run, model: BoundaryCentroidNet | SaliencyNet, part: str, fr
         start = getattr(run.start, part)
         model.load_state_dict(start.state_dict())
         if isinstance(model, BoundaryCentroidNet):
-            model.centroid.mean_offset.zero_()  # that of the V before, which V is trained without
+            model.centroid.mean_offset.zero_()  # it belongs to the earlier V; training works on V without it
         found = digest.of_state(start.state_dict())
     else:
         load_pretrained(model.backbone, run.backbone_weights)

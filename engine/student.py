@@ -5,7 +5,6 @@ student is trained on these labels (r<N>/train). It is the teacher of the next r
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,7 +66,7 @@ def train_student(run: StudentRun) -> Path:
     samples, teacher = [sample for sample in run.samples if sample.count is not None], run.teacher
     if not any(sample.count for sample in samples):
         raise InputError("no photograph has a count above 0; name a source in --data that has them, as in labels.csv")
-    with files.lock_folder(make_folder(run.out)) if distributed.is_main() else nullcontext():
+    with distributed.context_on_main(files.lock_folder, make_folder(run.out)):
         for r in range(1, run.config.rounds + 1):
             folder = make_folder(run.out / f"r{r}")
             labels = label_photographs(run, teacher, samples, make_folder(folder / "labels"))
@@ -139,7 +138,7 @@ def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: P
     dataset = InstanceImages(
         samples, labels, config.size, crop=config.crop, copy_paste=config.copy_paste, seed=run.seed
     )
-    with SummaryWriter(folder / "train") if distributed.is_main() else nullcontext() as writer:
+    with distributed.context_on_main(SummaryWriter, folder / "train") as writer:
         train(
             model.to(run.device, memory_format=torch.channels_last),  # type: ignore[call-overload]
             dataset,

@@ -9,7 +9,7 @@ of the total batch.
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -126,6 +126,11 @@ def run_on_main(function: Callable[..., T], *args: Any) -> T:
     if message:
         raise InputError(message)
     return value
+
+
+def context_on_main(make: Callable[..., AbstractContextManager[T]], *args: Any) -> AbstractContextManager[T | None]:
+    """The context ``make(*args)`` in the main process; in the others one that does nothing and returns None."""
+    return make(*args) if is_main() else nullcontext()
 
 
 def shard(items: Sequence[T]) -> list[T]:
