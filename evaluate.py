@@ -77,10 +77,11 @@ def get_args_parser() -> Parser:
     model.add_argument("--saliency-dir", type=path_of, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument(
         "--perturb",
-        action="store_true",
-        default=None,
-        help="also measure the photographs reduced to 360 pixels as JPEG, mirrored, and half a stop darker and "
-        "brighter, a row each, and the mean of all rows: for choosing settings",
+        nargs="?",
+        const="mild",
+        choices=PERTURBATIONS,
+        help="also measure changed photographs, a row each, and the mean of all rows: mild (the default), for choosing "
+        "settings: reduced to 360 pixels as JPEG, mirrored, half a stop darker and brighter; or exposure: -3 to +3 EV",
     )
     model.add_argument(
         "--log",
@@ -160,7 +161,7 @@ def _measure_weights(
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
     predictor = Predictor(args.weights, device, method=args.method or "wsid", settings=args.fusion, ranked=True)
-    perturbations = PERTURBATIONS if args.perturb else ()
+    perturbations = PERTURBATIONS[args.perturb] if args.perturb else ()
     methods = measure_predictor(predictor, gt_masks, photographs, report, args.saliency_dir, perturbations)
     if args.save_pred and methods:
         records = [record | {"image_id": ids[record["image_id"]]} for record in methods[0].records]

@@ -48,6 +48,7 @@ def get_args_parser() -> Parser:
     group = options.add_group(parser, "augmentation", None)
     options.add_option(group, "--crop", "crop", "smallest fraction of each side that a random crop keeps")
     options.add_option(group, "--copy-paste", "copy_paste", "mean number of instances pasted from other photographs")
+    options.add_option(group, "--exposure", "exposure", "largest change of the exposure, EV; 0 for none", metavar="EV")
     options.add_machine_options(parser)
     parser.set_defaults(**settings_of(StudentTrainingConfig()))
     return parser

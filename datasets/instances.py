@@ -15,12 +15,14 @@ from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.masks import VOID
 from datasets.training import read_label_map, resize_labels
-from datasets.transforms import resize, to_tensor
+from datasets.transforms import expose, resize, to_tensor
 from utils.cli import InputError
 
 CROPPED = 0.7  # fraction of the items that are cropped [ours]
 MIN_VISIBLE = 0.25  # an instance of which a crop keeps a smaller fraction becomes void [ours]
 MAX_PASTED = 3  # instances pasted into one photograph [ours]
+EXPOSED = 0.5  # fraction of the items whose exposure is changed [ours]
+GAMMA = 1.4  # largest exponent of the linear light of these; the smallest is its inverse [ours]
 
 
 class InstanceImages(Dataset):
@@ -28,8 +30,10 @@ class InstanceImages(Dataset):
 
     samples: Samples with counts. labels: the folder of their label maps <stem>.png, uint8 (0 background, 1..254
     instances, 255 void); a sample of count 0 needs none. size: side of the square in pixels. crop: the smallest
-    fraction of each side that a random crop keeps. copy_paste: the mean number of instances pasted into a photograph,
-    at most ``MAX_PASTED``. jitter: strength of random brightness, contrast and saturation. seed: of all random choices.
+    fraction of each side that a random crop keeps. copy_paste: the mean number of instances pasted into a
+    photograph, at most ``MAX_PASTED``. jitter: strength of random brightness, contrast and saturation. exposure:
+    the largest change of the exposure in EV, for half of the items; their labels are those of the photograph as it
+    is, so that a network learns to see in bad light. seed: of all random choices.
 
     Items: dict of "image" float32 [3,size,size] in 0..1 and "labels" uint8 [size,size]. Indexing raises InputError for
     a photograph or label map that cannot be read, and where their sizes differ.
@@ -44,10 +48,12 @@ class InstanceImages(Dataset):
         crop: float = 0.6,
         copy_paste: float = 0.7,
         jitter: float = 0.3,
+        exposure: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.samples, self.labels, self.size = samples, Path(labels), size
-        self.crop, self.copy_paste, self.jitter, self.seed, self.epoch = crop, copy_paste, jitter, seed, 0
+        self.crop, self.copy_paste, self.jitter, self.exposure = crop, copy_paste, jitter, exposure
+        self.seed, self.epoch = seed, 0
         self.sources = [sample for sample in samples if sample.count]
 
     def __len__(self) -> int:
@@ -58,7 +64,10 @@ class InstanceImages(Dataset):
         image, labels = self._cropped(self.samples[index], rng)
         for _ in range(min(rng.poisson(self.copy_paste), MAX_PASTED) if self.sources else 0):
             self._paste_instance(image, labels, rng)
-        return {"image": to_tensor(jitter_colours(image, self.jitter, rng)), "labels": torch.from_numpy(labels)}
+        image = jitter_colours(image, self.jitter, rng)
+        if self.exposure and rng.random() < EXPOSED:
+            image = expose(image, rng.uniform(-1, 1) * self.exposure, GAMMA ** rng.uniform(-1, 1))
+        return {"image": to_tensor(image), "labels": torch.from_numpy(labels)}
 
     def _cropped(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A random crop of a photograph, mirrored at random: uint8 RGB [size,size,3] and its labels [size,size]."""

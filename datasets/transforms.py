@@ -29,6 +29,18 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
 
 
+def expose(image: np.ndarray, stops: float, gamma: float = 1) -> np.ndarray:
+    """A photograph as if exposed differently: its linear light times 2^stops, clipped at white, to the power ``gamma``.
+
+    image: uint8 sRGB [H,W,3]; the transfer function is that of IEC 61966-2-1. Returns uint8 sRGB.
+    """
+    values = np.arange(256) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    linear = np.minimum(linear * 2.0**stops, 1) ** gamma
+    values = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return np.rint(values * 255).astype(np.uint8)[image]
+
+
 LARGEST_GRADIENT = 2040  # |dx| + |dy| of cv2.Canny's Sobel filters
 
 

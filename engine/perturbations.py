@@ -8,6 +8,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from datasets.transforms import expose
+
 
 class Perturbation(NamedTuple):
     """name: of its row in a table; change: uint8 RGB [H,W,3] to uint8 RGB [H',W',3]; mirrored: whether the change swaps
@@ -36,21 +38,13 @@ def mirror(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[:, ::-1])
 
 
-def expose(image: np.ndarray, stops: float) -> np.ndarray:
-    """A photograph with its linear light multiplied by 2^stops, clipped where it exceeds white.
-
-    image: uint8 sRGB [H,W,3]; the transfer function is that of IEC 61966-2-1. Returns uint8 sRGB.
-    """
-    values = np.arange(256) / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    linear = np.minimum(linear * 2.0**stops, 1)
-    values = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(values * 255).astype(np.uint8)[image]
-
-
-PERTURBATIONS = (
-    Perturbation("360 px JPEG", partial(reduce_and_compress, side=360, quality=76)),
-    Perturbation("mirrored", mirror, mirrored=True),
-    Perturbation("-0.5 EV", partial(expose, stops=-0.5)),
-    Perturbation("+0.5 EV", partial(expose, stops=0.5)),
-)
+# What --perturb of evaluate.py measures beside the unchanged photographs.
+PERTURBATIONS = {
+    "mild": (
+        Perturbation("360 px JPEG", partial(reduce_and_compress, side=360, quality=76)),
+        Perturbation("mirrored", mirror, mirrored=True),
+        Perturbation("-0.5 EV", partial(expose, stops=-0.5)),
+        Perturbation("+0.5 EV", partial(expose, stops=0.5)),
+    ),
+    "exposure": tuple(Perturbation(f"{stops:+d} EV", partial(expose, stops=stops)) for stops in (-3, -2, -1, 1, 2, 3)),
+}

@@ -135,9 +135,8 @@ def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: P
     if (folder / "weights.pt").exists():
         return
     freeze(model, config)
-    dataset = InstanceImages(
-        samples, labels, config.size, crop=config.crop, copy_paste=config.copy_paste, seed=run.seed
-    )
+    augmentation = {"crop": config.crop, "copy_paste": config.copy_paste, "exposure": config.exposure}
+    dataset = InstanceImages(samples, labels, config.size, seed=run.seed, **augmentation)
     with distributed.context_on_main(SummaryWriter, folder / "train") as writer:
         train(
             model.to(run.device, memory_format=torch.channels_last),  # type: ignore[call-overload]

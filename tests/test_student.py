@@ -133,6 +133,21 @@ def test_items_keep_labels_with_their_pixels(labelled):
         assert all(torch.equal(item[key], repeated[key]) for key in item)
 
 
+def test_exposure_changes_the_photograph_and_not_its_labels(labelled):
+    data, labels = labelled
+    plain, exposed = (
+        InstanceImages(read_samples([data]), labels, 64, crop=1, copy_paste=0, jitter=0, exposure=stops)
+        for stops in (0, 3)
+    )
+    ratios = []
+    for plain.epoch in range(30):
+        exposed.epoch = plain.epoch
+        before, after = plain[1], exposed[1]
+        assert torch.equal(before["labels"], after["labels"])
+        ratios.append(float(after["image"].mean() / before["image"].mean()))
+    assert 5 < ratios.count(1) < 25 and min(ratios) < 0.6 and max(ratios) > 1.3
+
+
 def test_copy_paste_adds_instances(labelled):
     data, labels = labelled
     dataset = InstanceImages(read_samples([data]), labels, 64, crop=1, copy_paste=3)
@@ -300,7 +315,7 @@ def test_it_learns_two_photographs_and_is_evaluated(tmp_path, labelled, teacher,
     out = tmp_path / "run"
     finish_labels(out, data, labels, teacher)
     args = "--epochs 25 --batch-size 2 --lr 3e-3 --backbone-lr 1 --freeze 0 --warmup 5 --average 0.9 --copy-paste 0"
-    more = ("--crop", 0.9, "--init", "imagenet", "--freeze-depthwise")
+    more = ("--exposure", 0, "--crop", 0.9, "--init", "imagenet", "--freeze-depthwise")
     assert call(train_student.main, "--data", data, "--teacher", teacher, "--out", out, *NET, *args.split(), *more) == 0
     shutil.copytree(labels, data / "instance_masks")
     weights = out / "weights.pt"
