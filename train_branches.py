@@ -7,9 +7,7 @@
 
 The stages are cam, labels, branches and saliency, in this order. Each can be run alone with --stage and its own
 settings: an option changes its setting in every stage that the command runs. A stage that was stopped or killed
-continues when the command is repeated. Two more stages are run only by name, and add to the network that --init names:
-count, a network that predicts the number of objects beside the branches' count head, and saliency-prior, a linear
-layer on frozen ImageNet features that is distilled from S.
+continues when the command is repeated.
 """
 
 import argparse
@@ -18,10 +16,9 @@ from pathlib import Path
 
 from datasets.training import read_samples
 from engine import options
-from engine.assemble import EXTENSIONS
 from engine.config import Preset, Schedule
 from engine.run import Run
-from engine.stages import MAIN, STAGES, run_stages
+from engine.stages import STAGES, run_stages
 from engine.trainer import prepare_machine
 from models.attention import MutualAttention
 from models.fusion_config import FusionConfig
@@ -82,29 +79,18 @@ def get_args_parser() -> Parser:
         "of the loss that points the pixels of counted instances to their centres; 0 is without",
     )
 
-    group = options.add_group(parser, "saliency prior (--stage saliency-prior)")
-    options.add_option(
-        group,
-        "--prior-weights",
-        "prior_weights",
-        "of the logits of S and of the prior, and a bias",
-        nargs=3,
-        metavar=("S", "PRIOR", "BIAS"),
-    )
     options.add_machine_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    stages = list(MAIN) if args.stage == "all" else [args.stage]
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
     if args.stage == "all" and args.pseudo_labels:
         stages = ["branches", "saliency"]
     elif args.pseudo_labels and args.stage not in ("branches", "saliency"):
         raise InputError(f"--stage {args.stage} learns from no pseudo labels of others; leave out --pseudo-labels")
     start_path, start = starting_network(args.init)
-    if args.stage in EXTENSIONS and not start:
-        raise InputError(f"--stage {args.stage} adds to a trained network; name its weights.pt with --init")
     preset = resolve(args, start)
     machine = options.machine_of(args)
     device = prepare_machine(machine, args.seed, [schedule.batch_size for schedule in schedules(preset, stages)])
@@ -141,16 +127,18 @@ def resolve(args: argparse.Namespace, start: WSIDNet | None) -> Preset:
     preset = options.preset_of(args)
     if not start:
         return replace(preset, fusion=FusionConfig.of(args.fusion, preset.fusion))
-    network = replace(start.config, count_net=0, saliency_prior=0)
     start.fusion = FusionConfig.of(args.fusion, start.fusion)
-    return options.preset_of(args, replace(preset, network=network, fusion=start.fusion))
+    return options.preset_of(args, replace(preset, network=start.config, fusion=start.fusion))
 
 
 def schedules(preset: Preset, stages: list[str]) -> list[Schedule]:
     """The schedules of the stages that are trained; that of the branches for a stage without one."""
-    configs = {"cam": preset.cam, "branches": preset.branches, "saliency": preset.saliency, "count": preset.count}
-    found = [configs.get(stage) for stage in stages]
-    return [config.schedule for config in found if config] or [preset.branches.schedule]
+    of_stages = {
+        "cam": preset.cam.schedule,
+        "branches": preset.branches.schedule,
+        "saliency": preset.saliency.schedule,
+    }
+    return [of_stages[stage] for stage in stages if stage in of_stages] or [preset.branches.schedule]
 
 
 if __name__ == "__main__":

@@ -43,17 +43,8 @@ def get_args_parser() -> Parser:
         group, "--init-mask-weight", "init_mask_weight", "of the initial pseudo mask in new ones; 0 is Algorithm 1"
     )
     options.add_option(
-        group,
-        "--logit-weights",
-        "logit_weights",
-        "combine the logits of the network's and the initial mask instead, for initial masks made with --no-crf",
-        nargs=3,
-        metavar=("NETWORK", "INITIAL", "BIAS"),
-    )
-    options.add_option(
         group, "--instance-labels", "instance_labels", "write instances too, to train the branches on them"
     )
-    options.add_option(group, "--by-class", "by_class", "divide these instances by class labels first")
     options.add_fusion_option(group, "settings of models.fusion_config.FusionConfig for the masks of the labels")
     options.add_machine_options(parser)
     return parser

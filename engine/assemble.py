@@ -4,16 +4,11 @@ from pathlib import Path
 
 from engine.run import Run
 from models.branches import SaliencyNet
-from models.wsid_net import NetConfig, WSIDNet, save_weights, with_parts
+from models.wsid_net import NetConfig, WSIDNet, save_weights
 from utils import checkpoint, provenance
 from utils.cli import InputError
 
-EXTENSIONS = ("count", "saliency-prior")  # the stages that add to a trained network
-
-
-def origin(stage: str) -> str:
-    """The note of OUT/weights.pt, which names the training that made it."""
-    return f"train_branches.py --stage {stage}" if stage in EXTENSIONS else "train_branches.py"
+NOTE = "train_branches.py"  # in OUT/weights.pt, which names the program that made it
 
 
 def require_place(run: Run, stage: str) -> None:
@@ -27,7 +22,7 @@ def require_place(run: Run, stage: str) -> None:
     except InputError:  # a damaged file is no loss
         return
     note = saved.get("note") if isinstance(saved, dict) else None
-    if note != origin(stage) or (run.start_path and path.samefile(run.start_path)):
+    if note != NOTE or (run.start_path and path.samefile(run.start_path)):
         raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
 
 
@@ -35,8 +30,7 @@ def assemble(run: Run) -> None:
     """Write OUT/weights.pt once both networks are trained; until then print what is missing.
 
     Its configuration is that of the branches; InputError when the saliency branch does not fit. Where OUT has no
-    saliency branch and the pseudo labels come from PTS, the saliency branch of that iteration is taken. The count
-    network and the saliency prior of ``run.start`` are kept.
+    saliency branch and the pseudo labels come from PTS, the saliency branch of that iteration is taken.
     """
     parts = {"branches": run.out / "branches" / "weights.pt", "saliency": run.out / "saliency" / "weights.pt"}
     if not parts["saliency"].exists():
@@ -63,12 +57,8 @@ def assemble(run: Run) -> None:
             getattr(net, name).load_state_dict(part["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{run.out} holds parts of an earlier version of this program; train it anew") from error
-    if run.start and run.start.count_net and net.config.count_head:
-        net = with_parts(net, count_net=run.start.count_net)
-    if run.start and run.start.saliency_prior:
-        net = with_parts(net, saliency_prior=run.start.saliency_prior)
     net.training_record = _record(run, saved)
-    save_weights(net, run.out / "weights.pt", note=origin("branches"))
+    save_weights(net, run.out / "weights.pt", note=NOTE)
     print(f"the network is in {run.out / 'weights.pt'}; try it: python infer.py --img samples")
 
 

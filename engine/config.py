@@ -13,7 +13,6 @@ from datasets.transforms import parse_canny
 from models.attention import MutualAttention
 from models.backbones import BACKBONES
 from models.fusion_config import FusionConfig
-from models.saliency_prior import SaliencyPrior
 from models.wsid_net import NetConfig
 from utils.cli import InputError, integer, number, one_of
 
@@ -61,8 +60,6 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "iterations": integer(1),
     "saliency_weight": number(0, 1),
     "init_mask_weight": number(0, below=1),
-    "logit_weights": number(-100, 100),
-    "prior_weights": number(-100, 100),
     "rounds": integer(1, 100),
     "pyramid_channels": multiple_of(16, 32, 1024, "for group normalisation"),
     "crop": number(0.1, 1),
@@ -187,9 +184,8 @@ class PtsConfig(_Checked):
     iterations: R; schedule.epochs: E, 0 makes labels alone. size: input square of the labels and of the saliency
     branch, pixels; None is that of the network. fusion: of the instances whose union is the next pseudo mask.
     The CRF refines the mean of this union and of S, the latter with weight saliency_weight [ours]; of that and the
-    initial pseudo mask, the latter with weight init_mask_weight [ours]. Or logit_weights, (network, initial, bias),
-    combine the logits of the two [ours]. instance_labels: whether instances are written too, for the branches of a
-    self-training round; by_class: whether these are divided by the class labels first [ours].
+    initial pseudo mask, the latter with weight init_mask_weight [ours]. instance_labels: whether instances are written
+    too, which the branches can be trained on [ours].
     """
 
     schedule: Schedule
@@ -198,39 +194,7 @@ class PtsConfig(_Checked):
     fusion: FusionConfig = FusionConfig()
     saliency_weight: float = 0.0
     init_mask_weight: float = 0.0
-    logit_weights: tuple[float, float, float] | None = None
     instance_labels: bool = False
-    by_class: bool = False
-
-
-@dataclass(frozen=True)
-class CountNetConfig(_Checked):
-    """The stage ``count``: a network that predicts the number of objects from a square of ``size`` pixels [ours]."""
-
-    schedule: Schedule
-    size: int = 256
-
-
-@dataclass(frozen=True)
-class SaliencyPriorConfig(_Checked):
-    """The stage ``saliency-prior``: a linear layer on frozen ImageNet features, distilled from S [ours].
-
-    size: of its input square, pixels. prior_weights: of the logits of S and of the layer, and a bias.
-    """
-
-    size: int = 512
-    prior_weights: tuple[float, float, float] = SaliencyPrior.WEIGHTS
-
-
-@dataclass(frozen=True)
-class SelfTrainingConfig(_Checked):
-    """One self-training round after PTS: labels from the whole network, then the branches trained anew on them [ours].
-
-    The saliency branch is trained by ``pts``, the boundary and the centroid branch by ``branches``.
-    """
-
-    pts: PtsConfig
-    branches: BranchesConfig
 
 
 @dataclass(frozen=True)
@@ -259,7 +223,8 @@ class StudentTrainingConfig(_Checked):
 class Preset:
     """All settings of a training. ``network`` is that of the branches and of the saliency branch.
 
-    fusion: the settings that the network's file gets. None for a part of ours: the preset goes without it.
+    fusion: the settings that the network's file gets. student: of the student network that the instances of the
+    network train at the end [ours]; None: the preset goes without it.
     """
 
     name: str
@@ -270,9 +235,7 @@ class Preset:
     saliency: SaliencyConfig
     pts: PtsConfig
     fusion: FusionConfig = field(default_factory=FusionConfig)
-    self_training: SelfTrainingConfig | None = None
-    count: CountNetConfig | None = None
-    saliency_prior: SaliencyPriorConfig | None = None
+    student: StudentTrainingConfig | None = None
 
     def __post_init__(self) -> None:
         check(self.network)

@@ -1,21 +1,17 @@
 """Pseudo labels from the whole network: the masks of PTS (Sec. 3.4.1), and instances for a self-training round."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import expit, logit
 
 from datasets.labels import IGNORE
 from engine.crf import refine_saliency
 from models.fusion import fuse, instance_masks, walk
 from models.fusion_config import FusionConfig
 from models.grouping import components, masks_of, split_regions
-from models.saliency_prior import combine_logits
 
 # Value of the pseudo mask above which a pixel belongs to an instance, and below which to the background [ours].
 FG_THRESH, BG_THRESH = 0.6, 0.3
@@ -40,14 +36,12 @@ def pseudo_mask(
     saliency_weight: float = 0.0,
     initial: np.ndarray | None = None,
     init_mask_weight: float = 0.0,
-    logit_weights: Sequence[float] | None = None,
 ) -> np.ndarray | None:
     """The next pseudo label rho of one photograph: the union of its salient instances, refined by the CRF (Alg. 1).
 
     image: uint8 RGB [S,S,3]; count: number of objects, by which instances are grouped where ``settings`` say so.
     saliency_weight: of S in its mean with the union [ours]. initial: float [S,S] in 0..1, the pseudo mask that was made
-    from the class labels; init_mask_weight: its weight in the mean of both [ours]; logit_weights: or (network, initial,
-    bias) of ``combine_logits`` [ours].
+    from the class labels; init_mask_weight: its weight in the mean of both [ours].
     Returns float32 [S,S] in 0..1, or None where no instance is found: the photograph then has no new label.
     """
     grouped_by = count if settings.grouping == "count" else 0
@@ -59,34 +53,9 @@ def pseudo_mask(
     if saliency_weight:
         soft = F.interpolate(maps.saliency[None, None], image.shape[:2], mode="bilinear")[0, 0].numpy()
         foreground = (1 - saliency_weight) * foreground + saliency_weight * np.clip(soft, 0, 1)
-    if initial is not None and logit_weights:
-        foreground = expit(combine_logits(logit(foreground), logit(initial), logit_weights))
-    elif initial is not None and init_mask_weight:
+    if initial is not None and init_mask_weight:
         foreground = (1 - init_mask_weight) * foreground + init_mask_weight * initial
     return refine_saliency(image, foreground)
-
-
-def parts_of_classes(
-    region: np.ndarray, classes: np.ndarray, count: int, least: float
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The salient region divided by class labels within every connected component [ours].
-
-    region: bool [h,w]; classes: uint8 [h,w], 1..20, elsewhere 0 or 255; count: of objects; least: pixels below which a
-    part is noise. A component with labels of one class or none is one part; in others the undecided pixels are in no
-    part. Returns (objects, rest), lists of int [M_k,2], the (y, x) of their pixels: as objects the ``count`` largest
-    parts, one of every class before a second of any; as rest the others.
-    """
-    parts: list[tuple[int, np.ndarray]] = []
-    for component in components(region, least):
-        names = classes[component[:, 0], component[:, 1]]
-        of_each = [(int(name), component[names == name]) for name in np.unique(names) if 0 < name < IGNORE]
-        of_each = [(name, part) for name, part in of_each if len(part) >= least]
-        parts += of_each if len(of_each) > 1 else [(of_each[0][0] if of_each else 0, component)]
-    parts.sort(key=lambda part: -len(part[1]))
-    names_of_parts = [name for name, _ in parts]
-    order = sorted(range(len(parts)), key=lambda k: names_of_parts[k] in names_of_parts[:k])  # first of each class
-    ordered = [parts[k][1] for k in order]
-    return ordered[:count], ordered[count:]
 
 
 def instance_label(
@@ -95,7 +64,6 @@ def instance_label(
     count: int,
     settings: FusionConfig,
     classes: np.ndarray | None = None,
-    by_class: bool = False,
 ) -> np.ndarray | None:
     """The salient region of a pseudo label divided into as many instances as its count label, to train the branches on
     [ours].
@@ -104,28 +72,21 @@ def instance_label(
     them, by the V and B of the network, and their contours are those of the CRF.
     label: float32 [S,S] in 0..1, as returned by ``pseudo_mask``, in place of S; count: the count label, 1 or more;
     classes: uint8 [S,S], the photograph's class labels (0 background, 1..20, 255 undecided) or None: pixels of an
-    instance whose label differs from its most frequent class are undecided. by_class: the region is divided by the
-    class labels first, and by V within a class.
+    instance whose label differs from its most frequent class are undecided.
     Returns uint8 [S,S]: 0 background, 1..count instance, 255 undecided; None where not exactly ``count`` instances
     result, each at least ``settings.min_area`` of the image.
     """
     grid = (maps.boundary.shape[0], maps.boundary.shape[1])
     saliency = F.adaptive_avg_pool2d(torch.from_numpy(label)[None], grid)[0]
     region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
-    if by_class and classes is not None:
-        names = cv2.resize(classes, grid[::-1], interpolation=cv2.INTER_NEAREST)
-        parts, rest = parts_of_classes(region, names, count, least)
-    else:
-        parts, rest = components(region, least), []
-    parts = split_regions(parts, count, maps.offsets.numpy())
+    parts = split_regions(components(region, least), count, maps.offsets.numpy())
     if len(parts) != count:
         return None
     # The label fixes the region, so the walk only divides it, by responses relative to each part's own peak.
     peaks = replace(settings, mask_rule="peak")
-    responses = walk(masks_of(parts + rest, grid), saliency, maps.boundary, peaks)
+    responses = walk(masks_of(parts, grid), saliency, maps.boundary, peaks)
     responses = F.interpolate(responses[None], label.shape, mode="bilinear")[0]
     nearest = responses.argmax(0).numpy().astype(np.uint8) + 1
-    nearest[nearest > count] = IGNORE
     result = np.where(label > FG_THRESH, nearest, np.where(label < BG_THRESH, 0, IGNORE)).astype(np.uint8)
     if classes is not None:
         decided = (classes > 0) & (classes != IGNORE)

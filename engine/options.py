@@ -12,7 +12,7 @@ from models.backbones import BACKBONES
 from utils.cli import Parser, integer, path_of
 
 Group = Any  # argparse's group of options has no public type
-SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "by_class", "freeze_depthwise")
+SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "freeze_depthwise")
 PRESET_DEFAULTS = "defaults: those of --preset"
 WORDS = {"epochs": "N", "batch_size": "N", "freeze": "N", "iterations": "R", "backbone": "NAME"}
 

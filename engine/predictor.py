@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_WEIGHTS = (
     Path("runs/default/weights_pts.pt"),
     Path("runs/default/weights.pt"),
-    ROOT / "weights" / "wsid_tf_efficientnet_lite2_512.pt",
+    ROOT / "weights" / "wsid_net.pt",
 )
 
 # Of the network: RGB [1,3,S,S] in 0..1 and, but for a student network, Canny edges [1,1,S,S] of 0 and 1.

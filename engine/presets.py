@@ -6,19 +6,15 @@ Where the paper is silent PAPER has the value of IRN (Ahn et al., CVPR 2019). te
 of each of its values.
 """
 
-from dataclasses import replace
-
 from engine.config import (
     BranchesConfig,
     CamConfig,
-    CountNetConfig,
     LabelConfig,
     Preset,
     PtsConfig,
     SaliencyConfig,
-    SaliencyPriorConfig,
     Schedule,
-    SelfTrainingConfig,
+    StudentTrainingConfig,
 )
 from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
@@ -68,7 +64,7 @@ PAPER = Preset(
 )
 
 _BEST_BRANCHES = BranchesConfig(
-    Schedule(epochs=4, batch_size=8, lr=0.001, optimizer="adamw", backbone_lr=0.1, freeze=3),
+    Schedule(epochs=2, batch_size=8, lr=0.001, optimizer="adamw", backbone_lr=0.1, freeze=3),
     radius=5,
     lsu_weight=0.02,
     lsu_form="huber",
@@ -81,13 +77,12 @@ _BEST_PTS = PtsConfig(
     fusion=FusionConfig(grouping="count", mask_rule="peak", mask_thresh=0.5),
     saliency_weight=0.5,
     init_mask_weight=1 / 3,
-    instance_labels=True,
 )
 
 BEST = Preset(
     name="best",
     cam=CamConfig(
-        Schedule(epochs=4, batch_size=16, lr=0.05, optimizer="sgd", backbone_lr=0.1, freeze=2),
+        Schedule(epochs=3, batch_size=16, lr=0.05, optimizer="sgd", backbone_lr=0.1, freeze=2),
         backbone="tf_efficientnet_lite2",
         output_stride=32,
         size=320,
@@ -96,19 +91,20 @@ BEST = Preset(
     network=NetConfig(backbone="tf_efficientnet_lite2", output_stride=16, size=256, channels=64, count_head=True),
     branches=_BEST_BRANCHES,
     saliency=SaliencyConfig(
-        Schedule(epochs=6, batch_size=8, lr=0.012, optimizer="sgd", backbone_lr=0.5, freeze=2),
+        Schedule(epochs=3, batch_size=8, lr=0.012, optimizer="sgd", backbone_lr=0.5, freeze=2),
     ),
     pts=_BEST_PTS,
     fusion=FusionConfig(),
-    self_training=SelfTrainingConfig(
-        pts=replace(_BEST_PTS, iterations=1),
-        branches=replace(_BEST_BRANCHES, schedule=replace(_BEST_BRANCHES.schedule, epochs=3)),
+    student=StudentTrainingConfig(
+        Schedule(
+            epochs=10, batch_size=8, lr=6e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
+        ),
+        rounds=2,
+        backbone="tf_efficientnet_lite2",
+        size=320,
+        pyramid_channels=96,
+        freeze_depthwise=True,
     ),
-    count=CountNetConfig(
-        Schedule(epochs=2, batch_size=16, lr=0.001, optimizer="adamw", backbone_lr=0.2, freeze=2),
-        size=256,
-    ),
-    saliency_prior=SaliencyPriorConfig(size=512),
 )
 
 PRESETS = {preset.name: preset for preset in (PAPER, BEST)}

@@ -37,8 +37,6 @@ def progressive_training(run: Run) -> None:
     of the samples with classes. An iteration that is finished is passed over, one that was stopped is continued.
     """
     config, start = run.preset.pts, run.out / "weights.pt"
-    if config.logit_weights:
-        require_unrefined(run.labels)
     if not start.exists():
         raise InputError(f"there is no trained network at {start}; run train_branches.py --out {run.out} first")
     net, start_digest = read_weights(start, run.device)
@@ -83,15 +81,6 @@ def refresh(previous: Mapping[str, Tensor], current: Mapping[str, Tensor], itera
         key: alpha * previous[key] + (1 - alpha) * value if value.is_floating_point() else value
         for key, value in current.items()
     }
-
-
-def require_unrefined(labels: Path) -> None:
-    """InputError when the pseudo masks in the folder ``labels`` are recorded as refined by the CRF."""
-    made = provenance.read_record(labels)
-    if made and made["settings"].get("crf", False):
-        raise InputError(
-            f"the CRF has refined the masks in {labels}; --logit-weights needs those of --stage labels --no-crf"
-        )
 
 
 def _clone(state: Mapping[str, Tensor]) -> State:
@@ -178,8 +167,7 @@ def write_label(
 
     With ``config.instance_labels``, classes/<stem>.png is for a later training of the branches. It holds
     - the instances, where as many are found as the count label says;
-    - else the initial class labels, where there are any, unless the photograph shows several classes and
-      ``config.by_class`` is set;
+    - else the initial class labels, where there are any;
     - else it is missing, and an empty classes/<stem>.none is written.
 
     image: uint8 RGB [S,S,3]; arrays: S [h,w], B [h,w] and V [2,h,w], as of ``Maps``; count: the predicted number of
@@ -191,7 +179,6 @@ def write_label(
     if initial:
         mask = resize(read_label_map(initial / "saliency" / png), size) / 255
         classes = read_label_map(initial / "classes" / png, size)
-    by_class = config.by_class and len(sample.classes or ()) > 1
     label = pseudo_mask(
         image,
         maps,
@@ -200,15 +187,14 @@ def write_label(
         config.saliency_weight,
         mask,
         config.init_mask_weight,
-        config.logit_weights,
     )
     if label is None:
         (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask
     elif sample.count and config.instance_labels:
-        instances = instance_label(label, maps, sample.count, config.fusion, classes, by_class)
+        instances = instance_label(label, maps, sample.count, config.fusion, classes)
     if config.instance_labels:
-        if by_class or instances is not None:
+        if instances is not None:
             classes = instances
         if classes is not None:
             files.save_png(classes, labels / "classes" / png)

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from datasets.labels import Sample
 from datasets.training import TrainingImages
-from datasets.transforms import canny_edges, load_square, network_input
+from datasets.transforms import canny_edges, load_square, network_input, to_tensor
 from engine import cam_labels, tensorboard
 from engine.assemble import assemble, require_place
 from engine.config import settings_of
-from engine.extensions import evenly_spaced, fit_saliency_prior, pooled_features, train_count_net
 from engine.run import START, Run, run_stage, samples_with_count
 from engine.trainer import Batch
-from models.backbones import load_pretrained
+from models.backbones import Backbone, load_pretrained
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.count_head import CountHead
 from models.grouping import split_labels_by_count
@@ -87,15 +86,11 @@ def initialize(run: Run, model: BoundaryCentroidNet | SaliencyNet, part: str, fr
 def require_same_network(run: Run) -> None:
     """InputError, naming the settings, when ``run.start`` is not the network of the preset.
 
-    The size may differ, and so may the parts that are added by later stages.
+    The size may differ.
     """
     assert run.start
     now, before = asdict(run.preset.network), asdict(run.start.config)
-    differs = [
-        f"{name} {before[name]} -> {now[name]}"
-        for name in now
-        if now[name] != before[name] and name not in ("size", "count_net", "saliency_prior")
-    ]
+    differs = [f"{name} {before[name]} -> {now[name]}" for name in now if now[name] != before[name] and name != "size"]
     if differs:
         raise InputError(f"--init {run.start_path} is a network of other settings ({'; '.join(differs)}); give its own")
 
@@ -228,6 +223,21 @@ def fit_count_head(
     head.fit(pooled, torch.tensor([sample.count for sample in samples], device=device))
 
 
+def evenly_spaced(samples: list[Sample]) -> list[Sample]:
+    """Some 500 to 1000 of the samples, evenly spaced: enough for a mean over the training set."""
+    return samples[:: max(1, len(samples) // 500)]
+
+
+@torch.no_grad()
+def pooled_features(backbone: Backbone, samples: Sequence[Sample], size: int, device: torch.device) -> Tensor:
+    """The input of the count head for photographs, resized to ``size``: [M,C_4 + C_5] of ``CountHead.pool``."""
+    pooled = []
+    for sample in tqdm(samples, desc="count", mininterval=2):
+        image = to_tensor(load_square(sample.path, size))[None].to(device)
+        pooled.append(CountHead.pool(backbone(image)))
+    return torch.cat(pooled)
+
+
 def saliency_losses(model: SaliencyNet, batch: Batch, progress: float) -> Batch:
     """Binary cross entropy of the saliency logits and soft pseudo masks, on the stride-4 grid (Sec. 3)."""
     logits = model.logits(batch["image"]).float()
@@ -262,11 +272,6 @@ def train_saliency(run: Run, samples: list[Sample]) -> None:
     )
 
 
-def all_samples(run: Run) -> list[Sample]:
-    """All samples, whether labelled or not."""
-    return run.samples
-
-
 class Stage(NamedTuple):
     """A stage: its function, and the samples that it takes."""
 
@@ -274,12 +279,10 @@ class Stage(NamedTuple):
     samples: Callable[[Run], list[Sample]]
 
 
-MAIN = ("cam", "labels", "branches", "saliency")  # the stages of a whole training before PTS, in their order
+# The stages of a whole training before PTS, in their order.
 STAGES = {
     "cam": Stage(cam_labels.train_classifier, cam_labels.usable_samples),
     "labels": Stage(cam_labels.make_labels, cam_labels.usable_samples),
     "branches": Stage(train_branches, cam_labels.usable_samples),
     "saliency": Stage(train_saliency, cam_labels.usable_samples),
-    "count": Stage(train_count_net, samples_with_count),
-    "saliency-prior": Stage(fit_saliency_prior, all_samples),
 }

@@ -18,17 +18,17 @@ import torch
 
 from datasets.training import read_samples
 from engine import options
-from engine.config import Machine, NetConfig, Preset, SaliencyPriorConfig, override
+from engine.config import Machine, NetConfig, Preset, StudentTrainingConfig, override
 from engine.presets import BEST, PAPER
 from engine.pts import progressive_training
 from engine.run import Run
 from engine.stages import run_stages
+from engine.student import StudentRun, train_student
 from engine.trainer import prepare_machine
 from models.fusion_config import FusionConfig
-from models.wsid_net import load_weights, save_weights
 from train_pts import with_unlabelled
 from utils import checkpoint, distributed
-from utils.cli import InputError, Parser, make_folder, path_of, run
+from utils.cli import InputError, Parser, path_of, run
 
 # BEST with a smaller backbone. After this short training, masks are best cut at half of their own peak and scored by S.
 SMALL = replace(
@@ -36,12 +36,21 @@ SMALL = replace(
     name="small",
     network=NetConfig("mobilenetv2_100", size=256, channels=64),
     fusion=FusionConfig(grouping="count", mask_rule="peak", mask_thresh=0.5, count_aware_scores=False),
-    saliency_prior=None,
 )
 QUICK = replace(
-    override(SMALL, {"backbone": "tf_efficientnet_lite0", "size": 128, "channels": 32, "batch_size": 8, "epochs": 2}),
+    override(
+        SMALL,
+        {
+            "backbone": "tf_efficientnet_lite0",
+            "size": 128,
+            "channels": 32,
+            "pyramid_channels": 32,
+            "batch_size": 8,
+            "epochs": 2,
+            "rounds": 1,
+        },
+    ),
     name="quick",
-    saliency_prior=SaliencyPriorConfig(size=128),
 )
 RECIPES = {preset.name: preset for preset in (PAPER, BEST, SMALL, QUICK)}
 
@@ -51,8 +60,8 @@ class Data:
     """The photographs of a training, as sources PATH[@SPLIT] (datasets.sources).
 
     labelled: with class labels and counts. cam: more with class labels, for the classifier. counted: more with a count,
-    for what follows PTS. unlabelled: folders of more photographs for PTS. pseudo_labels: the folder labels/ of another
-    run; None trains a classifier for them.
+    for the student network. unlabelled: folders of more photographs for PTS. pseudo_labels: the folder labels/ of
+    another run; None trains a classifier for them.
     """
 
     labelled: tuple[str, ...]
@@ -82,19 +91,16 @@ class Setup:
         *more: str,
         unlabelled: Sequence[str] = (),
         pseudo_labels: Path | None = None,
-        start: Path | None = None,
         backbone: str | None = None,
     ) -> Run:
         """The Run of a stage in the folder ``out``, with the labelled photographs, those of the sources in ``more`` and
         those in the folders ``unlabelled``.
 
-        pseudo_labels: the folder of these; start: the file of a network that the stage adds to; backbone: that of the
-        stage, where it is not that of the network.
+        pseudo_labels: the folder of these; backbone: that of the stage, where it is not that of the network.
         """
         samples = with_unlabelled(read_samples([*self.data.labelled, *more]), list(unlabelled))
-        net = load_weights(start) if start else None
         file = self.backbone_weights.get(backbone or preset.network.backbone)
-        return Run(out, samples, preset, self.machine, self.device, self.seed, pseudo_labels, net, start, file)
+        return Run(out, samples, preset, self.machine, self.device, self.seed, pseudo_labels, backbone_weights=file)
 
 
 def train_labels(setup: Setup, preset: Preset, out: Path) -> Path:
@@ -110,65 +116,19 @@ def train_network(setup: Setup, preset: Preset, out: Path, labels: Path) -> Path
     return out / "weights.pt"
 
 
-def train_progressively(setup: Setup, preset: Preset, out: Path, labels: Path, *more: str) -> Path:
-    """PTS from out/weights.pt on, also on the sources in ``more``; labels: the initial pseudo labels. Returns
-    out/weights_pts.pt."""
-    progressive_training(setup.run(preset, out, *more, unlabelled=setup.data.unlabelled, pseudo_labels=labels))
+def train_progressively(setup: Setup, preset: Preset, out: Path, labels: Path) -> Path:
+    """PTS from out/weights.pt on; labels: the initial pseudo labels. Returns out/weights_pts.pt."""
+    progressive_training(setup.run(preset, out, unlabelled=setup.data.unlabelled, pseudo_labels=labels))
     return out / "weights_pts.pt"
 
 
-def self_training_round(setup: Setup, preset: Preset, out: Path, start: Path, labels: Path) -> Path:
-    """A self-training round: the network in the file ``start`` labels instances, on which the branches are trained anew
-    [ours].
-
-    The photographs are the labelled ones and those of ``data.counted``; labels: the initial pseudo labels. The saliency
-    branch is that of the last iteration of PTS in this round. Returns out/weights.pt.
-    """
-    config = preset.self_training
-    if not config:
-        raise InputError(f"the preset {preset.name} has no self-training round; give best or one derived from it")
-    teacher = make_folder(out / "teacher")
-    distributed.run_on_main(link, teacher / "weights.pt", start)
-    train_progressively(setup, replace(preset, pts=config.pts), teacher, labels, *setup.data.counted)
-    instances = teacher / "pts" / f"r{config.pts.iterations}" / "labels"
-    round_preset = replace(preset, branches=config.branches)
-    run_stages(setup.run(round_preset, out, *setup.data.counted, pseudo_labels=instances), ["branches"])
-    return out / "weights.pt"
-
-
-def add_count_net(setup: Setup, preset: Preset, out: Path, start: Path) -> Path:
-    """The network in the file ``start`` with a network for the number of objects, trained on all counts [ours]. Returns
-    out/weights.pt."""
-    run_stages(setup.run(preset, out, *setup.data.counted, start=start), ["count"])
-    return out / "weights.pt"
-
-
-def add_saliency_prior(setup: Setup, preset: Preset, out: Path, start: Path) -> Path:
-    """The network in the file ``start`` with a saliency prior, fitted to all photographs [ours]. Returns
-    out/weights.pt."""
-    data = setup.data
-    run_stages(setup.run(preset, out, *data.counted, unlabelled=data.unlabelled, start=start), ["saliency-prior"])
-    return out / "weights.pt"
-
-
-EXTENSIONS = ("self_training", "count", "saliency_prior")  # the parts of a Preset that follow PTS, in their order
-
-
-def extend(setup: Setup, preset: Preset, out: Path, weights: Path, labels: Path, parts: Sequence[str]) -> Path:
-    """What follows PTS: the ``parts`` of ``EXTENSIONS``, each in a folder of ``out``, added to the network in
-    ``weights``; labels: the initial pseudo labels. Returns the file of the network with all of them."""
-    if "self_training" in parts:
-        weights = self_training_round(setup, preset, out / "self_training", weights, labels)
-    if "count" in parts:
-        weights = add_count_net(setup, preset, out / "count", weights)
-    if "saliency_prior" in parts:
-        weights = add_saliency_prior(setup, preset, out / "saliency_prior", weights)
-    return weights
-
-
-def extensions_of(preset: Preset) -> tuple[str, ...]:
-    """Those of ``EXTENSIONS`` that the preset has."""
-    return tuple(part for part in EXTENSIONS if getattr(preset, part))
+def train_student_on(setup: Setup, config: StudentTrainingConfig, out: Path, teacher: Path) -> Path:
+    """The student network, on the instances that the network in the file ``teacher`` finds in all photographs with a
+    count [ours]. Returns out/weights.pt."""
+    samples = read_samples([*setup.data.labelled, *setup.data.counted])
+    file = setup.backbone_weights.get(config.backbone)
+    machine, device = setup.machine, setup.device
+    return train_student(StudentRun(out, samples, teacher, config, machine, device, setup.seed, "imagenet", file))
 
 
 def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
@@ -176,17 +136,18 @@ def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
     path, note = out / "weights.pt", f"experiments.recipes {preset.name}"
     if path.exists() and checkpoint.load(path).get("note") != note:
         raise InputError(f"{path} would be overwritten, which this recipe has not made; give another --out")
-    first = out / "first_round"
-    labels = setup.data.pseudo_labels or train_labels(setup, preset, first)
-    train_network(setup, preset, first, labels)
-    weights = train_progressively(setup, preset, first, labels)
-    weights = extend(setup, preset, out, weights, labels, extensions_of(preset))
+    teacher = out / "wsid_net"
+    labels = setup.data.pseudo_labels or train_labels(setup, preset, teacher)
+    train_network(setup, preset, teacher, labels)
+    weights = train_progressively(setup, preset, teacher, labels)
+    if preset.student:
+        weights = train_student_on(setup, preset.student, out / "student", weights)
     distributed.run_on_main(_publish, weights, path, note)
     return path
 
 
 def _publish(weights: Path, path: Path, note: str) -> None:
-    save_weights(load_weights(weights), path, note=note)
+    checkpoint.save(checkpoint.load(weights) | {"note": note}, path)
     print(f"the network with all stages is in {path}; try it: python infer.py --img samples --weights {path}")
 
 
@@ -204,9 +165,7 @@ def link(name: Path, target: Path) -> None:
 
 def batch_sizes(preset: Preset) -> list[int]:
     """The batch sizes of all stages of a preset."""
-    trained = [preset.cam, preset.branches, preset.saliency, preset.pts, preset.count]
-    if preset.self_training:
-        trained += [preset.self_training.pts, preset.self_training.branches]
+    trained = [preset.cam, preset.branches, preset.saliency, preset.pts, preset.student]
     return [config.schedule.batch_size for config in trained if config]
 
 
@@ -215,8 +174,8 @@ def add_setup_options(parser: Parser, out: str) -> None:
     parser.add_argument("--data", nargs="+", default=["data"], metavar="PATH[@SPLIT]", help="labelled photographs")
     more = [
         ("--cam-data", "PATH[@SPLIT]", "more photographs with class labels, for the classifier"),
-        ("--counted", "PATH@count", "more photographs with a count, for the self-training round and the count network"),
-        ("--unlabelled", "DIR", "more photographs for PTS and the saliency prior"),
+        ("--counted", "PATH@count", "more photographs with a count, for the student network"),
+        ("--unlabelled", "DIR", "more photographs for PTS"),
     ]
     for name, metavar, text in more:
         parser.add_argument(name, nargs="*", default=[], metavar=metavar, help=text)

@@ -4,14 +4,13 @@
     python -m experiments.tables 1 --recipe small ...               # the baselines that can be trained here
     python -m experiments.tables 6 --saliency-dir EGNet=maps/egnet ...    # saliency maps of another method
 
-Every row changes the recipe in the settings that it names and in nothing else, without the parts that follow PTS. What
-rows have in common (classifier, pseudo labels, branches, saliency branch) is trained once. Without PTS, the saliency
-branch is trained for as many epochs more as PTS has. A command that was stopped continues when it is given again;
+Every row changes the recipe in the settings that it names and in nothing else, and ends with PTS. What rows have in
+common (classifier, pseudo labels, branches, saliency branch) is trained once. Without PTS, the saliency branch is
+trained for as many epochs more as PTS has. A command that was stopped continues when it is given again;
 --out/table<N>.md is written after every row.
 
-Our tables: "parts" leaves out one setting of ours at a time, or adds it where the recipe has the paper's; "stages" adds
-what follows PTS, one after another; "pts" is Figures 17 and 18, the full model after every iteration of PTS, which
---out/pts.svg draws.
+Our tables: "parts" leaves out one setting of ours at a time, or adds it where the recipe has the paper's; "pts" is
+Figures 17 and 18, the full model after every iteration of PTS, which --out/pts.svg draws.
 """
 
 import argparse
@@ -44,8 +43,6 @@ from experiments.recipes import (
     Setup,
     add_setup_options,
     batch_sizes,
-    extend,
-    extensions_of,
     link,
     named_path,
     setup_of,
@@ -67,9 +64,9 @@ class Row:
     """One line of a table.
 
     paper: its mAP@0.5 and mAP@0.7 in the paper. changes: settings for ``engine.config.override``; fusion: settings of
-    FusionConfig, for measuring alone. pts: whether PTS is run. extensions: the parts that follow PTS. method: "wsid",
-    "components" or "prm". iteration: of PTS, whose network is measured; None is the last. maps: a folder of saliency
-    maps in place of S; true_saliency: whether those of the ground truth are taken.
+    FusionConfig, for measuring alone. pts: whether PTS is run. method: "wsid", "components" or "prm". iteration: of
+    PTS, whose network is measured; None is the last. maps: a folder of saliency maps in place of S; true_saliency:
+    whether those of the ground truth are taken.
     """
 
     name: str
@@ -77,7 +74,6 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)
     fusion: Mapping[str, Any] = field(default_factory=dict)
     pts: bool = True
-    extensions: tuple[str, ...] = ()
     method: str = "wsid"
     iteration: int | None = None
     maps: Path | None = None
@@ -123,7 +119,6 @@ TABLES = {
     "6": (FULL, Row("saliency of the ground truth", (72.1, 58.3), true_saliency=True)),  # and every --saliency-dir
     "7": (Row("w/o CRF", None, {"crf": False}), FULL),
     "parts": (FULL,),  # and ``rows_of_parts``
-    "stages": (FULL, COMPONENTS),  # and ``rows_of_stages``
     "pts": tuple(Row(f"r = {r}" if r else "r = 0, before PTS", iteration=r) for r in range(PTS_ITERATIONS + 1)),
 }
 # Settings of ours: {name: (the part of a Preset, its settings)}.
@@ -159,23 +154,12 @@ def rows_of_parts(preset: Preset) -> list[Row]:
     return rows
 
 
-def rows_of_stages(preset: Preset) -> list[Row]:
-    """A row for each part of the preset that follows PTS, added to those before it; InputError when it has none."""
-    parts = extensions_of(preset)
-    if not parts:
-        raise InputError(f"the recipe {preset.name} ends with PTS, so there is no table stages; give --recipe best")
-    rows = [Row(f"+ {part.replace('_', ' ')}", extensions=parts[: n + 1]) for n, part in enumerate(parts)]
-    return [*rows, Row("connected components of its S", extensions=parts, method="components")]
-
-
 def rows_of(table: str, args: argparse.Namespace) -> list[Row]:
     """The rows of a table as the options ask for them."""
     preset = RECIPES[args.recipe]
     rows = list(TABLES[table])
     if table == "parts":
         rows += rows_of_parts(preset)
-    if table == "stages":
-        rows += rows_of_stages(preset)
     if table in ("1", "6"):
         rows += [Row(f"saliency of {name}", maps=folder) for name, folder in args.saliency_dir]
     if args.no_pts:
@@ -233,8 +217,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """InputError, before anything is trained, for options and photographs that the rows cannot be measured with."""
     if distributed.is_launched():
         raise InputError("the rows are trained and measured in one process; start experiments.tables without torchrun")
-    if args.no_pts and ("pts" in args.tables or "stages" in args.tables):
-        raise InputError("--no-pts leaves nothing of the tables pts and stages; leave out one or the other")
+    if args.no_pts and "pts" in args.tables:
+        raise InputError("--no-pts leaves nothing of the table pts; leave out one or the other")
     names = [name for name, _ in args.saliency_dir]
     for option, values in (("--seeds", args.seeds), ("--saliency-dir", names), ("--val", args.val)):
         if len(set(values)) < len(values):
@@ -320,8 +304,7 @@ def train_row(row: Row, preset: Preset, setup: Setup, base: Path) -> Path:
     out = train_first(preset, setup, base, labels, row)
     if not row.pts:
         return out / "weights.pt"
-    weights = train_progressively(setup, preset, out, labels)
-    return extend(setup, preset, out, weights, labels, row.extensions)
+    return train_progressively(setup, preset, out, labels)
 
 
 def train_first(preset: Preset, setup: Setup, base: Path, labels: Path, row: Row) -> Path:

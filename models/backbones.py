@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import lazy
@@ -146,13 +145,6 @@ def _network_of(name: str) -> Callable[..., Any]:
     vars(data).update({key: value for key, value in vars(constants).items() if key.isupper()})
     with lazy.functions_of(*UNUSED):
         return getattr(importlib.import_module(f"timm.models.{BACKBONES[name].module}"), name)
-
-
-def to_square(image: Tensor, size: int) -> Tensor:
-    """RGB [N,3,H,W] resized to [N,3,size,size], bilinear with antialiasing."""
-    if image.shape[-2:] == (size, size):
-        return image
-    return F.interpolate(image, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
 
 def load_pretrained(backbone: Backbone, file: Path | None = None) -> None:

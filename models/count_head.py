@@ -1,4 +1,4 @@
-"""The number of salient objects of an image: a head on the branches' backbone, or a network of its own [ours]."""
+"""The number of salient objects of an image: a head on the branches' backbone [ours]."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,16 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import Backbone, to_square
-
 MAX_COUNT = 4  # the largest number that is predicted stands for itself and all above, which are rare in every data set
 
 
 class CountHead(nn.Module):
     """Probabilities of 1 to MAX_COUNT salient objects: linear in the standardised averages of f4 and f5 [ours].
 
-    On the branches' backbone it is fitted to the count labels after all other training (``fit``), with the backbone
-    frozen; in a CountNet both are trained.
+    It is fitted to the count labels after all other training (``fit``), with the backbone frozen.
     """
 
     mean: Tensor
@@ -86,30 +83,6 @@ def fit_convex(layer: nn.Module, loss: Callable[[], Tensor]) -> None:
 
     optimizer.step(closure)
     layer.requires_grad_(False)
-
-
-class CountNet(nn.Module):
-    """The number of salient objects from a backbone that is trained for it alone [ours; salient object subitizing,
-    Zhang et al., CVPR 2015].
-
-    It needs count labels only, and a small input: a square of ``size`` pixels.
-    """
-
-    def __init__(self, backbone: str, output_stride: int, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.backbone = Backbone(backbone, output_stride)
-        self.count_head = CountHead(sum(self.backbone.channels[3:]))
-        for parameter in self.count_head.linear.parameters():
-            nn.init.zeros_(parameter).requires_grad_(True)
-
-    def features(self, image: Tensor) -> list[Tensor]:
-        """RGB [N,3,H,W] in 0..1, of any size -> f1..f5 of the image at ``size``."""
-        return self.backbone(to_square(image, self.size))
-
-    def forward(self, image: Tensor) -> Tensor:
-        """RGB [N,3,H,W] in 0..1 -> the probabilities of 1..MAX_COUNT objects [N,MAX_COUNT]."""
-        return self.count_head(self.features(image))
 
 
 def expected_count(count_probs: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import ops
 from datasets.labels import IGNORE
-from models.count_head import MAX_COUNT
 
 
 def divisors(labels: Tensor, salient: Tensor, counts: Tensor, instances: Tensor, radius: int) -> Tensor:
@@ -129,14 +128,6 @@ def subitizing_loss(
     else:  # linear far away, as an untrained V has dozens of centroids
         losses = 2 * F.smooth_l1_loss(found, counts.to(points), reduction="none")
     return (losses * has_count).sum() / (len(salient) * valid_fraction).clamp(min=1e-5)
-
-
-def count_loss(logits: Tensor, counts: Tensor) -> Tensor:
-    """The cross entropy of the number of objects, with label smoothing 0.1 [ours].
-
-    logits: [N,MAX_COUNT] of a CountHead; counts: T [N], 1 or more, clipped at MAX_COUNT.
-    """
-    return F.cross_entropy(logits.float(), counts.long().clamp(max=MAX_COUNT) - 1, label_smoothing=0.1)
 
 
 def centroid_target_loss(offsets: Tensor, instances: Tensor, mean_instances: Tensor | None = None) -> Tensor:

@@ -1,18 +1,17 @@
 """WSID-Net: the saliency net and the boundary-centroid net together, and their weights file (Fig. 2)."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from models import STUDENT, former_names
+from models import STUDENT
 from models.branches import BoundaryCentroidNet, SaliencyNet
-from models.count_head import MAX_COUNT, CountNet
+from models.count_head import MAX_COUNT
 from models.fusion_config import FusionConfig
-from models.saliency_prior import SaliencyPrior
 from utils import checkpoint, digest
 from utils.cli import InputError
 
@@ -43,9 +42,7 @@ class NetConfig:
     backbone: a name of ``models.backbones.BACKBONES``. size: side of the input square, pixels. channels: width of the
     CA module and the ASPP. mixing: whether there is a CFM unit; attention: the MA unit, "parallel", "s-c", "c-s" or
     "none"; enhancement: whether there is a BE module; canny: its edges.
-    count_head: whether there is a CountHead on the branches' backbone [ours]. count_net: side of the input square of a
-    CountNet, whose probabilities are averaged with those of the head, 0 without [ours]. saliency_prior: side of the
-    input square of a SaliencyPrior, 0 without [ours].
+    count_head: whether there is a CountHead on the branches' backbone [ours].
     """
 
     backbone: str = "resnet50"
@@ -57,8 +54,6 @@ class NetConfig:
     enhancement: bool = True
     canny: str = "auto"
     count_head: bool = True
-    count_net: int = 0
-    saliency_prior: int = 0
 
     def build_branches(self) -> BoundaryCentroidNet:
         """The boundary and the centroid branch, untrained."""
@@ -77,14 +72,6 @@ class NetConfig:
         """The saliency branch, untrained."""
         return SaliencyNet(self.backbone, self.output_stride, self.channels)
 
-    def build_count_net(self) -> CountNet:
-        """The count network, untrained."""
-        return CountNet(self.backbone, self.output_stride, self.count_net)
-
-    def build_saliency_prior(self) -> SaliencyPrior:
-        """The saliency prior, not yet fitted."""
-        return SaliencyPrior(self.backbone, self.output_stride, self.saliency_prior)
-
 
 class WSIDNet(nn.Module):
     """The whole network: S, B, V and the number of salient objects of a batch of images.
@@ -99,36 +86,14 @@ class WSIDNet(nn.Module):
         self.training_record: dict[str, Any] = {}
         self.branches = config.build_branches()
         self.saliency = config.build_saliency()
-        self.count_net = config.build_count_net() if config.count_net else None
-        self.saliency_prior = config.build_saliency_prior() if config.saliency_prior else None
 
     def forward(self, image: Tensor, edges: Tensor) -> NetOutput:
         """image: RGB [N,3,size,size] in 0..1; edges: Canny map [N,1,size,size] of 0 and 1. Returns a NetOutput."""
         maps = self.branches(image, edges)
         count_probs = maps.count_probs
-        if self.count_net:
-            own = self.count_net(image)
-            count_probs = own if count_probs is None else (count_probs + own) / 2
-        elif count_probs is None:
+        if count_probs is None:
             count_probs = image.new_zeros(len(image), MAX_COUNT)
-        saliency = self.saliency.logits(image)
-        if self.saliency_prior:
-            saliency = self.saliency_prior(image, saliency)
-        return NetOutput(saliency.sigmoid()[:, 0], maps.boundary[:, 0], maps.offsets, count_probs)
-
-
-def with_parts(
-    net: WSIDNet, *, count_net: CountNet | None = None, saliency_prior: SaliencyPrior | None = None
-) -> WSIDNet:
-    """A copy of ``net`` with another count network or saliency prior; what is None stays as in ``net``."""
-    given = {"count_net": count_net, "saliency_prior": saliency_prior}
-    parts = {name: part for name, part in given.items() if part is not None}
-    sizes: dict[str, Any] = {name: part.size for name, part in parts.items()}
-    whole = WSIDNet(replace(net.config, **sizes), net.fusion)
-    whole.training_record = net.training_record
-    for name, part in (dict(net.named_children()) | parts).items():
-        getattr(whole, name).load_state_dict(part.state_dict())
-    return whole
+        return NetOutput(self.saliency(image)[:, 0], maps.boundary[:, 0], maps.offsets, count_probs)
 
 
 def save_weights(net: WSIDNet, path: Path, note: str = "", start: str | None = None) -> None:
@@ -202,10 +167,10 @@ def _restore(build: Callable[[Any], Network], saved: Any, path: Path, device: to
 
 
 def _wsid_net_of(saved: Any) -> WSIDNet:
-    config = NetConfig(**former_names.config(dict(saved)["config"]))
+    config = NetConfig(**dict(saved)["config"])
     if not all(isinstance(getattr(config, field.name), type(field.default)) for field in fields(config)):
         raise TypeError("settings of other types")
-    net = WSIDNet(config, FusionConfig(**former_names.fusion(saved.get("fusion", {}))))
+    net = WSIDNet(config, FusionConfig(**saved.get("fusion", {})))
     net.training_record = dict(saved.get("training") or {})
-    net.load_state_dict(former_names.state(saved["state"]))
+    net.load_state_dict(saved["state"])
     return net

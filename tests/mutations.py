@@ -113,9 +113,6 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(2 * bandwidth**2)", "bandwidth**2"),
         ("2 * F.smooth_l1_loss", "F.smooth_l1_loss"),
     ],
-    ("models/losses.py", "test_losses.py", "count_loss"): [
-        ("label_smoothing=0.1", "label_smoothing=0.0"),
-    ],
     ("models/losses.py", "test_method_values.py", ""): [
         ("errors = ops.displacement_pair_loss", "errors = 2 * ops.displacement_pair_loss"),
         ("subset: int = 256", "subset: int = 64"),
@@ -143,20 +140,8 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("decay: float = 0.2", "decay: float = 0.02"),
         ("self.linear.bias.add_(", "self.linear.bias.sub_("),
     ],
-    ("models/wsid_net.py", "test_models.py", "count_net"): [
-        ("(count_probs + own) / 2", "own"),
-    ],
     ("models/grouping.py", "test_losses.py", "as_many_as_the_count"): [
         ("min_area: float = 0.005", "min_area: float = 0.0"),
-    ],
-    ("models/saliency_prior.py", "test_defaults.py", "best_preset"): [
-        ("WEIGHTS = (0.65, 0.92, -0.75)", "WEIGHTS = (1.0, 0.0, 0.0)"),
-    ],
-    ("models/saliency_prior.py", "test_models.py", "prior_learns"): [
-        ("decay: float = 0.1", "decay: float = 0.01"),
-    ],
-    ("models/saliency_prior.py", "test_fusion.py", "combined_logits"): [
-        ("math.log(99)", "math.log(9999)"),
     ],
     # ---- activations and pseudo labels
     ("models/classifier.py", "test_stages.py", "spread"): [
@@ -271,10 +256,6 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(within - beside)", "within"),
         ("expected += probability * ", "expected = "),
         ("if not settings.count_aware_scores:", "if False:"),
-    ],
-    ("models/former_names.py", "test_models.py", "former_names"): [
-        ('"sink": "sink_thresh"', '"sink": None'),
-        ('settings["grouping"] = "count"', "pass"),
     ],
     # ---- metrics
     ("engine/metrics.py", "test_metrics.py", ""): [

@@ -74,8 +74,6 @@ SOURCES = {
         "enhancement": (True, "Sec. 3.2.1"),
         "canny": ("auto", "Sec. 4.4.4: by the median of the grey image"),
         "count_head": (False, "Sec. 3: three branches, none for the count"),
-        "count_net": (0, "Sec. 3"),
-        "saliency_prior": (0, "Sec. 3"),
     },
     "branches": {
         "schedule": SCHEDULE,
@@ -93,14 +91,10 @@ SOURCES = {
         "fusion": FUSION,
         "saliency_weight": (0, "Algorithm 1, line 8"),
         "init_mask_weight": (0, "Algorithm 1, line 8"),
-        "logit_weights": (None, "Algorithm 1, line 8"),
         "instance_labels": (False, "Sec. 3.4: of the saliency branch alone"),
-        "by_class": (False, "Sec. 3.4"),
     },
     "fusion": FUSION,
-    "self_training": (None, "Sec. 3.4: nothing after PTS"),
-    "count": (None, "Sec. 3"),
-    "saliency_prior": (None, "Sec. 3"),
+    "student": (None, "Sec. 3.4: nothing after PTS"),
 }
 
 
@@ -122,22 +116,23 @@ def test_scripts_use_the_paper_preset_unless_another_is_named():
 
 def test_the_best_preset_has_what_its_figures_were_measured_with():
     assert (BEST.cam.backbone, BEST.cam.output_stride, BEST.cam.size) == ("tf_efficientnet_lite2", 32, 320)
-    assert BEST.cam.schedule == Schedule(4, 16, 0.05, "sgd", 0.1, 2)
+    assert BEST.cam.schedule == Schedule(3, 16, 0.05, "sgd", 0.1, 2)
     assert (BEST.labels.scales, BEST.labels.spread, BEST.labels.crf) == ((1, 2), True, True)
     assert BEST.network == NetConfig("tf_efficientnet_lite2", 16, 256, 64)
-    assert BEST.branches.schedule == Schedule(4, 8, 0.001, "adamw", 0.1, 3)
+    assert BEST.branches.schedule == Schedule(2, 8, 0.001, "adamw", 0.1, 3)
     branches = BEST.branches
     assert (branches.radius, branches.lsu_weight, branches.lsu_form) == (5, 0.02, "huber")
     assert branches.centroid_target_weight == 0.1
-    assert BEST.saliency.schedule == Schedule(6, 8, 0.012, "sgd", 0.5, 2)
+    assert BEST.saliency.schedule == Schedule(3, 8, 0.012, "sgd", 0.5, 2)
     assert BEST.pts.schedule == Schedule(1, 8, 0.004, "sgd", 0.5, 2) and BEST.pts.iterations == 2
-    assert (BEST.pts.saliency_weight, BEST.pts.init_mask_weight, BEST.pts.logit_weights) == (0.5, 1 / 3, None)
+    assert (BEST.pts.saliency_weight, BEST.pts.init_mask_weight) == (0.5, 1 / 3)
     assert BEST.pts.fusion == FusionConfig(grouping="count", mask_rule="peak", mask_thresh=0.5)
     assert BEST.fusion == FusionConfig(), "the settings that hold on photographs on which nothing was chosen"
-    assert BEST.self_training.pts == replace(BEST.pts, iterations=1)
-    assert BEST.self_training.branches == replace(branches, schedule=replace(branches.schedule, epochs=3))
-    assert BEST.count.schedule == Schedule(2, 16, 0.001, "adamw", 0.2, 2) and BEST.count.size == 256
-    assert (BEST.saliency_prior.size, BEST.saliency_prior.prior_weights) == (512, (0.65, 0.92, -0.75))
+    student = BEST.student
+    assert student.schedule == Schedule(10, 8, 6e-4, "adamw", 0.25, 3, 100, 0.998)
+    assert (student.backbone, student.size, student.pyramid_channels) == ("tf_efficientnet_lite2", 320, 96)
+    assert (student.rounds, student.freeze_depthwise) == (2, True)
+    assert (student.crop, student.copy_paste, student.exposure) == (0.6, 0.7, 3)
 
 
 OPTIONS = [
@@ -156,7 +151,6 @@ OPTIONS = [
     ("--fusion power=7", lambda preset: preset.fusion, replace(PAPER.fusion, power=7)),
     ("--preset best --lsu-weight 0", lambda preset: preset.branches, replace(BEST.branches, lsu_weight=0)),
     ("--preset best --no-count-head", lambda preset: preset.network, replace(BEST.network, count_head=False)),
-    ("--preset best --prior-weights 1 1 0", lambda preset: preset.saliency_prior.prior_weights, (1, 1, 0)),
 ]
 
 
@@ -175,9 +169,7 @@ def test_settings_added_later_are_recorded_only_where_they_are_set():
 
 def test_lsu_weight_0_removes_l_su_and_nothing_else():
     args = train_branches.get_args_parser().parse_args("--preset best --lsu-weight 0".split())
-    later = replace(BEST.self_training, branches=replace(BEST.self_training.branches, lsu_weight=0.0))
-    expected = replace(BEST, branches=replace(BEST.branches, lsu_weight=0.0), self_training=later)
-    assert train_branches.resolve(args, None) == expected
+    assert train_branches.resolve(args, None) == replace(BEST, branches=replace(BEST.branches, lsu_weight=0.0))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from experiments import oracle_study, prm, recipes, tables
 from experiments.tables import Row
 from models.classifier import Classifier
 from models.fusion_config import FusionConfig
-from models.wsid_net import NetConfig, WSIDNet, load_weights, save_weights
+from models.mask_rcnn import MaskRCNN
+from models.wsid_net import NetConfig, WSIDNet, load_network, load_weights, save_weights
 from utils import checkpoint, files
 from utils.cli import InputError
 
@@ -90,14 +91,21 @@ def called(monkeypatch, val, network):
 
     monkeypatch.setattr(recipes, "run_stages", stages)
     monkeypatch.setattr(recipes, "progressive_training", pts)
+
+    def student(run):
+        calls.append(Call("student", run))
+        assert run.teacher.exists()
+        run.out.mkdir(exist_ok=True)
+        shutil.copy(network, run.out / "weights.pt")
+        return run.out / "weights.pt"
+
+    monkeypatch.setattr(recipes, "train_student", student)
     monkeypatch.setattr(recipes, "read_samples", list)
     monkeypatch.setattr(recipes, "with_unlabelled", lambda samples, folders: samples + folders)
     monkeypatch.setattr(tables, "measure", measure)
     monkeypatch.setattr(tables, "select_device", lambda gpu: torch.device("cpu"))
     for module in (recipes, tables):
         monkeypatch.setattr(module, "prepare_machine", lambda *args: torch.device("cpu"))
-    loaded = load_weights(network)
-    monkeypatch.setattr(recipes, "load_weights", lambda path: loaded if path.exists() else pytest.fail("no such file"))
     return calls
 
 
@@ -105,16 +113,14 @@ def names(calls):
     return [each.stage for each in calls]
 
 
-FIRST = ["cam", "labels", "branches", "saliency", "pts"]
-AFTER = {"self_training": ["pts", "branches"], "count": ["count"], "saliency_prior": ["saliency-prior"]}
+STAGES = ["cam", "labels", "branches", "saliency", "pts"]
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_a_recipe_runs_all_stages_of_its_preset(called, recipe, tmp_path):
     out, preset = tmp_path / "with space", recipes.RECIPES[recipe]
     recipes.main([recipe, "--data", "a b", "c", "--cam-data", "d", "--out", str(out)])
-    after = [stage for part in recipes.extensions_of(preset) for stage in AFTER[part]]
-    assert names(called) == FIRST + after
+    assert names(called) == STAGES + ["student"] * (preset.student is not None)
     cam, labels, branches, saliency, pts = called[:5]
     assert cam.run.samples == ["a b", "c", "d"], "more photographs for the classifier alone"
     assert all(each.run.samples == ["a b", "c"] for each in called[1:])
@@ -123,31 +129,15 @@ def test_a_recipe_runs_all_stages_of_its_preset(called, recipe, tmp_path):
     assert load_weights(out / "weights.pt").config.size == 64
 
 
-def test_recipes_have_the_parts_that_their_presets_have():
-    assert recipes.extensions_of(PAPER) == ()
-    assert recipes.extensions_of(BEST) == recipes.EXTENSIONS
-    assert recipes.RECIPES["paper"] is PAPER and recipes.RECIPES["best"] is BEST
-
-
-def test_a_self_training_round_learns_from_instances_of_counted_photographs(called, tmp_path):
-    recipes.main(["small", "--data", "a", "--counted", "b@count", "--unlabelled", "u", "--out", str(tmp_path)])
-    first, teacher, branches, count = called[4:]
-    assert names(called[4:]) == ["pts", "pts", "branches", "count"]
-    assert first.run.samples == ["a", "u"] and teacher.run.samples == ["a", "b@count", "u"]
-    assert branches.run.samples == count.run.samples == ["a", "b@count"]
-    config = recipes.SMALL.self_training
-    assert teacher.run.preset.pts == config.pts and first.run.preset.pts == recipes.SMALL.pts
-    assert (teacher.run.out / "weights.pt").resolve() == first.run.out / "weights_pts.pt"
-    assert teacher.run.pseudo_labels == first.run.pseudo_labels, "the initial pseudo masks"
-    assert branches.run.pseudo_labels == teacher.run.out / "pts" / f"r{config.pts.iterations}" / "labels"
-    assert branches.run.preset.branches == config.branches and branches.run.start is None
-    assert count.run.start_path == branches.run.out / "weights.pt" and count.run.start is not None
-
-
-def test_the_saliency_prior_is_fitted_to_all_photographs(called, tmp_path):
-    recipes.main(["best", "--data", "a", "--counted", "b@count", "--unlabelled", "u", "--out", str(tmp_path)])
-    assert called[-1].stage == "saliency-prior" and called[-1].run.samples == ["a", "b@count", "u"]
-    assert called[-1].run.start_path == called[-2].run.out / "weights.pt", "the network with all parts before"
+def test_the_student_learns_from_the_instances_in_all_counted_photographs(called, tmp_path):
+    assert PAPER.student is None and recipes.RECIPES["paper"] is PAPER and recipes.RECIPES["best"] is BEST
+    options = ["--counted", "b@count", "--unlabelled", "u", "--backbone-weights", "tf_efficientnet_lite2=lite2.pth"]
+    recipes.main(["best", "--data", "a", *options, "--out", str(tmp_path), "--seed", "3"])
+    pts, student = called[-2:]
+    assert pts.run.samples == ["a", "u"] and student.run.samples == ["a", "b@count"]
+    assert student.run.teacher == pts.run.out / "weights_pts.pt" and student.run.config == BEST.student
+    assert (student.run.seed, student.run.init, student.run.backbone_weights) == (3, "imagenet", Path("lite2.pth"))
+    assert (tmp_path / "weights.pt").exists()
 
 
 def test_a_recipe_overwrites_no_network_of_others(called, network, tmp_path, capsys):
@@ -250,17 +240,6 @@ def test_rows_share_what_they_have_in_common(called, tmp_path):
     assert names(called).count("pts") == 3, "of the rows that have it"
 
 
-def test_stages_after_pts_are_added_to_the_full_model(called, tmp_path):
-    args = ["--recipe", "quick", "--out", tmp_path, "--data", "a", "--counted", "b@count"]
-    rows = [row.name for row in tables.rows_of_stages(recipes.QUICK)]
-    assert rows == ["+ self training", "+ count", "+ saliency prior", "connected components of its S"]
-    full, *more = train("stages", args, "full model", *rows)
-    assert len({full, *more[:3]}) == 4 and more[3] == more[2]
-    start = {each.run.out: each.run.start_path for each in called}
-    assert start[more[1].parent] == more[0] and start[more[2].parent] == more[1]
-    assert {each.run.out for each in called if each.stage == "pts"} == {full.parent, more[0].parent / "teacher"}
-
-
 def test_all_rows_without_pts(called, tmp_path):
     tables.main(["2", "--recipe", "quick", "--out", str(tmp_path), "--no-pts"])
     assert set(names(called)) == {"cam", "labels", "saliency", "branches"}
@@ -282,7 +261,7 @@ def test_given_labels_serve_all_seeds(called, tmp_path):
     assert train("1", options, "PRM, adapted") == [given.parent / "cam" / "weights.pt"]
     called.clear()
     train("7", options, "w/o CRF")
-    assert names(called) == FIRST, "this row is about the labels"
+    assert names(called) == STAGES, "this row is about the labels"
 
 
 def test_iterations_of_pts_go_on_from_those_of_the_full_model(called, tmp_path, monkeypatch, network):
@@ -317,9 +296,7 @@ def test_iterations_of_pts_go_on_from_those_of_the_full_model(called, tmp_path, 
 @pytest.mark.parametrize(
     "table, options, message",
     [
-        ("pts", ["--no-pts"], "--no-pts leaves nothing of the tables pts and stages"),
-        ("stages", ["--no-pts"], "--no-pts leaves nothing of the tables pts and stages"),
-        ("stages", ["--recipe", "paper"], "the recipe paper ends with PTS"),
+        ("pts", ["--no-pts"], "--no-pts leaves nothing of the table pts"),
     ],
 )
 def test_tables_that_a_recipe_does_not_have(called, tmp_path, capsys, table, options, message):
@@ -488,8 +465,8 @@ TINY = override(
     recipes.QUICK, {"size": 64, "channels": 16, "schedule": Schedule(epochs=1, batch_size=2, freeze=3), "iterations": 1}
 )
 FAINT = FusionConfig(saliency_thresh=0.05, min_score=0, theta=0)
-TINY = replace(override(TINY, {"scales": (1.0,), "spread": False, "radius": 4}), pts=replace(TINY.pts, fusion=FAINT))
-TINY = replace(TINY, self_training=replace(TINY.self_training, pts=TINY.pts))
+TINY = override(TINY, {"scales": (1.0,), "spread": False, "radius": 4})
+TINY = replace(TINY, pts=replace(TINY.pts, fusion=FAINT), fusion=FAINT)
 
 
 def test_a_recipe_is_trained_and_continues(tmp_path, monkeypatch, capsys):
@@ -499,14 +476,15 @@ def test_a_recipe_is_trained_and_continues(tmp_path, monkeypatch, capsys):
     data, out = make_data(tmp_path / "train", count=2, size=(64, 64)), tmp_path / "out"
     args = ["quick", "--data", data, "--gpu", "-1", "--workers", "0", "--out", out]
     assert call(recipes.main, *args) == 0
-    net = load_weights(out / "weights.pt")
-    assert net.config.count_net == net.config.saliency_prior == 64 and net.fusion == TINY.fusion
+    assert load_weights(out / "wsid_net" / "weights_pts.pt").fusion == TINY.fusion
+    net = load_network(out / "weights.pt")
+    assert isinstance(net, MaskRCNN) and (net.config.size, net.config.backbone) == (64, TINY.student.backbone)
     trained = {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")}
-    assert len(trained) == 7, "cam, branches, saliency, PTS; the round's PTS and branches; count"
+    assert len(trained) == 5, "cam, branches, saliency, PTS, student"
     state = {name: value.clone() for name, value in net.state_dict().items()}
     assert call(recipes.main, *args) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")} == trained
-    assert all(torch.equal(value, state[name]) for name, value in load_weights(out / "weights.pt").state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in load_network(out / "weights.pt").state_dict().items())
 
 
 def test_a_table_is_trained_and_measured(val, monkeypatch, capsys):

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, logit
 
 import ops
 from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
@@ -15,7 +14,6 @@ from models import fusion, grouping
 from models.fusion import fuse, instance_masks, walk
 from models.fusion_config import FusionConfig
 from models.grouping import Clusters, connected_components, find_clusters
-from models.saliency_prior import combine_logits
 from models.scoring import CountHypothesis, count_hypotheses, expected_iou, on_grid, score_of
 from utils.cli import InputError
 
@@ -258,19 +256,6 @@ def test_saliency_mask_takes_the_maximum_over_classes():
     spread = foreground_probability(np.array([SPREAD.even / 2, SPREAD.even, 2 * SPREAD.even]), SPREAD)
     assert np.allclose(spread, [0.2, 0.5, 0.8]), "odds grow with the square"
     assert saliency_mask(image, cams[:0], PLAIN).max() == 0, "no class, nothing salient"
-
-
-def test_combined_logits_are_high_where_both_are():
-    network = logit([0.95, 0.95, 0.05, 1.0, 0.0])
-    first = logit([0.70, 0.10, 0.70, 0.0, 25 / 34])
-    weights = 0.6, 1.9, -0.9
-    assert (combine_logits(network, first, weights) > 0).tolist() == [True, False, False, False, False]
-    rising = combine_logits(logit(np.linspace(0, 1, 9)), np.zeros(9), weights)
-    assert (np.diff(rising[1:-1]) > 0).all() and np.isfinite(rising).all()
-    alone = expit(combine_logits(network, first, (0, 1, 0)))
-    assert np.allclose(alone, np.clip(expit(first), 0.01, 0.99)), "the second alone"
-    tensors = combine_logits(torch.from_numpy(network), torch.from_numpy(first), torch.tensor(weights))
-    assert np.allclose(tensors, combine_logits(network, first, weights))
 
 
 def test_relative_masks_are_fractions_of_the_responses_of_the_walk():

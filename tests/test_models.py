@@ -1,7 +1,5 @@
 """The network against the description in the paper, its parts of ours, and its weights file."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from models.classifier import Classifier, class_activation_maps, spread_activati
 from models.count_head import CountHead, expected_count, one_hot_count
 from models.enhancement import BoundaryEnhancement
 from models.fusion_config import FusionConfig
-from models.saliency_prior import SaliencyPrior
 from models.wsid_net import (
     NetConfig,
     WSIDNet,
@@ -24,7 +21,6 @@ from models.wsid_net import (
     load_weights,
     read_weights,
     save_weights,
-    with_parts,
 )
 from utils import checkpoint
 from utils.cli import InputError
@@ -264,37 +260,6 @@ def test_a_weights_file_holds_the_whole_network(tmp_path):
         load_weights(tmp_path / "other.pt")
 
 
-def test_weights_files_with_former_names_load(tmp_path):
-    torch.manual_seed(0)
-    net = WSIDNet(NetConfig(**SMALL, count_net=32, saliency_prior=32), FusionConfig(power=7.0)).eval()
-    save_weights(net, tmp_path / "weights.pt")
-    saved = checkpoint.load(tmp_path / "weights.pt")
-    former = {name: saved["config"][name] for name in ("backbone", "size", "channels")}
-    saved["config"] = former | {"counting": True, "number": 32, "opinion": 32}
-    saved["fusion"] = {"power": 7.0, "share": "rival", "sink": 2.0, "doubt": 0.5, "likeness": 2.0}
-    del saved["training"]
-    present, saved["state"] = saved["state"], {}
-    for name, value in present.items():
-        for now, before in (
-            ("count_net.count_head.", "number.counting."),
-            ("count_net.", "number."),
-            ("branches.count_head.", "branches.counting."),
-            ("saliency_prior.weights", "opinion.odds"),
-            ("saliency_prior.", "opinion."),
-        ):
-            name = name.replace(now, before)
-        saved["state"][name] = value
-    checkpoint.save(saved, tmp_path / "older.pt")
-    loaded = load_weights(tmp_path / "older.pt")
-    assert loaded.config == net.config and loaded.training_record == {}
-    assert loaded.fusion == FusionConfig(power=7.0, grouping="count", mask_rule="relative", sink_thresh=2.0)
-    assert all(torch.equal(value, loaded.state_dict()[name].to(value)) for name, value in present.items())
-    saved["fusion"]["strength"] = 2.0
-    checkpoint.save(saved, tmp_path / "odd.pt")
-    with pytest.raises(InputError, match="odd.pt does not hold"):
-        load_weights(tmp_path / "odd.pt")
-
-
 def test_weights_cannot_run_code(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -361,63 +326,6 @@ def test_count_head_on_uninformative_features_predicts_the_mean(counts):
     features = counted_features(counts, signal=1)
     head.fit(CountHead.pool(features), counts.float())
     assert (expected_count(head(features)) - counts.clamp(max=4)).abs().max() <= 2
-
-
-def test_count_net_has_a_small_input_and_is_averaged_with_the_head():
-    net = WSIDNet(NetConfig(**SMALL)).eval()
-    count_net = replace(net.config, count_net=32).build_count_net().eval()
-    assert not count_net.count_head.linear.weight.any() and count_net.count_head.linear.weight.requires_grad
-    torch.nn.init.normal_(count_net.count_head.linear.bias, std=5)
-    image = torch.rand(2, 3, 64, 64)
-    assert count_net.features(image)[0].shape == count_net.features(torch.rand(2, 3, 32, 32))[0].shape
-    whole = with_parts(net, count_net=count_net).eval()
-    assert whole.config == replace(net.config, count_net=32)
-    before, after = net(image, torch.zeros(2, 1, 64, 64)), whole(image, torch.zeros(2, 1, 64, 64))
-    assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
-    mean = (net.branches(image, torch.zeros(2, 1, 64, 64)).count_probs + count_net(image)) / 2
-    assert torch.equal(after.count_probs, mean)
-    assert with_parts(whole, count_net=count_net).config == whole.config
-    headless = WSIDNet(NetConfig(**SMALL, count_head=False)).eval()
-    alone = with_parts(headless, count_net=count_net).eval()(image, torch.zeros(2, 1, 64, 64))
-    assert torch.equal(alone.count_probs, count_net(image))
-
-
-def test_saliency_prior_learns_the_rule_and_not_the_exceptions():
-    """S is correct in 95 of 100 cells, by a linear rule in the features; the prior predicts by the rule."""
-    prior = SaliencyPrior("mobilenetv2_100", 16, 32)
-    torch.manual_seed(0)
-    features = 3 + 2 * torch.randn(8000, len(prior.mean))
-    truth = features[:, 0] > features[:, 1]
-    saliency = torch.where(torch.rand(8000) < 0.05, ~truth, truth).float()
-    prior.fit(features, saliency)
-    found = prior.linear((features[:, :, None, None] - prior.mean) * prior.scale)[:, 0, 0, 0] > 0
-    wrong = saliency.bool() != truth
-    assert (found == truth).float().mean() > 0.94 and (found == truth)[wrong].float().mean() > 0.8
-    assert not any(parameter.requires_grad for parameter in prior.parameters())
-    x = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-3)
-    weight, bias = prior.linear.weight[0, :, 0, 0].clone().requires_grad_(), prior.linear.bias.clone()
-    entropy = F.binary_cross_entropy_with_logits(x @ weight + bias, saliency)
-    (entropy + 0.1 / 2 * weight.square().sum()).backward()
-    assert weight.grad.abs().max() < 1e-3 < weight.abs().max(), "at the minimum, with a decay of .1"
-
-
-def test_saliency_is_combined_with_the_prior():
-    net = WSIDNet(NetConfig(**SMALL)).eval()
-    prior = replace(net.config, saliency_prior=32).build_saliency_prior().eval()
-    image, edges = torch.rand(2, 3, 64, 64), torch.zeros(2, 1, 64, 64)
-    with torch.no_grad():
-        assert prior.logits(image).shape == (2, 1, 2, 2) and prior.logits(image).std() > 0
-        whole = with_parts(net, saliency_prior=prior).eval()
-        before, after = net(image, edges), whole(image, edges)
-        assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
-        own = torch.nn.functional.interpolate(prior.logits(image), (16, 16), mode="bilinear", align_corners=False)
-        of_s, of_own, bias = prior.weights
-        combined = of_s * net.saliency.logits(image) + of_own * own + bias
-        assert torch.allclose(after.saliency, combined.sigmoid()[:, 0], atol=1e-6)
-        prior.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))
-        assert torch.allclose(with_parts(net, saliency_prior=prior).eval()(image, edges)[0], before[0], atol=1e-6)
-    both = with_parts(whole, count_net=replace(net.config, count_net=32).build_count_net())
-    assert (both.config.count_net, both.config.saliency_prior) == (32, 32)
 
 
 def test_without_a_count_head_the_count_is_0():

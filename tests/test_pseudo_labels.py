@@ -23,38 +23,6 @@ def test_a_pseudo_mask_is_the_union_of_instances():
     assert mixed[other].mean() < 0.5 < mixed[one].mean() and label[other].mean() > 0.9
     alone = pseudo_mask(image, maps, 0, settings, initial=one.astype(np.float32), init_mask_weight=0)
     assert np.allclose(label, alone, atol=1e-4), "Algorithm 1 has no initial mask"
-    weights = 0.6, 1.9, -0.9
-    combined = pseudo_mask(image, maps, 0, settings, 0.5, initial=0.05 + 0.65 * one, logit_weights=weights)
-    assert combined[other].mean() < 0.5 < combined[one].mean()
-
-
-def test_class_labels_separate_objects_that_the_offsets_do_not():
-    """A rider on a horse: by V alone both would be halved from left to right."""
-    label = np.full((64, 96), 0.1, np.float32)
-    label[8:56, 8:88] = 0.9
-    boundary = torch.zeros(16, 24)
-    boundary[6] = 1
-    yy, xx = torch.meshgrid(torch.arange(16.0), torch.arange(24.0), indexing="ij")
-    offsets = torch.stack([8 - yy, torch.where(xx < 12, 10, 14) - xx])
-    maps = Maps(boundary, boundary, offsets)
-    rider, horse = np.s_[10:20, 20:60], np.s_[30:52, 10:86]
-    classes = np.full((64, 96), 255, np.uint8)
-    classes[rider], classes[horse] = 15, 13
-    by_offsets, found = (
-        instance_label(label, maps, 2, FusionConfig(), known, known is not None) for known in (None, classes)
-    )
-    assert found[rider].min() == found[rider].max() != found[horse].min() == found[horse].max()
-    assert (found[10:20, 10:86] == found[12, 30]).all(), "undecided pixels are divided by the walk"
-    assert by_offsets[horse].min() != by_offsets[horse].max(), "without the classes the horse is cut in two"
-    classes[12:14, 22:24] = 3
-    with_speck = instance_label(label, maps, 2, FusionConfig(), classes, True)
-    assert (with_speck[30:52, 10:86] == with_speck[40, 40]).all(), "a small part of a third class is no object"
-    one = instance_label(label, maps, 1, FusionConfig(), classes, True)
-    assert (one[horse] == 1).all() and (one[rider] == 255).all(), "the larger of two objects for a count of one"
-    classes[30:52, 45:50] = 255
-    classes[30:52, 50:86] = 15
-    three = instance_label(label, maps, 3, FusionConfig(), classes, True)
-    assert len({three[15, 40], three[40, 20], three[40, 75]}) == 3, "V divides the person of two parts"
 
 
 def test_a_pseudo_label_has_as_many_instances_as_its_count():

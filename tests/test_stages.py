@@ -15,7 +15,7 @@ import train_branches
 import train_pts
 from datasets.training import TrainingImages, read_samples
 from datasets.transforms import load_square
-from engine import cam_labels, extensions, pts, run, stages
+from engine import cam_labels, pts, run, stages
 from models import wsid_net
 from models.branches import BranchOutput
 from models.losses import boundary_loss, centroid_loss
@@ -255,7 +255,7 @@ def test_each_part_of_the_branches_is_a_switch_of_its_own(given, tmp_path, monke
 
 def test_some_500_photographs_fix_a_mean():
     for count in (1, 300, 1000, 2600):
-        chosen = extensions.evenly_spaced(list(range(count)))
+        chosen = stages.evenly_spaced(list(range(count)))
         assert min(count, 500) <= len(chosen) < 1000 and len(set(np.diff(chosen))) <= 1, "evenly"
 
 

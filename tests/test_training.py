@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -18,11 +17,10 @@ from conftest import call, environment, make_data, python
 import infer
 import train_branches
 import train_pts
-from datasets.labels import Sample
 from datasets.loader import ResumableSampler
 from datasets.training import TrainingImages, read_label_map, read_samples
 from engine import pts
-from engine.presets import BEST, PAPER
+from engine.presets import PAPER
 from models.wsid_net import load_weights
 from utils import checkpoint, digest, files
 from utils.cli import InputError
@@ -181,8 +179,8 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
         shutil.copy(data / "images" / f"photo{i}.png", more / "images" / f"more{i}.png")
     (more / "labels.csv").write_text("image,classes,count\nmore0.png,cat,2\nmore1.png,dog,2\nmore2.png,dog,0\n")
 
-    def instances(label, maps, count, settings, classes, by_class):
-        assert (classes is not None or count == 2) and not by_class
+    def instances(label, maps, count, settings, classes):
+        assert classes is not None or count == 2
         without_classes.append(classes is None)
         return np.full(label.shape, 3, np.uint8) if classes is not None or sum(without_classes) == 1 else None
 
@@ -204,32 +202,6 @@ def test_photographs_with_a_count_alone_join_at_pts(trained, data, tmp_path, mon
     assert "3 of 9 photographs are left out" in capsys.readouterr().out, "no classes and no labels"
 
 
-@pytest.mark.parametrize("count, by_class, written", [(2, True, "instances"), (9, True, None), (9, False, "classes")])
-def test_class_labels_divide_the_objects_or_stand_for_them(tmp_path, count, by_class, written):
-    """With --by-class the class labels divide the objects, and where they cannot, they do not stand for instances."""
-    initial, labels = tmp_path / "initial", tmp_path / "labels"
-    for folder in (initial, labels):
-        (folder / "classes").mkdir(parents=True), (folder / "saliency").mkdir()
-    classes = np.zeros((64, 64), np.uint8)
-    classes[8:24, 8:56], classes[24:56, 8:56] = 15, 13
-    image = np.repeat(np.where(classes > 0, 230, 20).astype(np.uint8)[..., None], 3, 2)
-    files.save_png(classes, initial / "classes" / "rider.png")
-    files.save_png(image[..., 0], initial / "saliency" / "rider.png")
-    saliency = (classes[::4, ::4] > 0).astype(np.float32)
-    boundary, offsets = np.zeros_like(saliency), np.zeros((2, 16, 16), np.float32)
-    boundary[6] = 1
-    sample = Sample(tmp_path / "rider.jpg", (12, 14), count)
-    fusion = replace(BEST.pts.fusion, min_score=0)
-    config = replace(BEST.pts, fusion=fusion, init_mask_weight=0.0, by_class=by_class)
-    pts.write_label(labels, sample, image, [saliency, boundary, offsets], 2, config, initial)
-    assert (labels / "classes" / "rider.none").exists() == (written is None)
-    if written == "classes":
-        assert np.array_equal(read_label_map(labels / "classes" / "rider.png"), classes)
-    if written == "instances":
-        found = read_label_map(labels / "classes" / "rider.png")
-        assert found[12, 12] == found[12, 50] != found[50, 12] == found[50, 50] and found[12, 12] in (1, 2)
-
-
 def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     """--epochs 0 leaves the network as it is, but for the size that its labels now have."""
     shutil.copy(trained / "weights.pt", tmp_path)
@@ -242,27 +214,6 @@ def test_pts_labels_at_another_size_without_training(trained, data, tmp_path):
     assert all(torch.equal(before["state"][key], after["state"][key]) for key in before["state"])
     labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
     assert labels and all(read_label_map(path).shape == (96, 96) for path in labels)
-
-
-def test_pts_combines_logits_with_masks_that_no_crf_has_refined(trained, data, tmp_path, capsys):
-    """--logit-weights: where the initial masks are background everywhere, so are the labels, whatever S is."""
-    weights = [0.6, 1.9, -0.9]
-    given = ["--data", data, "--out", tmp_path, *PTS, "--logit-weights", *weights]
-    assert call(train_pts.main, *given, "--pseudo-labels", trained / "labels") == 2
-    assert "--logit-weights needs those of --stage labels --no-crf" in capsys.readouterr().err
-    for kind in ("saliency", "classes"):
-        shutil.copytree(trained / "labels" / kind, tmp_path / "labels" / kind)
-    for path in (tmp_path / "labels" / "saliency").iterdir():
-        files.save_png(np.zeros_like(read_label_map(path)), path)
-    shutil.copy(trained / "weights.pt", tmp_path)
-    options = [*given, "--iters", "1", "--epochs", "0"]
-    assert call(train_pts.main, *options) == 0
-    labels = list((tmp_path / "pts" / "r1" / "labels" / "saliency").glob("*.png"))
-    assert len(labels) == 6 and all(read_label_map(path).mean() < 128 for path in labels)
-    (tmp_path / "labels" / "config.json").write_text("{")
-    assert call(train_pts.main, *options) == 2
-    assert "config.json does not say what the folder was made from" in capsys.readouterr().err
-    assert json.loads((tmp_path / "pts" / "r1" / "config.json").read_text())["settings"]["logit_weights"] == weights
 
 
 def test_the_paper_preset_runs_from_nothing_to_instances(data, tmp_path):
@@ -313,66 +264,6 @@ def test_a_network_goes_on_learning_at_another_size(trained, data, tmp_path, cap
     capsys.readouterr()
     assert call(train_branches.main, *options, "--out", tmp_path / "other", "--channels", "24") == 2
     assert "is a network of other settings" in capsys.readouterr().err
-
-
-def test_a_network_of_its_own_predicts_the_count(trained, data, tmp_path, capsys):
-    """--stage count needs counts alone; the result is used by every script as any network is."""
-    counting, more = tmp_path / "weights.pt", tmp_path / "more"
-    options = [*branches_options(f"{data}@count", tmp_path), "--stage", "count"]
-    assert call(train_branches.main, *options) == 2
-    assert "name its weights.pt with --init" in capsys.readouterr().err
-    assert call(train_branches.main, *options, "--init", trained / "weights.pt") == 0
-    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", counting))
-    assert after["config"] == before["config"] | {"count_net": 64}
-    assert after["training"] == before["training"] | {"count": after["training"]["count"]}
-    assert after["state"]["count_net.count_head.linear.weight"].any()
-    kept = [key for key in before["state"] if "count_head" not in key]
-    assert all(torch.equal(before["state"][key], after["state"][key]) for key in kept)
-    assert call(infer.main, "--img", data / "images", "--weights", counting, "--out", tmp_path / "found") == 0
-    pts_options = ["--data", f"{data}@count", "--out", tmp_path, *PTS, "--iters", "1", "--init-mask-weight", "0"]
-    assert call(train_pts.main, *pts_options) == 0
-    assert checkpoint.load(tmp_path / "weights_pts.pt")["config"] == after["config"]
-    later = [*branches_options(data, tmp_path / "later"), "--pseudo-labels", trained / "labels", "--init", counting]
-    assert call(train_branches.main, *later) == 0
-    gone_on = checkpoint.load(tmp_path / "later" / "weights.pt")
-    assert gone_on["config"] == after["config"], "a network that goes on keeps its count network"
-    count_net = [key for key in after["state"] if key.startswith("count_net.")]
-    assert count_net and all(torch.equal(after["state"][key], gone_on["state"][key]) for key in count_net)
-    (more / "images").mkdir(parents=True)
-    shutil.copy(next((data / "images").glob("*.png")), more / "images" / "one.png")
-    (more / "labels.csv").write_text("image,classes,count\none.png,cat,0\n")
-    nothing = [*branches_options(more, tmp_path / "none"), "--stage", "count", "--init", counting]
-    assert call(train_branches.main, *nothing) == 2
-    assert "no photograph has a count" in capsys.readouterr().err
-    assert call(train_branches.main, *options, "--init", trained / "weights.pt", "--preset", "paper") == 2
-    assert "the preset paper has no count network; give --preset best" in capsys.readouterr().err
-
-
-def test_a_saliency_prior_is_fitted_to_photographs_alone(trained, data, tmp_path, capsys):
-    """--stage saliency-prior needs no labels; the result is used by every script as any network is."""
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    shutil.copytree(data / "images", plain / "images")
-    (plain / "labels.csv").write_text(
-        "image,classes,count\n" + "".join(f"{path.name},,0\n" for path in sorted((plain / "images").iterdir()))
-    )
-    options = [*branches_options(plain, tmp_path / "run"), "--stage", "saliency-prior", "--size", "96"]
-    assert call(train_branches.main, *options) == 2
-    assert "name its weights.pt with --init" in capsys.readouterr().err
-    options += ["--init", trained / "weights.pt", "--prior-weights", "0.5", "0.25", "-1"]
-    assert call(train_branches.main, *options) == 0
-    whole = tmp_path / "run" / "weights.pt"
-    before, after = (checkpoint.load(path) for path in (trained / "weights.pt", whole))
-    assert after["config"] == before["config"] | {"saliency_prior": 96}
-    assert after["state"]["saliency_prior.weights"].tolist() == [0.5, 0.25, -1]
-    assert after["state"]["saliency_prior.linear.weight"].any()
-    assert all(torch.equal(value, after["state"][key]) for key, value in before["state"].items())
-    assert call(train_branches.main, *options, "--prior-weights", "1", "1", "0") == 2
-    assert "other settings" in capsys.readouterr().err
-    assert call(infer.main, "--img", data / "images", "--weights", whole, "--out", tmp_path / "found") == 0
-    later = [*branches_options(data, tmp_path / "later"), "--pseudo-labels", trained / "labels", "--init", whole]
-    assert call(train_branches.main, *later) == 0
-    assert checkpoint.load(tmp_path / "later" / "weights.pt")["config"] == after["config"], "it is kept"
 
 
 def test_accumulate_learns_what_the_whole_batch_does(trained, data, tmp_path):
