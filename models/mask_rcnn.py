@@ -115,7 +115,7 @@ class MaskRCNN(nn.Module):
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.02,
-            nms_thresh=0.6,
+            nms_thresh=0.5,
             detections_per_img=MAX_DETECTIONS,
             mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
             mask_head=MaskRCNNHeads(channels, [config.mask_width] * config.mask_layers, 1, norm_layer=norm),
@@ -153,10 +153,17 @@ class MaskRCNN(nn.Module):
         pyramid, count = self.features(image)
         (proposals, _), sizes = self._propose(image, pyramid)
         found, _ = self.roi_heads(pyramid, proposals, sizes)
-        return [
-            Detections(one["boxes"].float(), one["scores"].float(), one["masks"][:, 0].float(), probs)
-            for one, probs in zip(found, count.softmax(1), strict=True)
-        ]
+        return [_scored(one, probs) for one, probs in zip(found, count.softmax(1), strict=True)]
+
+
+def _scored(found: Mapping[str, Tensor], count_probs: Tensor) -> Detections:
+    """The Detections of torchvision's result for one image: scores are multiplied by the mean probability inside each
+    mask, as in SOLO (Wang et al., ECCV 2020), so that hypotheses with uncertain contours rank lower."""
+    masks = found["masks"][:, 0].float()
+    inside = masks > 0.5
+    quality = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    scores, order = (found["scores"].float() * quality).sort(descending=True, stable=True)
+    return Detections(found["boxes"].float()[order], scores, masks[order], count_probs)
 
 
 def targets_of(labels: Tensor) -> dict[str, Tensor]:

@@ -180,11 +180,14 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("rng.random() < 0.5", "rng.random() < 0.05"),
     ],
     # ---- the student network
-    ("models/detections.py", "test_student.py", "disjoint_set or number_of_objects"): [
-        ("MIN_VISIBLE = 0.7", "MIN_VISIBLE = 0.0"),
-        ("np.log(1 - scores)", "np.log(scores)"),
-        ("prior + inside + outside", "inside + outside"),
-        ("            covered |= mask", "            pass"),
+    ("models/detections.py", "test_student.py", "disjoint_set or best_set"): [
+        ("MAX_COVERED = 0.5", "MAX_COVERED = 1.0"),
+        ("INSTANCE_COST, COUNT_WEIGHT = 0.25, 0.1", "INSTANCE_COST, COUNT_WEIGHT = 0.25, 0.0"),
+        ("(scores - INSTANCE_COST)", "scores"),
+        ("min(count, numbers.max())", "count"),
+    ],
+    ("models/mask_rcnn.py", "test_student.py", "uncertain_masks"): [
+        ('found["scores"].float() * quality', 'found["scores"].float()'),
     ],
     ("models/mask_rcnn.py", "test_student.py", "targets_are_boxes"): [
         ("boxes[:, 2:] += 1", "boxes[:, 2:] += 0"),

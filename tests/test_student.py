@@ -24,8 +24,8 @@ from engine.config import Machine, Schedule
 from engine.predictor import Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
-from models.detections import centroids_of, disjoint, most_probable_count, ranked, saliency_of, visible
-from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, save_student, targets_of
+from models.detections import best_set, centroids_of, disjoint, ranked, saliency_of
+from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, _scored, save_student, targets_of
 from models.wsid_net import load_network
 from utils import digest, files, provenance
 from utils.cli import InputError
@@ -215,7 +215,6 @@ def test_a_disjoint_set_takes_each_object_once():
         square(0, 34, 30, 62, 0.6),
         count=2,
     )
-    assert visible(found, 64) == [0, 2, 3]  # 1 lies under 0
     masks, scores = disjoint(found, 64, (48, 96))
     assert masks.shape == (2, 48, 96) and masks.sum(0).max() == 1 and scores.tolist() == pytest.approx([0.9, 0.7])
     assert len(disjoint(found, 64, (48, 96), count=3)[0]) == 3
@@ -225,14 +224,35 @@ def test_a_disjoint_set_takes_each_object_once():
     assert abs(columns.min() - 51) <= 2 and abs(rows.max() - 21) <= 2  # x 34 of 64 is 51 of 96, y 28 is 21 of 48
 
 
-def test_the_number_of_objects_follows_scores_and_count_head():
-    even = np.full(5, 0.2)
-    assert most_probable_count(np.array([0.9, 0.8, 0.1]), even) == 2
-    assert most_probable_count(np.array([0.9, 0.45, 0.4]), np.array([0, 0.05, 0.05, 0.85, 0.05])) == 3
-    assert most_probable_count(np.array([0.9, 0.8, 0.1]), np.array([0, 0.99, 0.01, 0, 0])) == 1
-    assert most_probable_count(np.array([0.2]), np.array([1.0, 0, 0, 0, 0])) == 1  # an answer, however unsure
-    assert most_probable_count(np.full(6, 0.9), even) == 6
-    assert most_probable_count(np.zeros(0), even) == 0
+def test_the_best_set_follows_scores_and_count_head():
+    whole, left, right = np.zeros((3, 10, 20), bool)
+    whole[:, 2:18], left[:, 2:9], right[:, 11:18] = True, True, True
+    masks, even = np.stack([whole, left, right]), np.full(5, 0.2)
+
+    def chosen(scores, count_probs=even, count=0, masks=masks):
+        return best_set(np.array(scores), masks, np.array(count_probs), count)
+
+    assert chosen([0.9, 0.6, 0.7]) == [2, 1], "two masks of two objects are better than one of both"
+    assert chosen([0.9, 0.4, 0.5]) == [0] and chosen([0.9, 0.1, 0.95]) == [2]
+    assert chosen([0.9, 0.55, 0.55], [0, 0.01, 0.9, 0, 0]) == [1, 2] and chosen([0.9, 0.55, 0.55], [0, 1, 0, 0, 0]) == [
+        0
+    ]
+    assert chosen([0.9, 0.1, 0.2], count=2) == [2, 1] == chosen([0.9, 0.1, 0.2], count=5)
+    assert chosen([0.9, 0.6, 0.7], count=1) == [0]
+    assert chosen([0.05, 0.02, 0.02]) == [0], "an answer, however low its score"
+    separate = np.eye(6, dtype=bool)[:, None]
+    assert chosen([0.9] * 6, masks=separate) == [0, 1, 2, 3, 4, 5], "more objects than the count head has numbers for"
+    assert chosen([0.9, 0.8, 0.7], masks=np.stack([whole & False, left, right])) == [1, 2], "one mask is empty"
+    assert chosen([], masks=masks[:0]) == []
+
+
+def test_uncertain_masks_have_lower_scores():
+    masks = torch.zeros(3, 1, 28, 28)
+    masks[0, 0, :14], masks[1, 0, 4:9], masks[1, 0, 9:14] = 0.6, 1.0, 0.4
+    found = {"boxes": torch.arange(12.0).view(3, 4), "scores": torch.tensor([0.9, 0.8, 0.5]), "masks": masks}
+    scored = _scored(found, torch.ones(5))
+    assert scored.scores.tolist() == pytest.approx([0.8, 0.54, 0]), "the mean probability of pixels above .5"
+    assert scored.boxes[:, 0].tolist() == [4, 0, 8] and torch.equal(scored.masks[0], masks[1, 0])
 
 
 def test_a_photograph_without_hypotheses():
