@@ -3,8 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -17,11 +17,15 @@ TRIES = 30  # frames in a row that may fail before the clip counts as ended
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True)
+class Frame:
     """One frame of a clip: its index from 0, and uint8 RGB [H,W,3], or None where it cannot be decoded."""
 
     index: int
     image: np.ndarray | None
+
+    def __str__(self) -> str:
+        return f"frame {self.index}"
 
 
 class Clip:

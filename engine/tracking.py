@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BINS = (12, 6, 6)  # of hue, saturation and value
 NEVER = -1e6  # affinity of pairs that may not be assigned
 MIN_CARRIED = 0.3  # fraction of its last mask that a carried mask keeps beside the instances of the frame
-UPDATE = 0.2  # weight of the newest frame in the mean histogram and the mean velocity of a track
+UPDATE = 0.2  # weight of the newest frame in the mean histogram, velocity and area of a track
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrackingConfig:
     tracks that wait are found by position alone.
     wait: frames that a track without an instance waits before it ends; 0: it ends at once.
     min_similarity: the least similarity, 0..1, of an instance and a waiting track.
-    reach: the largest distance of their centres, in units of the square root of the mask's area.
+    reach: the largest distance of their centres, in units of the square root of the larger area.
     window: frames over which the number of instances is averaged; 1: no mask is carried over.
     min_frames: tracks found in fewer frames are dropped; all of them in clips that are shorter.
     """
@@ -70,6 +70,7 @@ class _Track:
     histogram: np.ndarray  # float32 [bins], with a sum of 1
     centre: np.ndarray  # (y, x) in pixels
     velocity: np.ndarray  # pixels a frame
+    area: float  # pixels, mean
     found: int = 1  # frames in which it was an instance
     missing: int = 0  # frames since then
     current: bool = False  # whether it has a mask in the frame before
@@ -89,8 +90,8 @@ class Tracker:
         self.grey: np.ndarray | None = None  # the frame before, on the grid
 
     def skip(self) -> None:
-        """A frame that cannot be read: every track waits."""
-        self._age(set(), set())
+        """A frame that cannot be read: the next is compared to the one before."""
+        self._age(set(), {track.number for track in self.tracks if track.current})
 
     def update(self, image: np.ndarray, prediction: "Prediction") -> list[Tracked]:
         """The instances of the next frame with their numbers, and masks that were carried over; disjoint.
@@ -99,7 +100,7 @@ class Tracker:
         """
         masks = list(prediction.masks)
         histograms = _histograms(image, masks)
-        centres = [_centre(mask) for mask in masks]
+        centres = [centre_of(mask) for mask in masks]
         flow = self._flow(image)
         self.counts.append(len(masks))
 
@@ -107,7 +108,7 @@ class Tracker:
         self._link_by_appearance(masks, histograms, centres, owners)
         for index, mask in enumerate(masks):
             if index in owners:
-                self._found(owners[index], histograms[index], centres[index])
+                self._found(owners[index], mask, histograms[index], centres[index])
             else:
                 owners[index] = self._begin(mask, histograms[index], centres[index])
         carried = self._carry(masks, owners, flow)
@@ -159,8 +160,8 @@ class Tracker:
         free = [index for index in range(len(masks)) if index not in owners]
         affinity = np.full((len(free), len(tracks)), NEVER)
         for i, index in enumerate(free):
-            reach = self.config.reach * np.sqrt(masks[index].sum() + 1)
             for j, track in enumerate(tracks):
+                reach = self.config.reach * np.sqrt(max(1, masks[index].sum(), track.area))
                 # The motion goes on while the object is hidden.
                 ahead = track.centre + (track.missing + 1) * track.velocity
                 distance = min(np.linalg.norm(centres[index] - place) for place in (track.centre, ahead)) / reach
@@ -171,10 +172,11 @@ class Tracker:
 
     def _begin(self, mask: np.ndarray, histogram: np.ndarray, centre: np.ndarray) -> _Track:
         self.created += 1
-        self.tracks.append(_Track(self.created, mask, histogram, centre, np.zeros(2)))
+        self.tracks.append(_Track(self.created, mask, histogram, centre, np.zeros(2), mask.sum()))
         return self.tracks[-1]
 
-    def _found(self, track: _Track, histogram: np.ndarray, centre: np.ndarray) -> None:
+    def _found(self, track: _Track, mask: np.ndarray, histogram: np.ndarray, centre: np.ndarray) -> None:
+        track.area = (1 - UPDATE) * track.area + UPDATE * mask.sum()
         track.histogram = (1 - UPDATE) * track.histogram + UPDATE * histogram
         step = (centre - track.centre) / (track.missing + 1)
         track.velocity = step if track.found == 1 else (1 - UPDATE) * track.velocity + UPDATE * step
@@ -261,7 +263,8 @@ def _histograms(image: np.ndarray, masks: list[np.ndarray]) -> list[np.ndarray]:
     return [count / max(count.sum(), 1) for count in counts]
 
 
-def _centre(mask: np.ndarray) -> np.ndarray:
+def centre_of(mask: np.ndarray) -> np.ndarray:
+    """The centre of mass (y, x) of a mask bool [H,W], in pixels; (0, 0) of an empty one."""
     return np.argwhere(mask).mean(0) if mask.any() else np.zeros(2)
 
 

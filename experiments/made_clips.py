@@ -79,7 +79,7 @@ def clip_of_photographs(samples: Sequence[Sample], objects: int, frames: int, si
     for _ in range(TRIES):
         if len(cuts) == objects and background is not None:
             return make_clip(cuts, background, frames, rng)
-        sample = samples[rng.integers(len(samples))]
+        sample = samples[int(rng.integers(len(samples)))]
         assert sample.mask
         image, labels = read_image(sample.path), sample.mask.read()
         if background is None:

@@ -5,10 +5,10 @@
     python -m experiments.video_tracking --data data/val --weights runs/mine/weights_pts.pt --clips 10 --predict
 
 Objects of the photographs move over parts of others without objects (``experiments.made_clips``). Each row changes one
-part of ``engine.tracking``. AP is YouTube-VIS's at IoU 0.5: the IoU of two tracks is the sum of the intersections of their
-masks over all frames divided by the sum of the unions. A switch is a frame in which an object has another number than in
-the last frame before in which it had one (IoU of the masks 0.5 or more). The standard error, in brackets, is that of the
-difference from the row of all parts, over bootstrap draws of the clips.
+part of ``engine.tracking``. AP is YouTube-VIS's at IoU 0.5: the IoU of two tracks is the sum of the intersections of
+their masks over all frames divided by the sum of the unions. A switch is a frame in which an object has another number
+than in the last frame before in which it had one (IoU of the masks 0.5 or more). The standard error, in brackets, is
+that of the difference from the row of all parts, over bootstrap draws of the clips.
 """
 
 import sys
@@ -94,7 +94,7 @@ def evaluate_tracks(frames: Iterable[tuple[Sequence[Tracked], np.ndarray]], min_
     inside: Counter[tuple[int, int]] = Counter()  # pixels of a track on an object
     of_tracks: Counter[int] = Counter()
     of_objects: Counter[int] = Counter()
-    scores = defaultdict(list)
+    scores: defaultdict[int, list[float]] = defaultdict(list)
     seen: list[dict[int, int]] = []  # of each frame, {object: track} where the IoU is 0.5 or more
     for tracked, labels in frames:
         areas = np.bincount(labels.ravel(), minlength=256)
