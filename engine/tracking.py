@@ -135,17 +135,23 @@ class Tracker:
     def _link_by_overlap(
         self, masks: list[np.ndarray], histograms: list[np.ndarray], flow: np.ndarray
     ) -> dict[int, _Track]:
-        """{index of the instance: its track} of tracks that have a mask in the frame before."""
-        tracks = [track for track in self.tracks if track.current]
-        moved = [_moved(_on_grid(track.mask, flow), flow) for track in tracks]
-        affinity = np.full((len(masks), len(tracks)), NEVER)
+        """{index of the instance: its track} by the masks of the frame before, moved by the flow, and by the last masks
+        of tracks that wait, where they were: objects at rest that were hidden, or that the network merged with others.
+        """
+        before = [_on_grid(track.mask, flow) for track in self.tracks]
+        before = [_moved(mask, flow) if track.current else mask for mask, track in zip(before, self.tracks)]
+        affinity = np.full((len(masks), len(self.tracks)), NEVER)
         for i, mask in enumerate(masks):
             small = _on_grid(mask, flow)
-            for j, track in enumerate(tracks):
-                iou = _iou(small, moved[j])
-                if iou >= self.config.min_iou:
-                    affinity[i, j] = iou + self.config.appearance * _similarity(histograms[i], track.histogram)
-        return _assign(affinity, tracks, range(len(masks)))
+            for j, track in enumerate(self.tracks):
+                iou, similarity = _iou(small, before[j]), _similarity(histograms[i], track.histogram)
+                if iou >= self.config.min_iou and (track.current or self._alike(similarity)):
+                    affinity[i, j] = iou + self.config.appearance * similarity
+        return _assign(affinity, self.tracks, range(len(masks)))
+
+    def _alike(self, similarity: float) -> bool:
+        """Whether an instance of this similarity may be that of a track that waits."""
+        return not self.config.appearance or similarity >= self.config.min_similarity
 
     def _link_by_appearance(
         self,
@@ -165,9 +171,9 @@ class Tracker:
                 # The motion goes on while the object is hidden.
                 ahead = track.centre + (track.missing + 1) * track.velocity
                 distance = min(np.linalg.norm(centres[index] - place) for place in (track.centre, ahead)) / reach
-                similarity = _similarity(histograms[index], track.histogram) if self.config.appearance else 1.0
-                if similarity >= self.config.min_similarity and distance <= 1:
-                    affinity[i, j] = similarity - 0.5 * distance
+                similarity = _similarity(histograms[index], track.histogram)
+                if distance <= 1 and self._alike(similarity):
+                    affinity[i, j] = bool(self.config.appearance) * similarity - 0.5 * distance
         owners |= _assign(affinity, tracks, free)
 
     def _begin(self, mask: np.ndarray, histogram: np.ndarray, centre: np.ndarray) -> _Track:
