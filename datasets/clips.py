@@ -36,8 +36,8 @@ class Clip:
     Raises InputError when the file is missing, is no clip, or has no frame that OpenCV decodes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         if not os.path.isfile(path):
             raise InputError(f"there is no clip {path}; check the path")
         if os.path.getsize(path) == 0:

@@ -315,7 +315,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     (
         "engine/tracking.py",
         "test_video.py",
-        "numbers or flow or appearance or hidden or carried or merged",
+        "numbers or flow or appearance or hidden or carried or merge",
     ): [
         ("if iou >= self.config.min_iou and", "if iou >= 0 and"),
         ("iou + self.config.appearance * _similarity", "iou + 0 * _similarity"),

@@ -139,6 +139,15 @@ def test_a_merged_instance_is_divided_between_its_tracks():
         assert (mask == masks[number - 1]).mean() > 0.99
 
 
+def test_an_object_at_rest_is_found_after_a_merger():
+    """The network merges a disc with a larger one for some frames, and then finds it alone."""
+    small, large = disc((48, 34), 11), disc((48, 62), 15)
+    image = picture([((48, 34), 11, COLOURS[0]), ((48, 62), 15, COLOURS[1])])
+    frames = [(image, [small, large])] * 4 + [(image, [small | large])] * 6 + [(image, [small])]
+    numbers = numbers_of(TrackingConfig(window=1), frames)
+    assert numbers[:4] == [[1, 2]] * 4 and numbers[4:] == [[2]] * 6 + [[1]]
+
+
 def test_an_object_that_leaves_is_not_carried_for_ever():
     tracker, image, masks = Tracker(), picture([((48, 48), 12, COLOURS[0])]), [disc((48, 48), 12)]
     for _ in range(12):
@@ -276,11 +285,11 @@ def positions(time):
 
 
 def write_clip(path, frames=20, codec="mp4v", size=SIZE, noise=0):
-    """A clip of two discs that move past each other; returns its path."""
+    """A clip of two discs that move past each other, and back after 27 frames; returns its path."""
     rng = np.random.default_rng(0)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 12.0, (size, size))
     for time in range(frames):
-        image = picture([(centre, 12, colour) for centre, colour in zip(positions(time % 28), COLOURS)], size)
+        image = picture([(centre, 12, colour) for centre, colour in zip(positions(27 - abs(27 - time % 54)), COLOURS)], size)
         image = np.clip(image + rng.integers(-noise, noise + 1, image.shape), 0, 255).astype(np.uint8)
         writer.write(image[..., ::-1].copy())
     writer.release()
