@@ -377,11 +377,11 @@ def process(
     workers: int = 1,
     saliency_dir: Path | None = None,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
-    read: Callable[[Any], np.ndarray] = read_image,
+    read: Callable[[Any], np.ndarray] | None = None,
 ) -> Generator[T | InputError, None, None]:
     """Predict the photographs at ``paths``; loading, network, and fusion with ``finish`` run at the same time.
 
-    read: reads what ``paths`` holds, uint8 RGB [H,W,3]; other things than paths may be given with it, such as frames.
+    read: reads one item of ``paths`` as uint8 RGB [H,W,3], where these are no files but frames of a clip.
     finish(path, image, prediction), with the photograph uint8 RGB [H,W,3], is called in one of ``workers`` threads.
     saliency_dir: a folder of <stem>.png maps that replace S, or None. transform: a change of the photograph, uint8 RGB
     to uint8 RGB, before the network; the prediction keeps the size of the photograph. Returns an iterator over what
@@ -391,7 +391,7 @@ def process(
 
     def load(path: Any) -> Any:
         try:
-            image = read(path)
+            image = (read or read_image)(path)
             saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
             return path, image, saliency, predictor.prepare(transform(image) if transform else image)
         except InputError as error:

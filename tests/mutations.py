@@ -318,7 +318,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         "numbers or flow or appearance or hidden or carried or merge",
     ): [
         ("if iou >= self.config.min_iou and", "if iou >= 0 and"),
-        ("iou + self.config.appearance * _similarity", "iou + 0 * _similarity"),
+        ("affinity[i, j] = iou + self.config.appearance * similarity", "affinity[i, j] = iou"),
         ("if distance <= 1 and self._alike(similarity):", "if distance <= 1:"),
         ("(track.current or self._alike(similarity))", "track.current"),
         ("track.centre + (track.missing + 1) * track.velocity", "track.centre"),

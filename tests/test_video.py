@@ -1,6 +1,7 @@
 """Clips: reading, linking of instances, the files infer.py writes, and the study of tracking on made clips."""
 
 import json
+import struct
 import tracemalloc
 from dataclasses import replace
 from functools import partial
@@ -289,7 +290,9 @@ def write_clip(path, frames=20, codec="mp4v", size=SIZE, noise=0):
     rng = np.random.default_rng(0)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 12.0, (size, size))
     for time in range(frames):
-        image = picture([(centre, 12, colour) for centre, colour in zip(positions(27 - abs(27 - time % 54)), COLOURS)], size)
+        image = picture(
+            [(centre, 12, colour) for centre, colour in zip(positions(27 - abs(27 - time % 54)), COLOURS)], size
+        )
         image = np.clip(image + rng.integers(-noise, noise + 1, image.shape), 0, 255).astype(np.uint8)
         writer.write(image[..., ::-1].copy())
     writer.release()
@@ -353,6 +356,16 @@ def test_containers(discs, tmp_path, suffix, codec):
     clip = write_clip(tmp_path / f"clip{suffix}", 5, codec)
     assert call("--img", clip, "--out", tmp_path / "out") == 0
     assert len(list((tmp_path / "out" / "clip").glob("*.png"))) == 5
+
+
+def test_clips_of_phones_are_turned_upright(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", 3)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44  # of the track's header: a quarter turn clockwise
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    turned = next(Clip(write_clip(tmp_path / "plain.mp4", 3)).frames()).image
+    path.write_bytes(data)
+    assert np.abs(next(Clip(path).frames()).image.astype(int) - np.rot90(turned, -1)).mean() < 2
 
 
 def test_broken_frames_cost_themselves(discs, tmp_path, capsys):
