@@ -1,12 +1,15 @@
-"""Find the salient instances of photographs.
+"""Find the salient instances of photographs and video clips.
 
     python infer.py --img x.jpg                     # one photograph; the bundled weights unless you trained your own
     python infer.py --img photos/*.jpg --visualize  # files, folders and patterns; also S, B and V as pictures
     python infer.py --img photos --weights runs/mine/weights_pts.pt --out results
+    python infer.py --img clip.mp4                  # a clip: the same numbers through all frames (docs/video.md)
 
 For every photograph <stem>_instances.png (palette indices: 0 background, 1..N by descending score) and
 <stem>_overlay.png are written at its own size, and predictions.json holds all instances as COCO result records.
-Loading, network and fusion run at the same time. A run that was stopped continues with the same command.
+Loading, network and fusion run at the same time. A run that was stopped continues with the same command; a clip is
+then begun anew. For a clip <stem>_instances.mp4, the label maps <stem>/<frame>.png (values: track numbers) and
+<stem>_tracks.json (as in YouTube-VIS) are written.
 
 From Python: ``from infer import Predictor``.
 """
@@ -68,7 +71,7 @@ def get_args_parser() -> Parser:
         required=True,
         type=path_of,
         metavar="PATH",
-        help="photographs, folders of them, or globs",
+        help="photographs, clips (.mp4 .avi .mov .mkv .webm), folders of them, or globs",
     )
     files.add_argument("--out", type=path_of, default=Path("output"), help="folder for the results")
     files.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
@@ -135,12 +138,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError]) -> int:
-    """Write the results of the photographs ``paths``; returns the exit code.
+    """Write the results of the photographs and clips ``paths``; returns the exit code.
 
     args: of ``get_args_parser``. failed: the errors of the sources that ``list_photographs`` could not use. The code is
     0, 1 when a part of what was asked for failed, or 2 when all of it did.
     """
+    from datasets.listing import CLIP_SUFFIXES
+
     requested = len(paths) + len(failed)
+    clips = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES]
+    paths = [path for path in paths if path not in clips]
+    if clips and args.saliency_dir:
+        raise InputError("--saliency-dir has maps for photographs alone; leave it out, or leave out the clips")
     with gc_disabled():
         from tqdm import tqdm
 
@@ -159,6 +168,11 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     results = Results(make_folder(args.out), identity, maps, args.saliency_dir, ids)
     paths, clashes = results.without_clashes(paths)
     failed += clashes
+    if clips:
+        from engine import video
+
+        clips, clashes = video.without_clashes(clips, paths, results.folder)
+        failed += clashes
     if ids:
         ids([path.stem for path in paths])  # raises its InputError before the work begins
     own = distributed.shard(paths)
@@ -175,6 +189,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
     written: list[list[Path]] = []
     errors: list[InputError] = []
+    problems: list[InputError] = []  # of clips whose results lack some frames
     silent = len(paths) < 2 or not distributed.is_main()
     try:
         with closing(found):
@@ -184,15 +199,27 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
                     errors.append(result)
                 else:
                     written.append(result)
+        for clip in distributed.shard(clips):
+            try:
+                of_clip, lacking = video.process_clip(
+                    clip, results.folder, predictor, batch_size, args.workers or default_workers()
+                )
+            except InputError as error:
+                errors.append(error)
+            else:
+                written.append(of_clip)
+                problems += lacking
     except BaseException:
         results.save(paths)
         raise
     written, errors = distributed.gather(written), distributed.gather(errors)
+    problems = distributed.gather(problems)
     if not distributed.is_main():
         return 0
 
     failed += errors
     all_failed, records = len(failed) == requested, None
+    failed += problems
     try:
         records = results.save(paths)
     except InputError as error:
@@ -212,17 +239,17 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
 
 
 def list_photographs(sources: Sequence[Path]) -> tuple[list[Path], list[InputError]]:
-    """The photographs that files, folders and globs name, each once, and the errors of the sources that name none.
+    """The photographs and clips that files, folders and globs name, each once, and errors of sources that name none.
 
-    Files that are skipped in a folder are named on stderr. Raises the first error when there is no photograph at all.
+    Files that are skipped in a folder are named on stderr. Raises the first error when there is nothing at all.
     """
-    from datasets.listing import list_images
+    from datasets.listing import CLIP_SUFFIXES, SUFFIXES, list_images
 
     found: dict[str, Path] = {}
     failed = []
     for source in sources:
         try:
-            listed = list_images(source, report=partial(print, file=sys.stderr))
+            listed = list_images(source, report=partial(print, file=sys.stderr), suffixes=SUFFIXES + CLIP_SUFFIXES)
         except InputError as error:
             failed.append(error)
         else:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
 
@@ -16,14 +16,21 @@ READABLE = (
     "JPEG, PNG, WebP, TIFF, GIF, BMP, AVIF, HEIC, JPEG 2000, PPM or ICO"  # the formats of these suffixes, for messages
 )
 
+CLIP_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
 _RESULTS = ("_instances", "_overlay", "_saliency", "_boundary", "_offsets")  # what infer.py appends to a stem
 _SILENTLY_SKIPPED = ("predictions.json", "labels.csv", "thumbs.db", "desktop.ini")
 
 
-def list_images(source: str | Path, report: Callable[[str], object] | None = None, results: bool = False) -> list[Path]:
+def list_images(
+    source: str | Path,
+    report: Callable[[str], object] | None = None,
+    results: bool = False,
+    suffixes: Sequence[str] = SUFFIXES,
+) -> list[Path]:
     """The image files that ``source`` names, sorted.
 
-    source: a file (of any suffix), a folder (the images in it, not those of its subfolders; those of ``SUFFIXES`` in
+    source: a file (of any suffix), a folder (the images in it, not those of its subfolders; those of ``suffixes`` in
     any case) or a glob pattern such as ``photos/*.jpg`` or ``photos/**``; brackets in the name of an existing file or
     folder are no pattern. A leading ~ is the home folder. Hidden files are skipped, and so are the pictures that
     infer.py wrote, unless ``results``.
@@ -48,7 +55,7 @@ def list_images(source: str | Path, report: Callable[[str], object] | None = Non
     visible = [entry for entry in entries if not entry.name.startswith(".")]
     files = [entry for entry in visible if os.path.isfile(entry)]
     written = set() if results else _results_of_infer(files)
-    images = [file for file in files if file.suffix.lower() in SUFFIXES and file not in written]
+    images = [file for file in files if file.suffix.lower() in suffixes and file not in written]
     skipped = _describe_skipped(path, set(visible) - set(images) - written)
     if written and not images:
         skipped = f"{len(written)} results of infer.py{'; ' * bool(skipped)}{skipped}"
@@ -79,12 +86,15 @@ def _matches(path: Path) -> list[Path]:
 
 def _results_of_infer(files: list[Path]) -> set[Path]:
     """The ``files`` that infer.py wrote: <stem>_<result>.png beside predictions.json, or beside the photograph <stem>
-    and its instances."""
+    and its instances; of a clip <stem>_instances.mp4 and <stem>/*.png, with <stem>_tracks.json."""
     names, stems = set(files), {(file.parent, file.stem) for file in files if file.suffix.lower() in SUFFIXES}
     recorded = {folder for folder in {file.parent for file in files} if os.path.isfile(folder / "predictions.json")}
     written = set()
     for file in files:
         stem, _, kind = file.stem.rpartition("_")
+        clip = file.with_name(stem) if file.suffix == ".mp4" and kind == "instances" else file.parent
+        if file.suffix in (".mp4", ".png") and os.path.isfile(clip.with_name(f"{clip.name}_tracks.json")):
+            written.add(file)
         if stem and file.suffix == ".png" and f"_{kind}" in _RESULTS:
             beside = (file.parent, stem) in stems and file.with_name(f"{stem}_instances.png") in names
             if file.parent in recorded or beside:
@@ -95,7 +105,7 @@ def _results_of_infer(files: list[Path]) -> set[Path]:
 def _describe_skipped(source: Path, entries: Iterable[Path]) -> str:
     """One sentence about the skipped files and subfolders; "" without any."""
     entries = sorted(entries)
-    folders = sum(os.path.isdir(entry) for entry in entries)
+    folders = sum(os.path.isdir(entry) and not os.path.isfile(f"{entry}_tracks.json") for entry in entries)
     files = [entry for entry in entries if not os.path.isdir(entry) and not _is_silently_skipped(entry.name.lower())]
     kinds = Counter(_kind_of_entry(file) for file in files)
     several = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
@@ -110,6 +120,8 @@ def _describe_skipped(source: Path, entries: Iterable[Path]) -> str:
 
 
 def _is_silently_skipped(name: str) -> bool:
+    if name.endswith("_tracks.json"):
+        return True
     return name in _SILENTLY_SKIPPED or (name.startswith("finished-") and name.endswith(".jsonl"))  # infer.py's journal
 
 

@@ -72,8 +72,12 @@ def match_instances(masks: Iterable[np.ndarray], scores: Sequence[float] | np.nd
     ious, counts = mask_ious(masks, gt)
     if len(scores) != len(ious):
         raise ValueError(f"{len(ious)} masks came with {len(scores)} scores")
+    return match_ious(ious[counts], scores[counts])
+
+
+def match_ious(ious: np.ndarray, scores: np.ndarray) -> ImageResult:
+    """``match_instances`` for IoUs [n, g] in 0..1 of n predictions of scores [n] with g instances."""
     order = np.argsort(-scores, kind="stable")
-    order = order[counts[order]]
     return ImageResult(scores[order], _greedy_hits(ious[order]), ious.shape[1])
 
 

@@ -370,16 +370,18 @@ def default_workers() -> int:
 
 
 def process(
-    paths: Iterable[Path],
+    paths: Iterable[Any],
     predictor: Predictor,
-    finish: Callable[[Path, np.ndarray, Prediction], T],
+    finish: Callable[[Any, np.ndarray, Prediction], T],
     batch_size: int,
     workers: int = 1,
     saliency_dir: Path | None = None,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    read: Callable[[Any], np.ndarray] | None = None,
 ) -> Generator[T | InputError, None, None]:
     """Predict the photographs at ``paths``; loading, network, and fusion with ``finish`` run at the same time.
 
+    read: reads one item of ``paths`` as uint8 RGB [H,W,3], where these are no files but frames of a clip.
     finish(path, image, prediction), with the photograph uint8 RGB [H,W,3], is called in one of ``workers`` threads.
     saliency_dir: a folder of <stem>.png maps that replace S, or None. transform: a change of the photograph, uint8 RGB
     to uint8 RGB, before the network; the prediction keeps the size of the photograph. Returns an iterator over what
@@ -387,9 +389,9 @@ def process(
     finished. At most about 3 * batch_size + 2 * workers photographs are in memory at once.
     """
 
-    def load(path: Path) -> Any:
+    def load(path: Any) -> Any:
         try:
-            image = read_image(path)
+            image = (read or read_image)(path)
             saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
             return path, image, saliency, predictor.prepare(transform(image) if transform else image)
         except InputError as error:
@@ -418,7 +420,7 @@ def process(
     yield from map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)
 
 
-def _too_large(path: Path) -> InputError:
+def _too_large(path: Any) -> InputError:
     return InputError(f"{path} needs more memory than there is; reduce it, or give fewer --workers")
 
 

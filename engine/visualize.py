@@ -1,6 +1,7 @@
 """Pictures of maps and of results. Arrays are uint8 RGB [H,W,3] unless said otherwise."""
 
 import colorsys
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -44,17 +45,26 @@ def mark(picture: np.ndarray, points: np.ndarray) -> np.ndarray:
     return picture
 
 
-def overlay(image: np.ndarray, masks: np.ndarray, scores: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+def overlay(
+    image: np.ndarray,
+    masks: np.ndarray,
+    scores: np.ndarray,
+    centroids: np.ndarray,
+    numbers: Sequence[int] | None = None,
+) -> np.ndarray:
     """A photograph with its instances tinted, outlined, and labelled with their scores at their centroids.
 
     image: uint8 RGB [H,W,3]; masks: bool [n,H,W]; scores: n values in 0..1; centroids: (y, x) in image pixels
-    [n,2]. The rest of the photograph is shown in grey.
+    [n,2]. The rest of the photograph is shown in grey. numbers: n of 1, 2, ..., of tracks in a clip, which then choose
+    the colours and are the labels.
     """
     height, width = image.shape[:2]
     rest = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     picture = cv2.addWeighted(image, 0.35, rest, 0.45, 0)
     thickness = max(1, round(max(height, width) / 300))
-    colours = instance_colours(len(masks))
+    places = range(len(masks)) if numbers is None else [number - 1 for number in numbers]
+    colours = instance_colours(max(places, default=-1) + 1)[list(places)]
+    labels = [f"{score:.2f}" for score in scores] if numbers is None else list(map(str, numbers))
     for mask, colour in zip(masks, colours, strict=True):
         picture[mask] = 0.65 * image[mask] + 0.35 * colour
     for mask, colour in zip(masks, colours, strict=True):
@@ -63,8 +73,7 @@ def overlay(image: np.ndarray, masks: np.ndarray, scores: np.ndarray, centroids:
         cv2.drawContours(picture, contours, -1, colour.tolist(), thickness, cv2.LINE_AA)
     picture = mark(picture, centroids)
     scale = max(0.35, max(height, width) / 1100)
-    for score, colour, (y, x) in zip(scores, colours, centroids, strict=True):
-        text = f"{score:.2f}"
+    for text, colour, (y, x) in zip(labels, colours, centroids, strict=True):
         (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
         left = int(np.clip(x + 8 * scale, 0, max(0, width - w - 4)))
         top = int(np.clip(y - 8 * scale, h + 4, max(h + 4, height - base)))

@@ -295,6 +295,22 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("response >= PEAK_THRESH * response.max()", "response >= 0"),
         ("min(response.shape) // 6", "min(response.shape)"),
     ],
+    # ---- clips
+    (
+        "engine/tracking.py",
+        "test_video.py",
+        "numbers or flow or appearance or hidden or carried or merge",
+    ): [
+        ("if iou >= self.config.min_iou and", "if iou >= 0 and"),
+        ("affinity[i, j] = iou + self.config.appearance * similarity", "affinity[i, j] = iou"),
+        ("if distance <= 1 and self._alike(similarity):", "if distance <= 1:"),
+        ("(track.current or self._alike(similarity))", "track.current"),
+        ("track.centre + (track.missing + 1) * track.velocity", "track.centre"),
+        ("lacking = round(float(np.mean(self.counts))) - len(masks)", "lacking = 0"),
+        ("masks[:] = [instance & ~mask for instance in masks]", "pass"),
+        ("mask = _moved(track.mask, flow) & ~covered", "mask = track.mask & ~covered"),
+        ("track.current or track.missing <= self.config.wait]", "True]"),
+    ],
 }
 
 
