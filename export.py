@@ -1,6 +1,6 @@
 """Export the network, from images to S, B, V and count probabilities, with torch.export.
 
-    python export.py --out wsid.pt2                          # the default weights of infer.py
+    python export.py --out wsid.pt2                          # runs/default, else the bundled WSID-Net
     python export.py --weights runs/mine/weights_pts.pt --out wsid.pt2
 
 The file runs without this repository: torch.export.load("wsid.pt2").module()(image, edges), with image RGB
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from engine.predictor import default_weights
+from engine.predictor import BUNDLED_WSID_NET, default_weights
 from models.wsid_net import WSIDNet, load_weights
 from utils import files
 from utils.cli import InputError, Parser, path_of, run
@@ -58,7 +58,9 @@ def difference(net: WSIDNet, program: ExportedProgram) -> float:
 def get_args_parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument(
+        "--weights", type=path_of, help="of a WSID-Net; default: those of runs/default, else the bundled ones"
+    )
     parser.add_argument("--out", type=path_of, default=Path("wsid.pt2"), help="file to write")
     return parser
 
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     if args.out.exists() and not args.out.is_file() or not args.out.parent.is_dir():
         raise InputError(f"cannot write {args.out}: it must be a file in a folder that exists")
-    net = load_weights(args.weights or default_weights())
+    net = load_weights(args.weights or default_weights(BUNDLED_WSID_NET))
     # Contiguous weights: torch.export takes channels-last ones for views of larger tensors, and warns.
     net = net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     program = export_network(net)

@@ -1,6 +1,6 @@
 """Train a Mask R-CNN on the instances that a trained network finds, the usual last step of weakly supervised methods.
 
-    python train_student.py --data data --gpu 0                  # teacher: the weights that infer.py takes
+    python train_student.py --data data --gpu 0                  # teacher: runs/default, else the bundled WSID-Net
     python train_student.py --data voc ilso --teacher runs/mine/weights_pts.pt --out runs/mine_student --rounds 2
     tensorboard --logdir runs
 
@@ -13,7 +13,7 @@ the command is repeated.
 from datasets.training import read_samples
 from engine import options
 from engine.config import StudentTrainingConfig, settings_of
-from engine.predictor import default_weights
+from engine.predictor import BUNDLED_WSID_NET, default_weights
 from engine.student import StudentRun, train_student
 from engine.trainer import prepare_machine
 from utils import distributed
@@ -23,7 +23,12 @@ from utils.cli import Parser, path_of, run
 def get_args_parser() -> Parser:
     parser = Parser(description=__doc__)
     group = options.add_run_options(parser, "runs/student", presets=False)
-    group.add_argument("--teacher", type=path_of, metavar="FILE", help="weights; default: those that infer.py takes")
+    group.add_argument(
+        "--teacher",
+        type=path_of,
+        metavar="FILE",
+        help="weights; default: those of runs/default, else those of the bundled WSID-Net",
+    )
     group.add_argument(
         "--init",
         default="teacher",
@@ -60,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = options.machine_of(args)
     device = prepare_machine(machine, args.seed, [config.schedule.batch_size])
     samples = read_samples(args.data)
-    teacher = args.teacher or default_weights()
+    teacher = args.teacher or default_weights(BUNDLED_WSID_NET)
     result = train_student(
         StudentRun(args.out, samples, teacher, config, machine, device, args.seed, args.init, args.backbone_weights)
     )

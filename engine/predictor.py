@@ -35,33 +35,31 @@ if TYPE_CHECKING:
     from models.mask_rcnn import Detections
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_WEIGHTS = (
-    Path("runs/default/weights_pts.pt"),
-    Path("runs/default/weights.pt"),
-    ROOT / "weights" / "wsid_net.pt",
-)
+OWN_WEIGHTS = Path("runs/default/weights_pts.pt"), Path("runs/default/weights.pt")
+# The bundled networks: the student network, and a WSID-Net, for what needs S, B and V.
+BUNDLED_STUDENT, BUNDLED_WSID_NET = (ROOT / "weights" / name for name in ("student.pt", "wsid_net.pt"))
 
 # Of the network: RGB [1,3,S,S] in 0..1 and, but for a student network, Canny edges [1,1,S,S] of 0 and 1.
 Input = tuple[Tensor, ...]
 T = TypeVar("T")
 
 
-def default_weights() -> Path:
-    """The weights used when none are named: those of runs/default, else the bundled ones.
+def default_weights(bundled: Path = BUNDLED_STUDENT) -> Path:
+    """The weights used when none are named: those of runs/default, else the ``bundled`` ones.
 
     Raises InputError when runs/default/weights_pts.pt was not trained from the weights.pt beside it, or when there is
     no weights file at all.
     """
-    for path in DEFAULT_WEIGHTS:
+    for path in (*OWN_WEIGHTS, bundled):
         if path.exists():
-            progressive, initial = DEFAULT_WEIGHTS[:2]
+            progressive, initial = OWN_WEIGHTS
             if path == progressive and initial.exists() and not goes_on_from(progressive, initial):
                 raise InputError(
                     f"{progressive} was made from another {initial.name} than the one beside it; run "
                     "train_pts.py anew, or name one of them with --weights"
                 )
             return path
-    raise InputError(f"there are no weights at {DEFAULT_WEIGHTS[-1]}; train a run or name a file with --weights")
+    raise InputError(f"there are no weights at {bundled}; train a run or name a file with --weights")
 
 
 @dataclass
@@ -159,7 +157,8 @@ class Predictor:
             for name, given in (("method", method != METHODS[0]), ("fusion", bool(settings))):
                 if given:
                     raise InputError(
-                        f"{self.weights} holds a student network, which has no choice of {name}; leave it out"
+                        f"{self.weights} holds a student network, which has no choice of {name}; leave it out, or "
+                        f"name the weights of a WSID-Net, such as {BUNDLED_WSID_NET}"
                     )
             self.method, self.settings = STUDENT, FusionConfig()
         self.bf16 = amp == "bf16" or (amp == "auto" and bfloat16_pays(self.device))
@@ -275,7 +274,10 @@ class Predictor:
         count = self.count if count is None else count
         if not isinstance(maps, Maps):
             if saliency is not None:
-                raise InputError(f"{self.weights} holds a student network, which takes no saliency map; leave it out")
+                raise InputError(
+                    f"{self.weights} holds a student network, which takes no saliency map; leave it out, or name the "
+                    f"weights of a WSID-Net, such as {BUNDLED_WSID_NET}"
+                )
             return self._of_detections(maps, size, count)
         with self._fusion_stream(maps.ready):
             s, b, v = (m.to(self.fusion_device) for m in maps[:3])

@@ -22,7 +22,7 @@ from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from engine.metrics import ImageResult, match_instances, summarize
 from engine.predictions import check_size
-from engine.predictor import Maps, Predictor
+from engine.predictor import BUNDLED_WSID_NET, Maps, Predictor, default_weights
 from engine.report import format_table
 from models.count_head import one_hot_count
 from models.wsid_net import WSIDNet
@@ -75,7 +75,9 @@ def with_truth(maps: Maps, gt: np.ndarray, replaced: str) -> Maps:
 
 def get_args_parser() -> Parser:
     parser = Parser(prog="python -m experiments.oracle_study", description=__doc__)
-    parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
+    parser.add_argument(
+        "--weights", type=path_of, help="of a WSID-Net; default: those of runs/default, else the bundled ones"
+    )
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
@@ -84,7 +86,8 @@ def get_args_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    predictor = Predictor(args.weights, select_device(args.gpu), settings=args.fusion)
+    weights = args.weights or default_weights(BUNDLED_WSID_NET)
+    predictor = Predictor(weights, select_device(args.gpu), settings=args.fusion)
     if not isinstance(predictor.net, WSIDNet):
         raise InputError(f"{predictor.weights} holds a student network, without S, B and V; name those of a WSID-Net")
     results: dict[str, list[ImageResult]] = {row: [] for row in ROWS}

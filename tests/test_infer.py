@@ -30,7 +30,8 @@ from datasets.images import read_image
 from datasets.masks import decode_rle, read_instance_mask
 from engine import visualize
 from engine.predictor import (
-    DEFAULT_WEIGHTS,
+    BUNDLED_STUDENT,
+    BUNDLED_WSID_NET,
     ROOT,
     Predictor,
     as_rgb,
@@ -63,7 +64,6 @@ def weights(tmp_path_factory):
 call = partial(conftest.call, infer.main)
 
 
-BUNDLED = DEFAULT_WEIGHTS[-1]
 ALL_SCORES = FusionConfig(min_score=0)  # the scores of an untrained network are low
 
 
@@ -218,7 +218,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, tmp_path, capsys):
 
 
 def test_a_batch_equals_its_photographs_one_by_one():
-    predictor = Predictor(BUNDLED, amp="off")
+    predictor = Predictor(BUNDLED_WSID_NET, amp="off")
     images = [cat(40, 60), cat(90, 30), cat(300, 451)]
     given = [None, np.linspace(0, 1, 900, dtype=np.float32).reshape(30, 30), None]
     for together, alone in zip(predictor.predict_batch(images, given), map(predictor.predict, images, given)):
@@ -244,7 +244,7 @@ def test_results_do_not_depend_on_batches_and_threads(tmp_path, capsys):
     printed = []
     for name, options in (("single", (1, 1)), ("batches", (3, 2)), ("all", (50, 4))):
         options = ("--batch-size", options[0], "--workers", options[1], "--visualize", "--amp", "off")
-        assert call("--img", photographs, "--weights", BUNDLED, "--out", tmp_path / name, *options) == 1
+        assert call("--img", photographs, "--weights", BUNDLED_WSID_NET, "--out", tmp_path / name, *options) == 1
         text, errors = capsys.readouterr()
         assert errors.splitlines()[-1].startswith("error: ") and "cut.jpg" in errors.splitlines()[-1]
         printed.append(text.replace(str(tmp_path / name), "OUT"))
@@ -370,7 +370,7 @@ def test_weights_of_another_kind(weights, tmp_path, change):
 def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bundled = default_weights()
-    assert bundled.parent.name == "weights" and bundled.exists()
+    assert bundled.parent.name == "weights" and bundled.exists() and default_weights(BUNDLED_WSID_NET).exists()
     run_ = tmp_path / "runs" / "default"
     run_.mkdir(parents=True)
     (run_ / "weights.pt").touch()
@@ -387,9 +387,10 @@ def test_default_weights_prefer_the_runs(tmp_path, monkeypatch):
         default_weights()
 
 
-def test_bundled_weights_find_the_cat():
+@pytest.mark.parametrize("bundled", [BUNDLED_STUDENT, BUNDLED_WSID_NET])
+def test_bundled_weights_find_the_cat(bundled):
     image = read_image(ROOT / "samples" / "cat.jpg")
-    prediction = Predictor(default_weights()).predict(image)
+    prediction = Predictor(bundled).predict(image)
     assert len(prediction.masks) >= 1
     height, width = image.shape[:2]
     middle = prediction.masks.any(0)[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
