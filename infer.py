@@ -32,7 +32,7 @@ for name in ("datasets", "engine", "models", "ops", "utils"):
 
 # Only what checking the arguments needs: importing torch takes longer than a photograph.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.cli import InputError, Parser, add_gpu_option, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
 from utils.lazy import gc_disabled  # noqa: E402
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def get_args_parser() -> Parser:
     )
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
-    machine.add_argument("--gpu", type=integer(-1), default=-1, help="CUDA device; -1 is the CPU")
+    add_gpu_option(machine)
     machine.add_argument(
         "--batch-size", type=integer(1, 4096), help="photographs per pass; default: 16 on a GPU, 2 on the CPU"
     )

@@ -35,7 +35,7 @@ from engine.results import PICTURES, write_results
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
-from utils.cli import select_device
+from utils.cli import add_gpu_option, select_device
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
 
@@ -221,7 +221,7 @@ def growth(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.n
 def main() -> None:
     """Run the benchmarks that are asked for and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device, -1 for the CPU (default)")
+    add_gpu_option(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()), help="as for infer.py")
     parser.add_argument("--repeats", type=int, default=5)
