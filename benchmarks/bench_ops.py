@@ -24,7 +24,7 @@ import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from measure import CPU, Row, check, compare, device_name, peak_memory, record, timed, write_records
+from measure import Row, check, compare, device_name, peak_memory, record, timed, write_records
 from torch import Tensor
 
 import ops
