@@ -124,7 +124,7 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
 
 def write(out: Path, path: Path, image: np.ndarray, prediction: Prediction) -> Any:
     """Write the pictures that infer.py writes for one photograph."""
-    return write_results([out / f"{path.stem}_{kind}.png" for kind in PICTURES], path.stem, image, prediction)
+    return write_results(out, path, PICTURES, image, prediction)
 
 
 def run_stages(predictor: Predictor, paths: Sequence[Path], out: Path) -> dict[str, float]:

@@ -124,7 +124,8 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
             assert record["category_id"] == 1 and 0 < record["score"] <= 1
             assert np.array_equal(decode_rle(record["segmentation"]).astype(bool), labels == number)
         for kind in ("overlay", "saliency", "boundary", "offsets"):
-            assert cv2.imread(str(tmp_path / "out" / f"{path.stem}_{kind}.png")).shape == size
+            name = f"{path.stem}_{kind}.{'jpg' if kind == 'overlay' else 'png'}"
+            assert cv2.imread(str(tmp_path / "out" / name)).shape == size
     assert records, "the network was made to find something"
     assert str(weights) in capsys.readouterr().out
 
@@ -179,7 +180,7 @@ def test_folder_glob_and_file_name_the_same(weights, tmp_path):
     Image.fromarray(noise(30, 30)).save(tmp_path / "in" / "a b.png")
     for source in (tmp_path / "in", tmp_path / "in" / "*.png", tmp_path / "in" / "a b.png"):
         assert call("--img", source, "--weights", weights, "--out", tmp_path / "out") == 0
-        assert (tmp_path / "out" / "a b_overlay.png").exists()
+        assert (tmp_path / "out" / "a b_overlay.jpg").exists()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,8 @@ def test_a_batch_equals_its_photographs_one_by_one():
 
 def results(folder):
     """What infer.py wrote: (records, {file name: picture})."""
-    pictures = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in folder.glob("*.png")}
+    paths = [*folder.glob("*.png"), *folder.glob("*.jpg")]
+    pictures = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in paths}
     return json.loads((folder / "predictions.json").read_text()), pictures
 
 
@@ -564,7 +566,7 @@ def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
     assert run_(img=photographs / "p01.png") == (0, ["p01"], ["p00", "p01"]), "of one setting, the records stay"
     assert run_() == (0, ["p02"], ["p00", "p01", "p02"])
     Image.fromarray(noise(50, 50)).save(photographs / "p01.png")
-    (out / "p02_overlay.png").unlink()
+    (out / "p02_overlay.jpg").unlink()
     assert run_() == (0, ["p01", "p02"], ["p00", "p01", "p02"])
     (out / "p00_instances.png").unlink()
     assert run_(img=photographs / "p01.png") == (0, [], ["p01", "p02"]), "records of pictures that are there"
@@ -601,7 +603,7 @@ def test_impossible_names_are_skipped_with_an_error(weights, tmp_path, capsys):
     for name in (f"{long}.png", f"{'m' * 245}.png", os.fsdecode(b"b\xe4r \xff.png"), "a b.png", "~c.png", "[d].png"):
         shutil.copy(photographs / "p00.png", photographs / name)
     Image.fromarray(noise(30, 30)).save(photographs / "a b.jpg")
-    (out / "a b_overlay.png").mkdir(parents=True)
+    (out / "a b_overlay.jpg").mkdir(parents=True)
     options = ("--weights", weights, "--out", out, "--fusion", "min_score=0")
     files = [path for path in photographs.iterdir() if not path.name.startswith(("m", "a b"))]
     assert call("--img", photographs, tmp_path / "absent.png", *options) == 1
@@ -610,7 +612,7 @@ def test_impossible_names_are_skipped_with_an_error(weights, tmp_path, capsys):
     for words in ("shorten", "would write the same", "absent", "remove the folder of that name"):
         assert any(words in line for line in errors), words
     assert set(image_ids(out)) == {path.stem for path in files}
-    assert all((out / f"{path.stem}_overlay.png").is_file() for path in files)
+    assert all((out / f"{path.stem}_overlay.jpg").is_file() for path in files)
     assert not list(out.glob(".*.partial"))
     (tmp_path / "b").mkdir()
     assert call("--img", *files, *files, "--weights", weights, "--out", tmp_path / "b", "--fusion", "min_score=0") == 0

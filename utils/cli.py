@@ -249,8 +249,9 @@ def _print_once(line: str) -> None:
     print(line)
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create ``path`` (and its parents) and return it as a Path; InputError when it cannot be written to."""
+def make_folder(path: str | Path, option: str = "--out") -> Path:
+    """Create ``path`` (and its parents) and return it as a Path; InputError, which names ``option``, when it cannot be
+    written to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -258,5 +259,6 @@ def make_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to the folder {path} ({error.strerror}); choose another with --out") from error
+        remedy = f"choose another with {option}"
+        raise InputError(f"cannot write to the folder {path} ({error.strerror}); {remedy}") from error
     return path
