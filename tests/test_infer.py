@@ -851,8 +851,9 @@ def two_instances(weights, folder, *options):
     saliency[8:40, 4:28] = saliency[0:30, 40:64] = 255
     saliency[16:24, 10:18] = 0  # a hole
     for name, values in (("photo", saliency), ("void", saliency * 0)):
-        Image.fromarray(noise(48, 64)).save(photographs / f"{name}.png")
-        cv2.imwrite(str(maps / f"{name}.png"), values)
+        if not (maps / f"{name}.png").exists():
+            Image.fromarray(noise(48, 64)).save(photographs / f"{name}.png")
+            cv2.imwrite(str(maps / f"{name}.png"), values)
     out = folder / "out"
     common = ("--weights", weights, "--saliency-dir", maps, "--method", "components", "--fusion", "min_score=0")
     code = call("--img", photographs / "photo.png", photographs / "void.png", "--out", out, *common, *options)
@@ -876,9 +877,8 @@ def test_cutouts(weights, tmp_path):
         inside = {tuple(colour) for colour in crop[mask]}
         rim = (cutout[..., 3] > 0) & ~mask
         assert rim.any() and {tuple(colour) for colour in cutout[rim][:, :3]} <= inside, "nothing of the background"
-        assert (
-            (cutout[mask][:, 3] > 50).all() and (cutout[rim][:, 3] < 128).all() and len(np.unique(cutout[..., 3])) > 5
-        )
+        assert cutout[mask][:, 3].min() > 50 and len(np.unique(cutout[..., 3])) > 5
+        assert np.median(cutout[mask][:, 3]) == 255 and np.median(cutout[rim][:, 3]) < 128
         assert not cutout[cutout[..., 3] == 0].any()
         distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_C, 3)
         assert not cutout[distance > 2].any() and mask[2 : mask.shape[0] - 2, 2 : mask.shape[1] - 2].sum() > 0
@@ -889,7 +889,8 @@ def test_cutouts(weights, tmp_path):
 def test_cutouts_of_an_earlier_result_are_removed(weights, tmp_path):
     assert two_instances(weights, tmp_path, "--cutouts")[0] == 0
     cv2.imwrite(str(tmp_path / "out" / "void_cutout1.png"), noise(9, 9))
-    (tmp_path / "out" / "photo_cutout1.png").unlink()
+    for name in ("void_instances.png", "photo_cutout1.png"):
+        (tmp_path / "out" / name).unlink()
     assert two_instances(weights, tmp_path, "--cutouts")[0] == 0
     assert {path.name for path in (tmp_path / "out").glob("*_cutout*")} == {
         "photo_cutout1.png",
@@ -935,7 +936,6 @@ def test_a_coco_data_set(weights, tmp_path, capsys, polygons):
         assert annotation["bbox"] == box and annotation["area"] == exact.sum()
         assert isinstance(annotation["segmentation"], list) == polygons
         assert np.array_equal(mask, exact) if not polygons else (mask ^ exact).sum() < 0.1 * exact.sum()
-        assert mask.sum() < exact[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].size or exact.all()
     before = file.read_bytes()
     assert two_instances(weights, tmp_path, *options)[0] == 0
     assert "2 of 2 photographs are finished" in capsys.readouterr().out and file.read_bytes() == before
@@ -1011,9 +1011,8 @@ def test_outlines_are_exact_with_holes_and_parts():
     rng = np.random.default_rng(0)
     for number in range(60):
         shape = tuple(rng.integers(2, 50, 2))
-        mask = (
-            cv2.GaussianBlur(rng.random(shape, np.float32), (0, 0), 2) > 0.5 if number % 2 else rng.random(shape) < 0.6
-        )
+        values = rng.random(shape, np.float32)
+        mask = cv2.GaussianBlur(values, (0, 0), 2) > 0.5 if number % 2 else values < 0.6
         if mask.any():
             assert np.array_equal(decode_polygons(encode_polygons(mask), shape), mask)
     assert encode_polygons(np.zeros((5, 5), bool)) == []
