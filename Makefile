@@ -15,7 +15,7 @@ setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
 
 demo: setup
 	$(BIN)/python infer.py --img samples --out output
-	@echo; echo "The pictures:"; ls -1 "$(CURDIR)"/output/*_overlay.png
+	@echo; echo "The pictures:"; ls -1 "$(CURDIR)"/output/*_overlay.jpg
 
 test: setup $(VENV)/requirements-test.stamp
 	$(BIN)/ruff check .

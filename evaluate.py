@@ -39,7 +39,7 @@ from engine.predictions import coco_ids
 from engine.report import format_page, format_table
 from models import METHODS
 from utils import files
-from utils.cli import InputError, Parser, integer, number, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, number, path_of, run, select_device
 
 LISTED = 20  # the images that could not be measured are printed one by one up to so many
 
@@ -71,7 +71,7 @@ def get_args_parser() -> Parser:
         "--data", type=path_of, metavar="PATH[@SPLIT]", help="photographs with instance masks (docs/data.md)"
     )
     model.add_argument("--weights", type=path_of, metavar="FILE", help="default: those infer.py takes")
-    model.add_argument("--gpu", type=integer(-1), default=-1, metavar="N", help="CUDA device, -1 for the CPU")
+    add_gpu_option(model)
     model.add_argument("--method", choices=METHODS, help="as for infer.py; default: wsid")
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
     model.add_argument("--saliency-dir", type=path_of, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")

@@ -4,9 +4,11 @@
     python infer.py --img photos/*.jpg --visualize  # files, folders and patterns; also S, B and V as pictures
     python infer.py --img photos --weights runs/mine/weights_pts.pt --out results
     python infer.py --img clip.mp4                  # a clip: the same numbers through all frames (docs/video.md)
+    python infer.py --img photos --cutouts --labelme --coco salient.json      # for other tools, see docs/outputs.md
+    python infer.py --img - < x.jpg                 # a photograph from the standard input; its stem is stdin
 
 For every photograph <stem>_instances.png (palette indices: 0 background, 1..N by descending score) and
-<stem>_overlay.png are written at its own size, and predictions.json holds all instances as COCO result records.
+<stem>_overlay.jpg are written at its own size, and predictions.json holds all instances as COCO result records.
 Loading, network and fusion run at the same time. A run that was stopped continues with the same command; a clip is
 then begun anew. For a clip <stem>_instances.mp4, the label maps <stem>/<frame>.png (values: track numbers) and
 <stem>_tracks.json (as in YouTube-VIS) are written.
@@ -18,9 +20,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent
@@ -35,7 +38,7 @@ for name in ("datasets", "engine", "models", "ops", "utils"):
 
 # Only what checking the arguments needs: importing torch takes longer than a photograph.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.cli import InputError, Parser, add_gpu_option, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
 from utils.lazy import gc_disabled  # noqa: E402
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     )
 
 EXPORTED = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
+STDIN, STDIN_STEM = "-", "stdin"  # the value of --img for the standard input, and the stem of its photograph
 LISTED = 10  # the files written are printed one by one up to so many photographs
 
 
@@ -69,9 +73,10 @@ def get_args_parser() -> Parser:
         nargs="+",
         action="extend",
         required=True,
-        type=path_of,
+        type=lambda text: STDIN if text == STDIN else path_of(text),
         metavar="PATH",
-        help="photographs, clips (.mp4 .avi .mov .mkv .webm), folders of them, or globs",
+        help="photographs, clips (.mp4 .avi .mov .mkv .webm), folders of them, or globs; or - alone, one photograph "
+        "from the standard input",
     )
     files.add_argument("--out", type=path_of, default=Path("output"), help="folder for the results")
     files.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
@@ -84,7 +89,27 @@ def get_args_parser() -> Parser:
         metavar="FILE",
         help="image ids of this COCO annotation file instead of the stems of the photographs",
     )
-    files.add_argument("--visualize", action="store_true", help="also write S, B and V as pictures")
+
+    output = parser.add_argument_group("what is written, see docs/outputs.md")
+    output.add_argument("--visualize", action="store_true", help="also S, B and V as pictures")
+    output.add_argument(
+        "--cutouts",
+        action="store_true",
+        help="also every instance as a transparent picture, and their places in cutouts.json",
+    )
+    output.add_argument(
+        "--coco",
+        type=path_of,
+        metavar="FILE",
+        help="also a COCO data set of all photographs, for pycocotools, CVAT and others",
+    )
+    output.add_argument(
+        "--coco-polygons",
+        action="store_true",
+        help="simplified outlines in --coco in place of RLE, to be edited by hand; Label Studio needs them",
+    )
+    output.add_argument("--labelme", action="store_true", help="also <stem>.json for LabelMe, polygons")
+    output.add_argument("--no-overlay", dest="overlay", action="store_false", help="no <stem>_overlay.jpg")
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -110,7 +135,7 @@ def get_args_parser() -> Parser:
     )
 
     machine = parser.add_argument_group("machine; several GPUs: torchrun --nproc_per_node=N infer.py ...")
-    machine.add_argument("--gpu", type=integer(-1), default=-1, help="CUDA device; -1 is the CPU")
+    add_gpu_option(machine)
     machine.add_argument(
         "--batch-size", type=integer(1, 4096), help="photographs per pass; default: 16 on a GPU, 2 on the CPU"
     )
@@ -132,8 +157,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     if args.count and args.method != "wsid":
         raise InputError(f"--count has no meaning with --method {args.method}; leave one of the two out")
-    paths, failed = list_photographs(args.img)
-    with raise_on_sigterm():
+    check_coco(args)
+    with raise_on_sigterm(), ExitStack() as stack:
+        if STDIN in args.img:
+            if len(args.img) > 1 or args.labelme:
+                raise InputError("--img - takes no other paths and no --labelme; save the photograph to a file")
+            args.img = [read_stdin(Path(stack.enter_context(TemporaryDirectory())))]
+        paths, failed = list_photographs(args.img)
         return infer(args, paths, failed)
 
 
@@ -164,8 +194,12 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         )
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
-    maps = predictor.map_kinds if args.visualize else ()
-    results = Results(make_folder(args.out), identity, maps, args.saliency_dir, ids)
+    kinds = ["instances"]
+    kinds += ["overlay"] if args.overlay else []
+    kinds += predictor.map_kinds if args.visualize else []
+    kinds += ["cutouts"] if args.cutouts else []
+    kinds += ["labelme"] if args.labelme else []
+    results = Results(make_folder(args.out), identity, kinds, args.saliency_dir, ids, args.coco, args.coco_polygons)
     paths, clashes = results.without_clashes(paths)
     failed += clashes
     if clips:
@@ -218,24 +252,54 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         return 0
 
     failed += errors
-    all_failed, records = len(failed) == requested, None
+    all_failed, lists = len(failed) == requested, []
     failed += problems
     try:
-        records = results.save(paths)
+        lists = results.save(paths)
     except InputError as error:
         failed.append(error)
     if len(written) > LISTED:
         print(f"{args.out}: pictures of {len(written)} photographs")
-    else:
-        for picture in sum(written, []):
-            print(picture)
-    if records:
-        print(records)
+        written = []
+    for file in [*sum(written, []), *lists]:
+        print(file)
     for failure in failed:
         print(f"error: {failure}", file=sys.stderr)
     if all_failed:
         return 2
     return 1 if failed else 0
+
+
+def check_coco(args: argparse.Namespace) -> None:
+    """InputError when --coco cannot be written, or would replace a file that is not such a data set."""
+    if args.coco_polygons and not args.coco:
+        raise InputError("--coco-polygons is a form of --coco; add --coco FILE")
+    if not args.coco:
+        return
+    from engine.annotations import is_own_data_set
+
+    if args.coco.suffix != ".json":
+        raise InputError(f"--coco {args.coco} is no JSON file; end its name in .json")
+    if args.coco.exists() and not is_own_data_set(args.coco):
+        raise InputError(f"--coco {args.coco} exists and was not written with --coco; name another file")
+    make_folder(args.coco.parent, "--coco")
+
+
+def read_stdin(folder: Path) -> Path:
+    """Save the photograph on the standard input as folder/stdin; InputError for a terminal, or for no photograph."""
+    from datasets.images import read_image
+
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("--img - needs a photograph on the standard input; add < x.jpg or name the file")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--img - works in one process; name the file for several")
+    path = folder / STDIN_STEM
+    path.write_bytes(sys.stdin.buffer.read())
+    try:
+        read_image(path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), "the standard input")) from error
+    return path
 
 
 def list_photographs(sources: Sequence[Path]) -> tuple[list[Path], list[InputError]]:

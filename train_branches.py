@@ -1,7 +1,7 @@
 """Train WSID-Net from class labels and counts: CAM classifier, pseudo labels, branches, saliency (Sec. 4.1, 4.2).
 
-    python train_branches.py --gpu 0                                   # data/ -> runs/default, the paper's settings
-    python train_branches.py --preset best --gpu 0 --data voc ilso --out runs/mine   # several labelled folders
+    python train_branches.py                                           # data/ -> runs/default, the paper's settings
+    python train_branches.py --preset best --data voc ilso --out runs/mine   # several labelled folders
     python train_branches.py --gpu -1 --backbone mobilenetv2_100 --size 256 --stage cam --epochs 5
     tensorboard --logdir runs
 

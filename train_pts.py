@@ -1,7 +1,7 @@
 """Progressive training of the saliency branch: Algorithm 1 of the paper (Sec. 3.4).
 
     python train_pts.py                                               # goes on from runs/default, the paper's settings
-    python train_pts.py --preset best --out runs/mine --data voc --unlabelled photos --gpu 0
+    python train_pts.py --preset best --out runs/mine --data voc --unlabelled photos
     tensorboard --logdir runs
 
 Takes the network that train_branches.py left in --out. In each iteration the whole network labels all photographs

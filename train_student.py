@@ -1,6 +1,6 @@
 """Train a Mask R-CNN on the instances that a trained network finds, the usual last step of weakly supervised methods.
 
-    python train_student.py --data data --gpu 0                  # teacher: runs/default, else the bundled WSID-Net
+    python train_student.py --data data                          # teacher: runs/default, else the bundled WSID-Net
     python train_student.py --data voc ilso --teacher runs/mine/weights_pts.pt --out runs/mine_student --rounds 2
     tensorboard --logdir runs
 

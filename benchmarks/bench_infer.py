@@ -35,7 +35,7 @@ from engine.results import PICTURES, write_results
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
-from utils.cli import select_device
+from utils.cli import add_gpu_option, select_device
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
 
@@ -124,7 +124,7 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
 
 def write(out: Path, path: Path, image: np.ndarray, prediction: Prediction) -> Any:
     """Write the pictures that infer.py writes for one photograph."""
-    return write_results([out / f"{path.stem}_{kind}.png" for kind in PICTURES], path.stem, image, prediction)
+    return write_results(out, path, PICTURES, image, prediction)
 
 
 def run_stages(predictor: Predictor, paths: Sequence[Path], out: Path) -> dict[str, float]:
@@ -221,7 +221,7 @@ def growth(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.n
 def main() -> None:
     """Run the benchmarks that are asked for and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device, -1 for the CPU (default)")
+    add_gpu_option(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()), help="as for infer.py")
     parser.add_argument("--repeats", type=int, default=5)

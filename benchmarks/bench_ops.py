@@ -3,7 +3,7 @@
     python benchmarks/bench_ops.py                 acceptance sizes: 128x128, 4 instances, radius 5, 256 steps
     python benchmarks/bench_ops.py --growth        also time and memory over sizes; writes a table and a plot
     python benchmarks/bench_ops.py --dense         also the dense walk matrix (at 128x128 on a GPU, on a CPU at 64x64)
-    python benchmarks/bench_ops.py --gpu 0         everything in PyTorch on the GPU; NumPy and SciPy on the CPU
+    python benchmarks/bench_ops.py --gpu -1        on the CPU also where there is a GPU; NumPy and SciPy always are
 
 The result of every contender is compared with ours before it is timed. Times are medians over `--repeats` interleaved
 runs, in milliseconds; memory is the rise of the peak of the process over one call, in MiB. FLOP: a step of the walk is
@@ -24,11 +24,12 @@ import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from measure import CPU, Row, check, compare, device_name, peak_memory, record, timed, write_records
+from measure import Row, check, compare, device_name, peak_memory, record, timed, write_records
 from torch import Tensor
 
 import ops
 from ops import compiled, reference
+from utils.cli import add_gpu_option, select_device
 
 # ---- the machine -------------------------------------------------------------------------------------------------
 
@@ -420,7 +421,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     """Run the benchmarks and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", type=int, default=-1, help="GPU to compute on, -1 for the CPU (default)")
+    add_gpu_option(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--dense", action="store_true", help="also the dense matrix")
@@ -431,7 +432,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda", args.gpu) if args.gpu >= 0 else CPU
+    device = select_device(args.gpu)
     built = "compiled" if compiled.has_kernels(device.type) else f"NOT BUILT ({compiled.reason})"
     limits = machine_limits(device)
     name = device_name(device)

@@ -1,6 +1,7 @@
 """Which image files a folder, a pattern or a file name stands for."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from glob import escape, glob, has_magic
@@ -18,8 +19,9 @@ READABLE = (
 
 CLIP_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
-_RESULTS = ("_instances", "_overlay", "_saliency", "_boundary", "_offsets")  # what infer.py appends to a stem
-_SILENTLY_SKIPPED = ("predictions.json", "labels.csv", "thumbs.db", "desktop.ini")
+# The pictures of infer.py, also of its earlier versions.
+_RESULT = re.compile(r"(.+)_(?:(?:instances|overlay|saliency|boundary|offsets|cutout[1-9]\d*)\.png|overlay\.jpg)", re.S)
+_SILENTLY_SKIPPED = ("predictions.json", "cutouts.json", "labels.csv", "thumbs.db", "desktop.ini")
 
 
 def list_images(
@@ -69,6 +71,12 @@ def list_images(
     raise InputError(f"{path} holds no images{reason}; name {READABLE} files")
 
 
+def stem_of_result(name: str) -> str | None:
+    """The stem of the photograph whose result infer.py would call ``name``, or None for any other name."""
+    match = _RESULT.fullmatch(name)
+    return match[1] if match else None
+
+
 def _matches(path: Path) -> list[Path]:
     """The paths that a pattern matches; brackets that match nothing as a pattern are taken literally."""
     parts = path.parts
@@ -85,17 +93,18 @@ def _matches(path: Path) -> list[Path]:
 
 
 def _results_of_infer(files: list[Path]) -> set[Path]:
-    """The ``files`` that infer.py wrote: <stem>_<result>.png beside predictions.json, or beside the photograph <stem>
-    and its instances; of a clip <stem>_instances.mp4 and <stem>/*.png, with <stem>_tracks.json."""
+    """The ``files`` that infer.py wrote: results of <stem> beside predictions.json, or beside the photograph <stem> and
+    its instances; of a clip <stem>_instances.mp4 and <stem>/*.png, with <stem>_tracks.json."""
     names, stems = set(files), {(file.parent, file.stem) for file in files if file.suffix.lower() in SUFFIXES}
     recorded = {folder for folder in {file.parent for file in files} if os.path.isfile(folder / "predictions.json")}
     written = set()
     for file in files:
-        stem, _, kind = file.stem.rpartition("_")
-        clip = file.with_name(stem) if file.suffix == ".mp4" and kind == "instances" else file.parent
+        clip_stem, _, kind = file.stem.rpartition("_")
+        clip = file.with_name(clip_stem) if file.suffix == ".mp4" and kind == "instances" else file.parent
         if file.suffix in (".mp4", ".png") and os.path.isfile(clip.with_name(f"{clip.name}_tracks.json")):
             written.add(file)
-        if stem and file.suffix == ".png" and f"_{kind}" in _RESULTS:
+        stem = stem_of_result(file.name)
+        if stem:
             beside = (file.parent, stem) in stems and file.with_name(f"{stem}_instances.png") in names
             if file.parent in recorded or beside:
                 written.add(file)

@@ -168,12 +168,53 @@ def decode_polygons(polygons: Iterable[Sequence[float]], shape: tuple[int, int])
     return decode_rle({"size": union["size"], "counts": union["counts"].decode("ascii")})
 
 
+def encode_polygons(mask: np.ndarray, tolerance: float = 0) -> list[list[float]]:
+    """Encode a bool mask [H,W] as COCO polygons: for each connected part its outline [x, y, x, y, ...] along
+    the edges of pixels; pixel (0, 0) covers 0..1 in both coordinates.
+
+    A hole is part of the outline around it, joined to it by a cut without width. tolerance: how far a simplified
+    outline may be from that of the mask, in pixels; with 0 ``decode_polygons`` restores the mask exactly.
+    """
+    # Doubled, so that the pixels that OpenCV's outlines pass through lie beside every edge of the mask.
+    doubled = np.repeat(np.repeat(mask.astype(np.uint8), 2, 0), 2, 1)
+    outlines, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    parents = hierarchy[0, :, 3] if outlines else ()
+    polygons = {i: _simplified(outlines[i], tolerance) for i, parent in enumerate(parents) if parent < 0}
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            polygons[parent] = _with_hole(polygons[parent], _simplified(outlines[i], tolerance))
+    return [polygon.ravel().tolist() for polygon in polygons.values()]
+
+
+def bounding_box(rle: Mapping[str, Any], margin: int = 0) -> list[int]:
+    """[x, y, width, height], in pixels, of a compressed COCO RLE and ``margin`` pixels around, within the image."""
+    height, width = rle["size"]
+    x, y, w, h = (int(side) for side in pycocotools.mask.toBbox(rle))
+    left, top = max(x - margin, 0), max(y - margin, 0)
+    return [left, top, min(x + w + margin, width) - left, min(y + h + margin, height) - top]
+
+
 def prediction_records(image_id: str, masks: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
     """COCO result records (dicts ready for JSON) of bool masks [n,H,W] with scores [n] in (0, 1]."""
     return [
         {"image_id": image_id, "category_id": 1, "segmentation": encode_rle(mask), "score": float(score)}
         for mask, score in zip(masks, scores, strict=True)
     ]
+
+
+def _simplified(outline: np.ndarray, tolerance: float) -> np.ndarray:
+    """An outline of the doubled mask, int [n,1,2] (x, y), as corners of pixels of the mask itself, int [m,2]."""
+    corners = (outline + 1) // 2
+    simplified = cv2.approxPolyDP(corners, tolerance, closed=True)
+    exact = cv2.approxPolyDP(corners, 0, closed=True)
+    return (simplified if len(simplified) > 2 else exact)[:, 0]
+
+
+def _with_hole(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """``outline`` and ``hole``, int [n,2] and [m,2], as one outline, joined at their nearest points."""
+    distances = ((outline[:, None] - hole[None]) ** 2).sum(2)
+    i, k = np.unravel_index(distances.argmin(), distances.shape)
+    return np.concatenate([outline[: i + 1], hole[k:], hole[: k + 1], outline[i:]])
 
 
 def _lossy_kind(picture: Image.Image, path: str | Path) -> str | None:

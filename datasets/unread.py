@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 BESIDE = ("labels", "label", "annotations", "Annotations", "ann", "json", "xml")  # folders in which tools put labels
+OF_INFER = ("predictions.json", "cutouts.json")  # which infer.py writes
 LABEL_SUFFIXES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".xml", ".json")
 
 
@@ -15,7 +16,7 @@ def unread_labels(path: Path, stems: Collection[str]) -> list[str]:
     named = {*stems, "labels", "annotations", "classes"}
 
     def may_hold_labels(file: Path) -> bool:
-        table = file.suffix.lower() in LABEL_SUFFIXES and file.name != "predictions.json"  # written by infer.py
+        table = file.suffix.lower() in LABEL_SUFFIXES and file.name not in OF_INFER
         return table or (file.suffix.lower() == ".txt" and file.stem in named)
 
     folders = [path, *(path / name for name in ("images", *BESIDE))]

@@ -103,7 +103,7 @@ def draw(photograph: Path, results: Path, out: Path) -> None:
     arrow(axes, (right + 0.05, y + size / 2), (right + 0.38, y + size / 2))
     left = right + 0.4 + width
     arrow(axes, (left + 0.05, y + size / 2), (left + 0.37, y + size / 2))
-    picture(axes, results / f"{stem}_overlay.png", left + 0.4, y, size, "salient instances, with scores")
+    picture(axes, results / f"{stem}_overlay.jpg", left + 0.4, y, size, "salient instances, with scores")
 
     axes.set_xlim(0, WIDTH)
     axes.set_ylim(0, HEIGHT)

@@ -96,13 +96,13 @@ class _Checked:
 class Machine(_Checked):
     """What a training is computed with: nothing here changes what is learned, up to rounding.
 
-    gpu: CUDA device, -1 is the CPU. workers: processes that load images and run the CRF. amp: "off", or "bf16" for the
-    network in bfloat16. accumulate: parts that a batch is computed in, one after another. compile: whether
-    torch.compile fuses the network. deterministic: the same weights every time on a GPU too, as far as PyTorch can.
-    save_seconds: time between two checkpoints.
+    gpu: CUDA device, -1 is the CPU, None the first GPU where there is one. workers: processes that load images and run
+    the CRF. amp: "off", or "bf16" for the network in bfloat16. accumulate: parts that a batch is computed in, one after
+    another. compile: whether torch.compile fuses the network. deterministic: the same weights every time on a GPU too,
+    as far as PyTorch can. save_seconds: time between two checkpoints.
     """
 
-    gpu: int = 0
+    gpu: int | None = None
     workers: int = 2
     amp: str = "off"
     accumulate: int = 1

@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import LIMITS, Config, Machine, Preset, override
 from engine.presets import PRESETS
 from models.backbones import BACKBONES
-from utils.cli import Parser, integer, path_of
+from utils.cli import Parser, add_gpu_option, integer, path_of
 
 Group = Any  # argparse's group of options has no public type
 SWITCHES = ("mixing", "enhancement", "count_head", "spread", "crf", "instance_labels", "freeze_depthwise")
@@ -93,7 +93,7 @@ def add_machine_options(parser: Parser, several_seeds: bool = False) -> None:
     def add(name: str, field: str, text: str, **more: Any) -> None:
         group.add_argument(name, type=LIMITS[field], default=getattr(default, field), help=text, **more)
 
-    add("--gpu", "gpu", "CUDA device; -1 is the CPU")
+    add_gpu_option(group)
     add("--workers", "workers", "processes that load images and run the CRF and the fusion")
     add("--amp", "amp", "bf16 computes the network in bfloat16", metavar="off|bf16")
     add("--accumulate", "accumulate", "compute each batch in N parts, for a GPU that cannot hold it", metavar="N")

@@ -1,18 +1,20 @@
-"""The output folder of infer.py: pictures, COCO records, and the journal from which a stopped run continues."""
+"""The output folder of infer.py: pictures, annotations, and the journal from which a stopped run continues."""
 
 import json
 import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import cv2
 import numpy as np
 
-from datasets.masks import prediction_records
-from engine import visualize
+from datasets.listing import stem_of_result
+from datasets.masks import bounding_box, prediction_records
+from engine import annotations, visualize
 from models import MAX_INSTANCES
 from utils import digest, files
 from utils.cli import InputError
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 PICTURES = ("instances", "overlay")
 MAPS = ("saliency", "boundary", "offsets")
+CUTOUTS, LABELME = "cutouts", "labelme"
+MARGIN = 2  # pixels around the mask in a cut-out, for its soft rim
 Records = list[dict[str, Any]]
 
 
@@ -29,53 +33,69 @@ class Results:
     """The results of one setting in a folder.
 
     folder: an existing folder. identity: a plain value of all that the results depend on besides the photographs.
-    maps: those of ``MAPS`` that are written as pictures too. saliency_dir: the folder of maps that replace S, or None.
-    ids: a function from stems to {stem: image_id}, or None where the stem is the image_id.
+    kinds: what is written for every photograph: those of ``PICTURES``, ``MAPS``, ``CUTOUTS`` and ``LABELME``, with
+    "instances" the first. saliency_dir: the folder of maps that replace S, or None. ids: a function from stems to
+    {stem: image_id}, or None where the stem is the image_id. coco: a file for a COCO data set, or None; polygons:
+    whether it has outlines in place of RLE.
 
-    Every finished photograph is a line of ``journal``, a file named by the identity. predictions.json is made from it,
-    and a run of the same identity skips the photographs in it. Several runs or processes with one identity append to
-    one journal; the first result of another identity deletes the journals and the predictions.json before it. The
-    methods may be called from several threads.
+    Every finished photograph is a line of ``journal``, a file named by the identity. predictions.json, cutouts.json and
+    the COCO data set are made from it, and a run of the same identity skips the photographs in it. Several runs or
+    processes with one identity append to one journal; the first result of another identity deletes the journals, the
+    predictions.json and the cutouts.json before it. The methods may be called from several threads.
     """
 
     def __init__(
         self,
         folder: Path,
         identity: Any,
-        maps: Sequence[str] = (),
+        kinds: Sequence[str] = PICTURES,
         saliency_dir: Path | None = None,
         ids: Callable[[Sequence[str]], dict[str, Any]] | None = None,
+        coco: Path | None = None,
+        polygons: bool = False,
     ) -> None:
-        self.folder, self.saliency_dir, self.ids = folder, saliency_dir, ids
-        self.kinds = PICTURES + tuple(maps)
+        self.folder, self.saliency_dir, self.ids, self.coco, self.polygons = folder, saliency_dir, ids, coco, polygons
+        self.kinds = tuple(kinds)
+        self.lists = [folder / "predictions.json", *([folder / "cutouts.json"] if CUTOUTS in kinds else [])]
         identity = digest.of_value([identity, self.kinds, bool(saliency_dir)])
         self.journal = folder / f"finished-{identity}.jsonl"
         self.lock = threading.Lock()
         self.file: BinaryIO | None = None
 
-    def pictures(self, stem: str) -> list[Path]:
-        """The pictures of the photograph ``stem``, whether they are written yet or not."""
-        return [self.folder / f"{stem}_{kind}.png" for kind in self.kinds]
+    def files(self, stem: str, count: int) -> list[Path]:
+        """The files of the photograph ``stem`` with ``count`` instances, whether they are written yet or not."""
+        return [path for kind in self.kinds for path in paths_of(self.folder, stem, kind, count)]
 
     def without_clashes(self, paths: Sequence[Path]) -> tuple[list[Path], list[InputError]]:
         """``paths`` without the photographs whose results would overwrite others, and an InputError for each of those.
 
-        Among several paths, pictures that are results according to the journals of this folder are dropped silently.
+        Among several paths, files that are results according to the journals of this folder are dropped silently.
         """
         unique = {(os.path.realpath(path), path.stem): path for path in paths}  # a link may have a stem of its own
         home = os.path.realpath(self.folder)
         journals = list(self.folder.glob("finished-*.jsonl"))
         stems = {stem for journal in journals for stem in _read(journal)}
-        names = {f"{stem}_{kind}.png" for stem in stems for kind in PICTURES + MAPS}
-        names |= {"predictions.json", *(journal.name for journal in journals)} if journals else set()
-        results = {os.path.join(home, name) for name in names}
-        photographs = {real for real, _ in unique} - results
+        names = {"predictions.json", "cutouts.json", *(f"{stem}.json" for stem in stems)} if journals else set()
+        names |= {journal.name for journal in journals}
+        lists = {os.path.realpath(path) for path in (*self.lists, *([self.coco] if self.coco else []))}
+
+        def is_result(real: str) -> bool:
+            folder, name = os.path.split(real)
+            return real in lists or (folder == home and (name in names or stem_of_result(name) in stems))
+
+        results = {real for real, _ in unique if is_result(real)}
+        in_the_way: dict[str | None, list[str]] = {}  # {stem: photographs with the name of one of its results}
+        for real in {real for real, _ in unique} - results:
+            if os.path.dirname(real) == home:
+                in_the_way.setdefault(stem_of_result(os.path.basename(real)), []).append(real)
         kept: dict[str, Path] = {}
         errors = []
         for (real, _), path in unique.items():
             if real in results and len(unique) > 1:
                 continue
-            overwritten = [p for p in self.pictures(path.stem) if os.path.join(home, p.name) in photographs]
+            overwritten = list(filter(partial(self._is_written, path.stem), in_the_way.get(path.stem, ())))
+            if LABELME in self.kinds and os.path.join(home, f"{path.stem}.json") in lists:
+                overwritten.append(os.path.join(home, f"{path.stem}.json"))
             if path.stem in kept:
                 errors.append(
                     InputError(
@@ -86,8 +106,8 @@ class Results:
             elif overwritten:
                 errors.append(
                     InputError(
-                        f"the result {overwritten[0]} would replace a photograph, so {path} was left out; choose "
-                        "another --out"
+                        f"the result {overwritten[0]} would replace a photograph or another result, so {path} was left "
+                        "out; rename it or choose another --out"
                     )
                 )
             else:
@@ -102,11 +122,11 @@ class Results:
             for path in paths
             if path.stem not in done
             or done[path.stem]["made_from"] != self._made_from(path)
-            or not all(map(os.path.exists, self.pictures(path.stem)))
+            or not all(map(os.path.exists, self.files(path.stem, len(done[path.stem]["records"]))))
         ]
 
     def add(self, path: Path, image: np.ndarray, prediction: "Prediction") -> list[Path]:
-        """Write the results of the photograph ``path``, uint8 RGB [H,W,3]; returns its pictures.
+        """Write the results of the photograph ``path``, uint8 RGB [H,W,3]; returns its files.
 
         Raises InputError when they cannot be written.
         """
@@ -114,7 +134,8 @@ class Results:
         entry = {
             "image_id": path.stem,
             "made_from": self._made_from(path),
-            "records": write_results(self.pictures(path.stem), path.stem, image, prediction),
+            "size": list(image.shape[:2]),
+            "records": write_results(self.folder, path, self.kinds, image, prediction),
         }
         try:
             # A single write, so that lines of several processes do not mix. The newline comes first: it ends a line
@@ -122,14 +143,14 @@ class Results:
             file.write(b"\n" + json.dumps(entry).encode())
         except OSError as error:
             raise files.write_error(self.journal, error) from error
-        return self.pictures(path.stem)
+        return self.files(path.stem, len(prediction.masks))
 
-    def save(self, paths: Sequence[Path] = ()) -> Path | None:
-        """Write predictions.json, the records of ``paths`` first and in their order; returns its path.
+    def save(self, paths: Sequence[Path] = ()) -> list[Path]:
+        """Write predictions.json and what else is asked for of cutouts.json and the COCO data set; returns their paths.
 
-        It holds the records of all photographs in the journal whose pictures exist. With an empty journal nothing is
-        written, and None is returned. Raises InputError when the file cannot be written, or when a run of another
-        identity has written to the folder meanwhile.
+        predictions.json and cutouts.json hold all photographs in the journal whose pictures exist, ``paths`` first and
+        in their order; the COCO data set holds those of ``paths``. With an empty journal nothing is written. Raises
+        InputError when a file cannot be written, or when a run of another identity has written to the folder meanwhile.
         """
         if self.file and not self.journal.exists():
             raise InputError(
@@ -137,27 +158,58 @@ class Results:
                 "with an --out of its own"
             )
         if not _read(self.journal):
-            return None
+            return []
         order = {path.stem: place for place, path in enumerate(paths)}
         made_from = {path.stem: self._made_from(path) for path in paths}
 
         def is_current(entry: dict[str, Any]) -> bool:
             stem = entry["image_id"]
             unchanged = made_from.get(stem, entry["made_from"]) == entry["made_from"]
-            return self.pictures(stem)[0].exists() and unchanged
+            return self.files(stem, 0)[0].exists() and unchanged
 
-        def write(file: BinaryIO) -> None:
-            # The journal is read while the file is held, so the last of several processes writes all records.
+        def write(content: Callable[[list[dict[str, Any]]], Any], indent: int | None, file: BinaryIO) -> None:
+            # The journal is read while the file is held, so the last of several processes writes all photographs.
             entries = list(filter(is_current, _read(self.journal).values()))
             entries.sort(key=lambda entry: order.get(entry["image_id"], len(order)))
-            records = [record for entry in entries for record in entry["records"]]
-            if self.ids:
-                ids = self.ids([entry["image_id"] for entry in entries])
-                records = [record | {"image_id": ids[record["image_id"]]} for record in records]
-            file.write((json.dumps(records, indent=1) + "\n").encode())
+            file.write((json.dumps(content(entries), indent=indent) + "\n").encode())
 
-        files.write_atomically(self.folder / "predictions.json", write)
-        return self.folder / "predictions.json"
+        for path, content in zip(self.lists, (self._records, self._cutouts), strict=False):
+            files.write_atomically(path, partial(write, content, 1))
+        if self.coco:
+            files.write_atomically(self.coco, partial(write, partial(self._data_set, paths), None))
+        return self.lists + ([self.coco] if self.coco else [])
+
+    def _records(self, entries: list[dict[str, Any]]) -> Records:
+        """The content of predictions.json."""
+        records = [record for entry in entries for record in entry["records"]]
+        if self.ids:
+            ids = self.ids([entry["image_id"] for entry in entries])
+            records = [record | {"image_id": ids[record["image_id"]]} for record in records]
+        return records
+
+    def _cutouts(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The content of cutouts.json: the place of every cut-out in its photograph."""
+        found = []
+        for entry in entries:
+            for number, record in enumerate(self._records([entry]), 1):
+                name = paths_of(self.folder, entry["image_id"], CUTOUTS, number)[-1].name
+                box = bounding_box(record["segmentation"], MARGIN)
+                found.append({"file_name": name, "image_id": record["image_id"], "bbox": box, "score": record["score"]})
+        return found
+
+    def _data_set(self, paths: Sequence[Path], entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of the COCO data set of ``paths``."""
+        names = annotations.file_names(paths)
+        entries = [entry for entry in entries if entry["image_id"] in names]
+        stems = [entry["image_id"] for entry in entries]
+        ids = self.ids(stems) if self.ids else {stem: number for number, stem in enumerate(stems, 1)}
+        return annotations.coco_dataset(entries, names, ids, self.polygons)
+
+    def _is_written(self, stem: str, path: str) -> bool:
+        """Whether ``path``, which has the name of a result of ``stem``, is one that these settings write."""
+        name = os.path.basename(path)
+        is_cutout = name.startswith(f"{stem}_cutout")
+        return CUTOUTS in self.kinds if is_cutout else name in {file.name for file in self.files(stem, 0)}
 
     def _made_from(self, path: Path) -> list[list[int]] | None:
         """Size and time of the photograph and of the map that replaces S: they change when the file does."""
@@ -172,7 +224,8 @@ class Results:
         with self.lock:
             if self.file is None:
                 try:
-                    (self.folder / "predictions.json").unlink(missing_ok=True)
+                    for name in ("predictions.json", "cutouts.json"):
+                        (self.folder / name).unlink(missing_ok=True)
                     for other in self.folder.glob("finished-*.jsonl"):
                         if other != self.journal:
                             print(
@@ -186,18 +239,63 @@ class Results:
             return self.file
 
 
-def write_results(pictures: Sequence[Path], stem: str, image: np.ndarray, prediction: "Prediction") -> Records:
-    """Write a Prediction as ``pictures``, paths that end in _<kind>.png; returns its COCO records.
+def paths_of(folder: Path, stem: str, kind: str, count: int) -> list[Path]:
+    """The files of one kind that ``folder`` has for the photograph ``stem`` with ``count`` instances.
 
-    image: the photograph, uint8 RGB [H,W,3]; stem: the image_id of the records.
+    What follows the last _ of a name is never part of the stem, so the names of two photographs differ.
     """
-    for path in pictures:
-        kind = path.stem.rpartition("_")[2]
+    if kind == CUTOUTS:
+        return [folder / f"{stem}_cutout{number}.png" for number in range(1, count + 1)]
+    return [folder / (f"{stem}.json" if kind == LABELME else f"{stem}_{kind}{'.jpg' if kind == 'overlay' else '.png'}")]
+
+
+def write_results(
+    folder: Path, photograph: Path, kinds: Sequence[str], image: np.ndarray, prediction: "Prediction"
+) -> Records:
+    """Write the files of all ``kinds`` of a Prediction to ``folder``; returns its COCO records.
+
+    photograph: the path, whose stem is the image_id of the records; image: its pixels, uint8 RGB [H,W,3].
+    Raises InputError when a file cannot be written, or when a LabelMe file there was not written by infer.py, or was
+    edited since.
+    """
+    records = prediction_records(photograph.stem, prediction.masks, prediction.scores)
+    for kind in kinds:
+        paths = paths_of(folder, photograph.stem, kind, len(records))
         if kind == "instances":
-            files.save_label_png(label_map(prediction.masks), path)
+            files.save_label_png(label_map(prediction.masks), paths[0])
+        elif kind == "overlay":
+            files.save_jpeg(draw(kind, image, prediction), paths[0])
+        elif kind == LABELME:
+            _write_labelme(photograph, paths[0], prediction)
+        elif kind == CUTOUTS:
+            for path, mask, record in zip(paths, prediction.masks, records, strict=True):
+                x, y, width, height = bounding_box(record["segmentation"], MARGIN)
+                place = np.s_[y : y + height, x : x + width]
+                files.save_png(visualize.cutout(image[place], mask[place]), path)
+            _remove_cutouts(folder, photograph.stem, len(records) + 1)
         else:
-            files.save_png(draw(kind, image, prediction), path)
-    return prediction_records(stem, prediction.masks, prediction.scores)
+            files.save_png(draw(kind, image, prediction), paths[0])
+    return records
+
+
+def _write_labelme(photograph: Path, path: Path, prediction: "Prediction") -> None:
+    try:
+        replaceable = not path.exists() or annotations.is_unedited_labelme(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        replaceable = False
+    if not replaceable:
+        raise InputError(
+            f"{path} was not written by infer.py or was edited since, and is kept; move it or choose another --out"
+        )
+    shapes = annotations.labelme(prediction.masks, prediction.scores, photograph, path.parent)
+    files.write_atomically(path, lambda file: file.write((json.dumps(shapes) + "\n").encode()))
+
+
+def _remove_cutouts(folder: Path, stem: str, first: int) -> None:
+    """Remove the cut-outs from number ``first`` on, of an earlier result that had more instances."""
+    while (path := paths_of(folder, stem, CUTOUTS, first)[-1]).is_file():
+        path.unlink()
+        first += 1
 
 
 def label_map(masks: np.ndarray) -> np.ndarray:
@@ -230,5 +328,5 @@ def _read(journal: Path) -> dict[str, dict[str, Any]]:
         for line in file:
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                entries[entry["image_id"]] = {key: entry[key] for key in ("image_id", "made_from", "records")}
+                entries[entry["image_id"]] = {key: entry[key] for key in ("image_id", "made_from", "size", "records")}
     return entries

@@ -43,6 +43,8 @@ def prepare_machine(machine: Machine, seed: int, batch_sizes: Iterable[int]) -> 
     batch_sizes: of the stages that will run. InputError when one cannot be divided among the processes and parts.
     """
     device = distributed.init(machine.gpu)
+    if machine.gpu is None and device.type == "cpu" and distributed.is_main():
+        print("device: cpu")  # which trains much slower than a GPU
     images = min(distributed.local_batch_size(size) for size in batch_sizes)
     if machine.accumulate > images:
         raise InputError(f"--accumulate {machine.accumulate} asks for more parts than images; give 1 to {images}")

@@ -1,6 +1,6 @@
 """Pictures in rows of equal height, as one file: the figure of the README.
 
-python -m experiments.contact_sheet output/*_overlay.png docs/results.jpg
+python -m experiments.contact_sheet output/*_overlay.jpg docs/results.jpg
 """
 
 import sys

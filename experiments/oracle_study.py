@@ -26,7 +26,7 @@ from engine.predictor import BUNDLED_WSID_NET, Maps, Predictor, default_weights
 from engine.report import format_table
 from models.count_head import one_hot_count
 from models.wsid_net import WSIDNet
-from utils.cli import InputError, Parser, integer, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, path_of, run, select_device
 from utils.progress import tqdm
 
 BASELINE = "predicted"
@@ -80,7 +80,7 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
-    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
+    add_gpu_option(parser)
     return parser
 
 

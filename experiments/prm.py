@@ -31,7 +31,7 @@ from models.classifier import Classifier
 from models.fusion import instance_masks
 from models.fusion_config import FusionConfig
 from utils import checkpoint, files
-from utils.cli import InputError, Parser, integer, make_folder, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, make_folder, path_of, run, select_device
 from utils.progress import tqdm
 
 PEAK_THRESH, FOREGROUND_THRESH = 0.5, 0.3  # fractions of the maximal response: of a peak [PRM], of the foreground [IRN]
@@ -128,7 +128,7 @@ def get_args_parser() -> Parser:
     parser.add_argument("--size", type=LIMITS["size"], default=default.size, help="input square, pixels")
     parser.add_argument("--data", required=True, metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--out", type=path_of, default=Path("predictions.json"), help="COCO result records")
-    parser.add_argument("--gpu", type=integer(-1), default=0, help="CUDA device; -1 is the CPU")
+    add_gpu_option(parser)
     return parser
 
 

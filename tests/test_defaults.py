@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+import evaluate
+import infer
 import train_branches
 import train_pts
+import train_student
 from datasets.transforms import canny_edges
 from engine import crf, options
 from engine.cam_labels import PLAIN, SPREAD, class_labels, saliency_mask
@@ -20,10 +23,12 @@ from engine.config import Machine, Schedule, as_recorded, override, settings_of
 from engine.instance_labels import Maps, instance_label
 from engine.presets import BEST, PAPER
 from engine.trainer import train
+from experiments import oracle_study, prm, tables
 from models.backbones import BACKBONES, Backbone
 from models.classifier import CAM_SIZE
 from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
+from utils import cli
 from utils.cli import InputError
 
 # Every value of the preset PAPER, and where it comes from: a section of the paper, IRN (Ahn et al., CVPR 2019) where
@@ -412,3 +417,39 @@ def test_a_training_logs_its_rate_and_its_losses_without_and_with_their_weights(
     assert scalars["train/new"] == [(0.5, 0)] and scalars["train/new_weighted"] == [(2.0, 0)]
     assert scalars["train/gradient_norm"][0][0] == pytest.approx(math.hypot(2, 2))
     assert_trained(model)
+
+
+def test_the_first_gpu_is_the_default(monkeypatch, capsys):
+    cli._print_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
+    assert cli.select_device(None) == cli.select_device(None) == torch.device("cuda", 0)
+    assert capsys.readouterr().out == "device: cuda:0 (card of cuda:0)\n", "in one line, once"
+    assert cli.select_device(-1) == cli.select_device(-1, 1) == torch.device("cpu")
+    assert cli.select_device(1) == cli.select_device(None, 1) == cli.select_device(0, 1) == torch.device("cuda", 1)
+    for gpu, offset in ((2, 0), (None, 2), (1, 1)):
+        with pytest.raises(InputError, match="--gpu 2 was asked for but 2 CUDA devices"):
+            cli.select_device(gpu, offset)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.select_device(None) == cli.select_device(None, 1) == torch.device("cpu")
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "script, needed",
+    [
+        (infer, ("--img", "a")),
+        (evaluate, ()),
+        (train_branches, ()),
+        (train_pts, ()),
+        (train_student, ()),
+        (tables, ("2",)),
+        (prm, ("--classifier", "c", "--data", "d")),
+        (oracle_study, ()),
+    ],
+)
+def test_every_script_takes_the_first_gpu_by_default(script, needed):
+    parser = script.get_args_parser()
+    assert parser.parse_args(list(needed)).gpu is None
+    assert parser.parse_args([*needed, "--gpu", "-1"]).gpu == -1

@@ -24,11 +24,13 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
+import evaluate
 import infer
 from datasets.images import read_image
-from datasets.masks import decode_rle, read_instance_mask
-from engine import visualize
+from datasets.masks import decode_polygons, decode_rle, encode_polygons, read_instance_mask
+from engine import annotations, visualize
 from engine.predictor import (
     BUNDLED_STUDENT,
     BUNDLED_WSID_NET,
@@ -124,7 +126,8 @@ def test_every_kind_gives_results_at_its_own_size(weights, tmp_path, capsys):
             assert record["category_id"] == 1 and 0 < record["score"] <= 1
             assert np.array_equal(decode_rle(record["segmentation"]).astype(bool), labels == number)
         for kind in ("overlay", "saliency", "boundary", "offsets"):
-            assert cv2.imread(str(tmp_path / "out" / f"{path.stem}_{kind}.png")).shape == size
+            name = f"{path.stem}_{kind}.{'jpg' if kind == 'overlay' else 'png'}"
+            assert cv2.imread(str(tmp_path / "out" / name)).shape == size
     assert records, "the network was made to find something"
     assert str(weights) in capsys.readouterr().out
 
@@ -179,7 +182,7 @@ def test_folder_glob_and_file_name_the_same(weights, tmp_path):
     Image.fromarray(noise(30, 30)).save(tmp_path / "in" / "a b.png")
     for source in (tmp_path / "in", tmp_path / "in" / "*.png", tmp_path / "in" / "a b.png"):
         assert call("--img", source, "--weights", weights, "--out", tmp_path / "out") == 0
-        assert (tmp_path / "out" / "a b_overlay.png").exists()
+        assert (tmp_path / "out" / "a b_overlay.jpg").exists()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,8 @@ def test_a_batch_equals_its_photographs_one_by_one():
 
 def results(folder):
     """What infer.py wrote: (records, {file name: picture})."""
-    pictures = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in folder.glob("*.png")}
+    paths = [*folder.glob("*.png"), *folder.glob("*.jpg")]
+    pictures = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in paths}
     return json.loads((folder / "predictions.json").read_text()), pictures
 
 
@@ -565,7 +569,7 @@ def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
     assert run_(img=photographs / "p01.png") == (0, ["p01"], ["p00", "p01"]), "of one setting, the records stay"
     assert run_() == (0, ["p02"], ["p00", "p01", "p02"])
     Image.fromarray(noise(50, 50)).save(photographs / "p01.png")
-    (out / "p02_overlay.png").unlink()
+    (out / "p02_overlay.jpg").unlink()
     assert run_() == (0, ["p01", "p02"], ["p00", "p01", "p02"])
     (out / "p00_instances.png").unlink()
     assert run_(img=photographs / "p01.png") == (0, [], ["p01", "p02"]), "records of pictures that are there"
@@ -602,7 +606,7 @@ def test_impossible_names_are_skipped_with_an_error(weights, tmp_path, capsys):
     for name in (f"{long}.png", f"{'m' * 245}.png", os.fsdecode(b"b\xe4r \xff.png"), "a b.png", "~c.png", "[d].png"):
         shutil.copy(photographs / "p00.png", photographs / name)
     Image.fromarray(noise(30, 30)).save(photographs / "a b.jpg")
-    (out / "a b_overlay.png").mkdir(parents=True)
+    (out / "a b_overlay.jpg").mkdir(parents=True)
     options = ("--weights", weights, "--out", out, "--fusion", "min_score=0")
     files = [path for path in photographs.iterdir() if not path.name.startswith(("m", "a b"))]
     assert call("--img", photographs, tmp_path / "absent.png", *options) == 1
@@ -611,7 +615,7 @@ def test_impossible_names_are_skipped_with_an_error(weights, tmp_path, capsys):
     for words in ("shorten", "would write the same", "absent", "remove the folder of that name"):
         assert any(words in line for line in errors), words
     assert set(image_ids(out)) == {path.stem for path in files}
-    assert all((out / f"{path.stem}_overlay.png").is_file() for path in files)
+    assert all((out / f"{path.stem}_overlay.jpg").is_file() for path in files)
     assert not list(out.glob(".*.partial"))
     (tmp_path / "b").mkdir()
     assert call("--img", *files, *files, "--weights", weights, "--out", tmp_path / "b", "--fusion", "min_score=0") == 0
@@ -837,3 +841,241 @@ def test_files_that_look_like_options(weights, tmp_path, monkeypatch, capsys):
     assert call("--img", "-x.png", "--weights", weights) == 2
     assert "write ./-x.png" in capsys.readouterr().err
     assert call("--img", "./-x.png", "--weights", weights, "--out", "out") == 0
+
+
+def two_instances(weights, folder, *options):
+    """Results of a photograph with two instances, photo, and one without any, void, in ``folder``."""
+    photographs, maps = folder / "in" / "sub", folder / "maps"
+    photographs.mkdir(parents=True, exist_ok=True)
+    maps.mkdir(exist_ok=True)
+    saliency = np.zeros((48, 64), np.uint8)
+    saliency[8:40, 4:28] = saliency[0:30, 40:64] = 255
+    saliency[16:24, 10:18] = 0  # a hole
+    for name, values in (("photo", saliency), ("void", saliency * 0)):
+        if not (maps / f"{name}.png").exists():
+            Image.fromarray(noise(48, 64)).save(photographs / f"{name}.png")
+            cv2.imwrite(str(maps / f"{name}.png"), values)
+    out = folder / "out"
+    common = ("--weights", weights, "--saliency-dir", maps, "--method", "components", "--fusion", "min_score=0")
+    code = call("--img", photographs / "photo.png", photographs / "void.png", "--out", out, *common, *options)
+    return code, out, saliency > 0
+
+
+def test_cutouts(weights, tmp_path):
+    code, out, salient = two_instances(weights, tmp_path, "--cutouts")
+    assert code == 0
+    photograph = read_image(tmp_path / "in" / "sub" / "photo.png")
+    labels = read_instance_mask(out / "photo_instances.png")
+    places = json.loads((out / "cutouts.json").read_text())
+    assert [place["file_name"] for place in places] == ["photo_cutout1.png", "photo_cutout2.png"]
+    assert not list(out.glob("void_cutout*"))
+    for number, place in enumerate(places, 1):
+        cutout = np.asarray(Image.open(out / place["file_name"]))
+        x, y, width, height = place["bbox"]
+        assert cutout.shape == (height, width, 4) and place["image_id"] == "photo" and 0 < place["score"] <= 1
+        crop, mask = photograph[y : y + height, x : x + width], labels[y : y + height, x : x + width] == number
+        assert np.array_equal(cutout[mask][:, :3], crop[mask]), "colours of the photograph"
+        inside = {tuple(colour) for colour in crop[mask]}
+        rim = (cutout[..., 3] > 0) & ~mask
+        assert rim.any() and {tuple(colour) for colour in cutout[rim][:, :3]} <= inside, "nothing of the background"
+        assert cutout[mask][:, 3].min() > 50 and len(np.unique(cutout[..., 3])) > 5
+        assert np.median(cutout[mask][:, 3]) == 255 and np.median(cutout[rim][:, 3]) < 128
+        assert not cutout[cutout[..., 3] == 0].any()
+        distance = cv2.distanceTransform((~mask).astype(np.uint8), cv2.DIST_C, 3)
+        assert not cutout[distance > 2].any() and mask[2 : mask.shape[0] - 2, 2 : mask.shape[1] - 2].sum() > 0
+    at_the_edge = cutout if places[-1]["bbox"][1] == 0 else np.asarray(Image.open(out / places[0]["file_name"]))
+    assert at_the_edge[0, 10, 3] == 255, "no rim where the photograph ends"
+
+
+def test_cutouts_of_an_earlier_result_are_removed(weights, tmp_path):
+    assert two_instances(weights, tmp_path, "--cutouts")[0] == 0
+    cv2.imwrite(str(tmp_path / "out" / "void_cutout1.png"), noise(9, 9))
+    for name in ("void_instances.png", "photo_cutout1.png"):
+        (tmp_path / "out" / name).unlink()
+    assert two_instances(weights, tmp_path, "--cutouts")[0] == 0
+    assert {path.name for path in (tmp_path / "out").glob("*_cutout*")} == {
+        "photo_cutout1.png",
+        "photo_cutout2.png",
+    }
+
+
+def test_a_rotated_photograph_has_upright_cutouts_and_annotations(weights, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(40, 60)).save(tmp_path / "r.jpg", exif=exif)
+    options = ("--weights", weights, "--out", tmp_path, "--fusion", "min_score=0", "--cutouts", "--labelme")
+    assert call("--img", tmp_path / "r.jpg", *options, "--coco", tmp_path / "all.json") == 0
+    labels, shown = read_instance_mask(tmp_path / "r_instances.png"), read_image(tmp_path / "r.jpg")
+    x, y, width, height = json.loads((tmp_path / "cutouts.json").read_text())[0]["bbox"]
+    mask = labels[y : y + height, x : x + width] == 1
+    cutout = np.asarray(Image.open(tmp_path / "r_cutout1.png"))
+    assert np.array_equal(cutout[mask][:, :3], shown[y : y + height, x : x + width][mask])
+    image = json.loads((tmp_path / "all.json").read_text())["images"][0]
+    labelme = json.loads((tmp_path / "r.json").read_text())
+    assert (image["height"], image["width"]) == (labelme["imageHeight"], labelme["imageWidth"]) == (60, 40)
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_a_coco_data_set(weights, tmp_path, capsys, polygons):
+    file = tmp_path / "new" / "all.json"
+    options = ("--coco", file, *(["--coco-polygons"] if polygons else []))
+    code, out, salient = two_instances(weights, tmp_path, *options)
+    assert code == 0 and str(file) in capsys.readouterr().out
+    coco = COCO(str(file))
+    assert [(i["id"], i["file_name"], i["height"], i["width"]) for i in coco.loadImgs([1, 2])] == [
+        (1, "photo.png", 48, 64),
+        (2, "void.png", 48, 64),
+    ]
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["salient object"]
+    assert coco.getAnnIds(imgIds=[2]) == [] and coco.getAnnIds() == [1, 2]
+    records = json.loads((out / "predictions.json").read_text())
+    for annotation, record in zip(coco.loadAnns([1, 2]), records, strict=True):
+        mask, exact = coco.annToMask(annotation) > 0, decode_rle(record["segmentation"])
+        assert (annotation["category_id"], annotation["iscrowd"], annotation["score"]) == (1, 0, record["score"])
+        rows, columns = np.flatnonzero(exact.any(1)), np.flatnonzero(exact.any(0))
+        box = [columns[0], rows[0], len(columns), len(rows)]
+        assert annotation["bbox"] == box and annotation["area"] == exact.sum()
+        assert isinstance(annotation["segmentation"], list) == polygons
+        assert np.array_equal(mask, exact) if not polygons else (mask ^ exact).sum() < 0.1 * exact.sum()
+    before = file.read_bytes()
+    assert two_instances(weights, tmp_path, *options)[0] == 0
+    assert "2 of 2 photographs are finished" in capsys.readouterr().out and file.read_bytes() == before
+
+
+def test_a_coco_data_set_is_measured_like_the_records(weights, tmp_path):
+    code, out, _ = two_instances(weights, tmp_path, "--coco", tmp_path / "all.json")
+    (tmp_path / "gt").mkdir()
+    truth = np.zeros((48, 64), np.uint8)
+    truth[8:40, 4:26], truth[0:30, 36:64] = 1, 2
+    for stem in ("photo", "void"):
+        files.save_label_png(truth, tmp_path / "gt" / f"{stem}.png")
+    figures = []
+    for name in ("out/predictions.json", "all.json"):
+        options = ("--pred", tmp_path / name, "--gt", tmp_path / "gt", "--json", tmp_path / "figures.json")
+        assert conftest.call(evaluate.main, *options) == 0
+        figures.append(json.loads((tmp_path / "figures.json").read_text()))
+    assert figures[0] == figures[1]
+    truth = json.loads((tmp_path / "all.json").read_text())
+    records = json.loads((out / "predictions.json").read_text())
+    results = COCO(str(tmp_path / "all.json")).loadRes([record | {"image_id": 1} for record in records])
+    measure = COCOeval(COCO(str(tmp_path / "all.json")), results, "segm")
+    measure.evaluate()
+    measure.accumulate()
+    measure.summarize()
+    assert measure.stats[0] == pytest.approx(1) and len(truth["images"]) == 2
+
+
+def test_coco_files_that_are_not_replaced(weights, tmp_path, capsys):
+    for name, words in (
+        ("truth.json", "was not written with --coco"),
+        ("all.txt", "end its name in .json"),
+    ):
+        (tmp_path / name).write_text('{"info": {}, "images": []}')
+        assert two_instances(weights, tmp_path, "--coco", tmp_path / name)[0] == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    assert (tmp_path / "truth.json").read_text() == '{"info": {}, "images": []}'
+    assert two_instances(weights, tmp_path, "--coco-polygons")[0] == 2
+    assert "add --coco FILE" in capsys.readouterr().err
+
+
+def test_file_names_are_relative_to_the_common_folder(tmp_path):
+    paths = [tmp_path / "a" / "1.jpg", tmp_path / "a" / "b" / "2.jpg"]
+    assert annotations.file_names(paths) == {"1": "1.jpg", "2": "b/2.jpg"} and annotations.file_names([]) == {}
+
+
+def test_labelme_files(weights, tmp_path, capsys, added):
+    code, out, salient = two_instances(weights, tmp_path, "--labelme")
+    data = json.loads((out / "photo.json").read_text())
+    assert code == 0 and data["imageData"] is None and (out / data["imagePath"]).resolve().name == "photo.png"
+    assert (out / data["imagePath"]).is_file() and (data["imageHeight"], data["imageWidth"]) == (48, 64)
+    assert [shape["group_id"] for shape in data["shapes"]] == [1, 2]
+    assert {(shape["label"], shape["shape_type"]) for shape in data["shapes"]} == {("salient object", "polygon")}
+    labels = read_instance_mask(out / "photo_instances.png")
+    for shape in data["shapes"]:
+        exact = labels == shape["group_id"]
+        mask = decode_polygons([np.ravel(shape["points"])], exact.shape)
+        assert (mask ^ exact).sum() < 0.1 * exact.sum()
+    assert not json.loads((out / "void.json").read_text())["shapes"]
+
+    (out / "photo_instances.png").unlink()
+    added.stems.clear()
+    assert two_instances(weights, tmp_path, "--labelme")[0] == 0 and added.stems == ["photo"], "its own is replaced"
+    (out / "photo.json").write_text(json.dumps(data | {"version": "5.0.0"}))  # as LabelMe saves it
+    (out / "photo_instances.png").unlink()
+    assert two_instances(weights, tmp_path, "--labelme")[0] == 1
+    assert "was not written by infer.py or was edited since, and is kept" in capsys.readouterr().err
+    assert json.loads((out / "photo.json").read_text())["version"] == "5.0.0"
+
+
+def test_outlines_are_exact_with_holes_and_parts():
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        shape = tuple(rng.integers(2, 50, 2))
+        values = rng.random(shape, np.float32)
+        mask = cv2.GaussianBlur(values, (0, 0), 2) > 0.5 if number % 2 else values < 0.6
+        if mask.any():
+            assert np.array_equal(decode_polygons(encode_polygons(mask), shape), mask)
+    assert encode_polygons(np.zeros((5, 5), bool)) == []
+    assert encode_polygons(np.ones((3, 4), bool), 1) in ([[0, 0, 0, 3, 4, 3, 4, 0]], [[0, 0, 4, 0, 4, 3, 0, 3]])
+
+
+def test_names_that_results_would_replace(weights, tmp_path, capsys):
+    photographs = make_photographs(tmp_path / "in", 1)
+    for name in ("p00_cutout1.png", "predictions.png", "p00_overlay.png"):
+        shutil.copy(photographs / "p00.png", photographs / name)
+    options = ("--weights", weights, "--out", photographs, "--fusion", "min_score=0", "--labelme", "--cutouts")
+    before = (photographs / "p00_cutout1.png").read_bytes()
+    assert call("--img", *photographs.glob("*.png"), *options) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all("would replace a photograph or another result" in line for line in errors)
+    assert (photographs / "p00_cutout1.png").read_bytes() == before and not (
+        photographs / "predictions_instances.png"
+    ).exists()
+    assert (photographs / "p00_overlay_instances.png").exists(), "a name that is no longer written"
+
+
+def test_no_result_is_an_input_of_the_next_call(weights, tmp_path, capsys, added):
+    photographs = make_photographs(tmp_path / "in", 2)
+    options = ("--weights", weights, "--out", photographs, "--fusion", "min_score=0", "--labelme", "--cutouts")
+    options += ("--visualize", "--coco", photographs / "all.json")
+    assert call("--img", photographs, *options) == 0
+    there = sorted(path.name for path in photographs.iterdir())
+    assert {"p00_cutout1.png", "p00_overlay.jpg", "p00.json", "cutouts.json", "all.json"} <= set(there)
+    assert call("--img", photographs, *options) == 0
+    assert call("--img", *photographs.iterdir(), *options) == 0
+    assert sorted(path.name for path in photographs.iterdir()) == there and sorted(added.stems) == ["p00", "p01"]
+    assert len(json.loads((photographs / "all.json").read_text())["images"]) == 2
+
+
+def test_no_overlay(weights, tmp_path):
+    code, out, _ = two_instances(weights, tmp_path, "--no-overlay")
+    assert code == 0 and not list(out.glob("*_overlay*")) and (out / "photo_instances.png").exists()
+
+
+def test_overlays_of_very_long_photographs_are_reduced(tmp_path):
+    files.save_jpeg(np.zeros((2, 70_000, 3), np.uint8), tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").size == (65_500, 1)
+
+
+def test_a_photograph_from_the_standard_input(weights, tmp_path):
+    Image.fromarray(noise(30, 40)).save(tmp_path / "a.png")
+    command = [sys.executable, ROOT / "infer.py", "--img", "-", "--weights", weights, "--out", tmp_path / "out"]
+    for content, code, words in (
+        ((tmp_path / "a.png").read_bytes(), 0, ""),
+        (b"words", 2, "error: the standard input is not an image that can be read"),
+        (b"", 2, "error: the image the standard input is empty"),
+    ):
+        done = subprocess.run(command, input=content, capture_output=True, env=conftest.environment())
+        message = done.stderr.decode()
+        assert done.returncode == code and message.startswith(words) and message.count("\n") == (code > 0), message
+    assert read_instance_mask(tmp_path / "out" / "stdin_instances.png").shape == (30, 40)
+
+
+def test_the_standard_input_stands_alone(monkeypatch, capsys):
+    for more in (["x.jpg"], ["--labelme"]):
+        assert call("--img", "-", *more) == 2
+        assert "takes no other paths and no --labelme" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert call("--img", "-") == 2
+    assert "needs a photograph on the standard input" in capsys.readouterr().err

@@ -235,7 +235,7 @@ def test_the_paper_preset_runs_from_nothing_to_instances(data, tmp_path):
     assert (record["pts"]["iterations"], record["pts"]["saliency_weight"]) == (1, 0)
     assert set(record) == {"preset", "cam", "labels", "branches", "saliency", "pts"}
     assert call(infer.main, "--img", data / "images", "--weights", weights, "--out", tmp_path / "found") == 0
-    assert len(list((tmp_path / "found").glob("*_overlay.png"))) == 6
+    assert len(list((tmp_path / "found").glob("*_overlay.jpg"))) == 6
 
 
 def test_labels_of_another_run(trained, data, tmp_path, capsys):
@@ -431,7 +431,7 @@ def test_infer_with_a_bad_file_among_good_ones(trained, data, tmp_path, capsys):
     options = ("--img", mixed, "--weights", trained / "weights.pt", "--out", tmp_path / "out")
     assert call(infer.main, *options) == 1
     assert "broken.jpg" in capsys.readouterr().err
-    assert len(list((tmp_path / "out").glob("*_overlay.png"))) == 6
+    assert len(list((tmp_path / "out").glob("*_overlay.jpg"))) == 6
     assert {r["image_id"] for r in json.loads((tmp_path / "out" / "predictions.json").read_text())} <= {
         f"photo{i}" for i in range(6)
     }

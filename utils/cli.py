@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -214,23 +215,43 @@ class _Output(io.FileIO):
             return len(data)
 
 
-def select_device(gpu: int) -> "torch.device":
-    """The torch.device of ``--gpu``: -1 is the CPU, n the n-th CUDA device.
+def add_gpu_option(group: Any) -> None:
+    """--gpu, for ``select_device``. group: an argparse parser or a group of its options."""
+    text = "CUDA device; -1 is the CPU; default: the first GPU, or the CPU where there is none"
+    group.add_argument("--gpu", type=integer(-1), metavar="N", help=text)
 
+
+def select_device(gpu: int | None, offset: int = 0) -> "torch.device":
+    """The torch.device of ``--gpu``: -1 is the CPU, n the n-th CUDA device, counted from 0.
+
+    None is the first GPU, of which a line is printed, or the CPU where there is no GPU. offset: added to the number of
+    a GPU, for a process that is not the first one of its machine.
     Raises InputError when that GPU is not there.
     """
     import torch  # here, so that wrong arguments are reported before torch is imported
 
-    if gpu < 0:
-        return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu >= found:
-        raise InputError(f"--gpu {gpu} was asked for but {found} CUDA devices are visible; use --gpu -1 for the CPU")
-    return torch.device("cuda", gpu)
+    first = 0 if found else -1
+    number = first if gpu is None else gpu
+    if number < 0:
+        return torch.device("cpu")
+    number += offset
+    if number >= found:
+        raise InputError(f"--gpu {number} was asked for but {found} CUDA devices are visible; use --gpu -1 for the CPU")
+    device = torch.device("cuda", number)
+    if gpu is None and not offset:
+        _print_once(f"device: {device} ({torch.cuda.get_device_name(device)})")
+    return device
 
 
-def make_folder(path: str | Path) -> Path:
-    """Create ``path`` (and its parents) and return it as a Path; InputError when it cannot be written to."""
+@cache
+def _print_once(line: str) -> None:
+    print(line)
+
+
+def make_folder(path: str | Path, option: str = "--out") -> Path:
+    """Create ``path`` (and its parents) and return it as a Path; InputError, which names ``option``, when it cannot be
+    written to."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -238,5 +259,6 @@ def make_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to the folder {path} ({error.strerror}); choose another with --out") from error
+        remedy = f"choose another with {option}"
+        raise InputError(f"cannot write to the folder {path} ({error.strerror}); {remedy}") from error
     return path

@@ -25,15 +25,16 @@ START_TIMEOUT = timedelta(minutes=5)  # until all processes have started
 WAIT_TIMEOUT = timedelta(days=1)  # for a process with more work than the others; torchrun ends all when one fails
 
 
-def init(gpu: int) -> torch.device:
+def init(gpu: int | None) -> torch.device:
     """Join the processes that torchrun started, if any, and return the device of this one.
 
-    gpu: as for ``select_device``; with several processes, process n of a machine takes GPU ``gpu`` + n.
+    gpu: as for ``select_device``; with several processes, process n of a machine takes GPU ``gpu`` + n, or GPU n by
+    default.
     Raises InputError for an incomplete environment of torchrun, and when the other processes do not start.
     """
     if dist.is_initialized() or not is_launched():
         return select_device(gpu)
-    device = select_device(gpu + int(os.environ["LOCAL_RANK"]) if gpu >= 0 else -1)
+    device = select_device(gpu, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
