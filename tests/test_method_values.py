@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ops
-from engine.instance_labels import Maps, instance_label
+from engine import instance_labels
+from engine.instance_labels import Maps, instance_label, pseudo_mask
 from models.fusion_config import FusionConfig
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, subitizing_loss
 from models.scoring import score_of
@@ -126,6 +127,20 @@ IMAGE = np.zeros((64, 64, 3), np.uint8)
 
 
 @pytest.mark.parametrize("of_saliency, of_initial", [(0, 0), (0.5, 0), (0.5, 1 / 3), (0, 1 / 3)])
+def test_the_crf_of_pts_starts_from_the_union_of_s_and_of_the_initial_mask(monkeypatch, of_saliency, of_initial):
+    """Algorithm 1 with both weights 0; away from the contour, where S is one number."""
+    monkeypatch.setattr(instance_labels, "refine_saliency", lambda image, foreground: foreground)
+    maps, inside = one_object()
+    initial = np.where(inside, 0.4, 0.6).astype(np.float32)
+    for grouping in ("sinks", "count"):
+        settings = FusionConfig(grouping=grouping)
+        found = pseudo_mask(IMAGE, maps, 1, settings, of_saliency, initial, of_initial)
+        mean = 1 - of_saliency + of_saliency * 0.7
+        assert found[24:40, 24:40] == pytest.approx((1 - of_initial) * mean + of_initial * 0.4, abs=1e-5)
+        assert found[:8] == pytest.approx((1 - of_initial) * of_saliency * 0.1 + of_initial * 0.6, abs=1e-5)
+        assert pseudo_mask(IMAGE, maps, 1, settings, of_saliency)[:8] == pytest.approx(of_saliency * 0.1, abs=1e-5)
+
+
 def test_only_known_classes_contradict_an_instance():
     """Most of it is of no known class: the rest keeps its label."""
     maps, inside = one_object()

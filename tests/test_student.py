@@ -347,7 +347,7 @@ def test_it_learns_two_photographs_and_is_evaluated(tmp_path, labelled, teacher,
     pictures = tmp_path / "pictures"
     assert call(infer.main, "--img", data / "images", "--weights", weights, "--out", pictures, "--visualize") == 0
     names = {path.name for path in pictures.glob("photo1_*")}
-    assert names == {f"photo1_{kind}.png" for kind in ("instances", "overlay", "saliency")}
+    assert names == {f"photo1_{file}" for file in ("instances.png", "overlay.jpg", "saliency.png")}
 
 
 def stop_after(steps):

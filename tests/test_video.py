@@ -309,7 +309,7 @@ def test_a_clip_beside_a_photograph(discs, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("--img", clip, tmp_path / "photo.png", "--out", out) == 0
     names = {path.name for path in out.iterdir() if not path.name.startswith("finished")}
-    photo = {"photo_instances.png", "photo_overlay.png", "predictions.json"}
+    photo = {"photo_instances.png", "photo_overlay.jpg", "predictions.json"}
     assert names == {"clip_instances.mp4", "clip_tracks.json", "clip"} | photo
 
     drawn = Clip(out / "clip_instances.mp4")
