@@ -194,6 +194,11 @@ def bounding_box(rle: Mapping[str, Any], margin: int = 0) -> list[int]:
     return [left, top, min(x + w + margin, width) - left, min(y + h + margin, height) - top]
 
 
+def centroids_of(masks: Iterable[np.ndarray]) -> np.ndarray:
+    """The centres of mass (y, x) of bool masks [H,W], in pixels: float [n,2]; (0, 0) of an empty mask."""
+    return np.array([np.argwhere(mask).mean(0) if mask.any() else np.zeros(2) for mask in masks]).reshape(-1, 2)
+
+
 def prediction_records(image_id: str, masks: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
     """COCO result records (dicts ready for JSON) of bool masks [n,H,W] with scores [n] in (0, 1]."""
     return [

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from datasets.images import read_image
-from datasets.masks import read_saliency_mask
+from datasets.masks import centroids_of, read_saliency_mask
 from datasets.transforms import network_input, resize, to_tensor
 from models import AMP, MAX_INSTANCES, METHODS, STUDENT
 from models.count_head import expected_count, one_hot_count
@@ -312,7 +312,7 @@ class Predictor:
         masks, scores = detections.disjoint(found, side, size, count)
         ranked = detections.ranked(found, side, size) if self.ranked else None
         saliency = detections.saliency_of(found, side, size)
-        return Prediction(masks, scores, detections.centroids_of(masks), saliency, ranked=ranked)
+        return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
 
 
 def _usable(device: torch.device | str) -> torch.device:

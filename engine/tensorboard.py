@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets.instances import read_with_labels
 from datasets.labels import Sample
-from datasets.masks import VOID
+from datasets.masks import VOID, centroids_of
 from datasets.training import read_label_map
 from datasets.transforms import load_square, network_input, resize, to_tensor
 from engine.visualize import colour_wheel, grey, heat, instance_colours, mark, overlay
@@ -115,7 +115,7 @@ def show_student(
 
     labels: the folder of the label maps.
     """
-    from models.detections import centroids_of, disjoint  # here, because torchvision's detectors take long to import
+    from models.detections import disjoint  # here, because torchvision's detectors take long to import
 
     rows, size = [], model.config.size
     for sample in samples:

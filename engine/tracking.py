@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from datasets.masks import centroids_of
+
 if TYPE_CHECKING:
     from engine.predictor import Prediction
 
@@ -100,7 +102,7 @@ class Tracker:
         """
         masks = list(prediction.masks)
         histograms = _histograms(image, masks)
-        centres = [centre_of(mask) for mask in masks]
+        centres = list(centroids_of(masks))
         flow = self._flow(image)
         self.counts.append(len(masks))
 
@@ -267,11 +269,6 @@ def _histograms(image: np.ndarray, masks: list[np.ndarray]) -> list[np.ndarray]:
     limits = [0, 180, 0, 256, 0, 256]
     counts = [cv2.calcHist([hsv], [0, 1, 2], mask.astype(np.uint8), list(BINS), limits).ravel() for mask in masks]
     return [count / max(count.sum(), 1) for count in counts]
-
-
-def centre_of(mask: np.ndarray) -> np.ndarray:
-    """The centre of mass (y, x) of a mask bool [H,W], in pixels; (0, 0) of an empty one."""
-    return np.argwhere(mask).mean(0) if mask.any() else np.zeros(2)
 
 
 def track_score(total: float, frames: int) -> float:

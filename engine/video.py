@@ -18,10 +18,10 @@ import numpy as np
 import pycocotools.mask
 
 from datasets.clips import Clip, Frame
-from datasets.masks import decode_rle, encode_rle
+from datasets.masks import centroids_of, decode_rle, encode_rle
 from engine import visualize
 from engine.predictor import Prediction, Predictor, process
-from engine.tracking import Tracked, Tracker, TrackingConfig, centre_of, track_score
+from engine.tracking import Tracked, Tracker, TrackingConfig, track_score
 from models import MAX_INSTANCES
 from utils import digest, files
 from utils.cli import InputError, make_folder
@@ -224,9 +224,10 @@ def _draw(clip: Clip, store: MaskStore, video: Path, labels: Path, length: int) 
                     label_map[mask] = number
             files.save_label_png(label_map, labels / _frame_name(frame.index))
             if writer and frame.image is not None:  # else the picture before is repeated, and the clip keeps its time
-                centres = np.array([centre_of(mask) for mask in masks]).reshape(-1, 2)
                 numbers = [number for number, _ in found]
-                picture = visualize.overlay(frame.image, np.array(masks, bool), np.ones(len(masks)), centres, numbers)
+                picture = visualize.overlay(
+                    frame.image, np.array(masks, bool), np.ones(len(masks)), centroids_of(masks), numbers
+                )
             if writer:
                 writer.write(_even(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)))
         if writer:

@@ -30,19 +30,9 @@ class CountHead(nn.Module):
         """f1..f5 of [N,C_l,h_l,w_l] -> the averages of f4 and f5 [N,C_4 + C_5]."""
         return torch.cat([feature.mean((2, 3)) for feature in features[3:]], 1)
 
-    def logits(self, features: Sequence[Tensor]) -> Tensor:
-        """f1..f5 -> the logits of 1..MAX_COUNT objects [N,MAX_COUNT]."""
-        return self.linear((self.pool(features).float() - self.mean) * self.scale)
-
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """f1..f5 -> the probabilities of 1..MAX_COUNT objects [N,MAX_COUNT]."""
-        return self.logits(features).softmax(1)
-
-    def standardize(self, pooled: Tensor) -> None:
-        """Set the mean and the scale of the features to those of images, pooled [M,C_4 + C_5] of ``pool``."""
-        mean, scale = mean_and_scale(pooled)
-        self.mean.copy_(mean)
-        self.scale.copy_(scale)
+        return self.linear((self.pool(features).float() - self.mean) * self.scale).softmax(1)
 
     def fit(self, pooled: Tensor, counts: Tensor, decay: float = 0.2) -> None:
         """Multinomial logistic regression with equal weight for every number, since most images show one object; the
@@ -51,7 +41,8 @@ class CountHead(nn.Module):
         pooled: [M,C_4 + C_5] of ``pool``; counts: [M], 1 or more; decay: weight of the squared parameters, for
         standardised features (.2 from five-fold cross-validation on the training images).
         """
-        self.standardize(pooled)
+        self.mean.copy_(pooled.mean(0))
+        self.scale.copy_(1 / (pooled.std(0, correction=0) + 1e-3))
         x, y = (pooled - self.mean) * self.scale, counts.long().clamp(max=MAX_COUNT) - 1
         times = torch.bincount(y, minlength=MAX_COUNT).clamp(min=1)
 
@@ -61,11 +52,6 @@ class CountHead(nn.Module):
 
         fit_convex(self.linear, loss)
         self.linear.bias.add_((times / times.sum()).log())
-
-
-def mean_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of features [M,C], each [C], for (x - mean) * scale."""
-    return features.mean(0), 1 / (features.std(0, correction=0) + 1e-3)
 
 
 @torch.enable_grad()

@@ -104,8 +104,3 @@ def saliency_of(found: Detections, side: int, size: tuple[int, int]) -> np.ndarr
     products = pasted(found, side, (GRID, GRID)) * found.scores[:, None, None]
     saliency = products.amax(0).cpu().numpy() if len(products) else np.zeros((GRID, GRID), np.float32)
     return np.clip(cv2.resize(saliency, size[::-1], interpolation=cv2.INTER_LINEAR), 0, 1)
-
-
-def centroids_of(masks: np.ndarray) -> np.ndarray:
-    """The centres of mass (y, x) of bool masks [n,H,W], in pixels: float [n,2]."""
-    return np.array([np.argwhere(mask).mean(0) for mask in masks]).reshape(-1, 2)

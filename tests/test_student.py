@@ -18,13 +18,14 @@ import train_branches
 import train_student
 from datasets.copy_paste import cut_out, paste
 from datasets.instances import InstanceImages
+from datasets.masks import centroids_of
 from datasets.training import read_label_map, read_samples
 from engine import student
 from engine.config import Machine, Schedule
 from engine.predictor import Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
-from models.detections import best_set, centroids_of, disjoint, ranked, saliency_of
+from models.detections import best_set, disjoint, ranked, saliency_of
 from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, _scored, save_student, targets_of
 from models.wsid_net import load_network
 from utils import digest, files, provenance
