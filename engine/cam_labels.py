@@ -4,15 +4,17 @@ The labels are 8-bit PNGs of the training square: ``saliency/<stem>.png``, foreg
 ``classes/<stem>.png``, 0 background, 1..20 class, 255 undecided.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from datasets.labels import IGNORE, Sample
+from datasets.labels import IGNORE, VOC_CLASSES, Sample
 from datasets.training import TrainingImages, select_cam_samples, supports_cam
 from datasets.transforms import load_square, resize, to_tensor
 from engine import tensorboard
@@ -24,7 +26,7 @@ from models.backbones import load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
 from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
-from utils.parallel import WorkerPool
+from utils.parallel import WorkerPool, batches_ahead
 from utils.progress import tqdm
 
 
@@ -97,10 +99,26 @@ def make_labels(run: Run, samples: list[Sample]) -> None:
     todo = [sample for sample in samples if not is_done(folder, sample.stem)]
     thresholds = SPREAD if config.spread else PLAIN
     with WorkerPool(run.machine.workers) as pool:
-        for sample in tqdm(todo, desc="labels", initial=len(samples) - len(todo), total=len(samples), mininterval=2):
-            image = to_tensor(load_square(sample.path, CAM_SIZE))[None].to(run.device)
-            cams = activations(model, image, sample.classes, config.scales, size, config.spread)[0].cpu().numpy()
+        done = len(samples) - len(todo)
+        found = class_activations(run, model, todo)
+        for sample, cams in tqdm(found, desc="labels", initial=done, total=len(samples), mininterval=2):
             pool.submit(write_pseudo_labels, folder, sample, cams, sample.classes, size, thresholds, config.crf)
+
+
+def class_activations(
+    run: Run, model: Classifier, samples: Sequence[Sample]
+) -> Iterator[tuple[Sample, np.ndarray]]:
+    """Each Sample with the activation maps of its classes, float32 [C,h,w] in 0..1 (``activations``)."""
+    size, config = run.preset.cam.size, run.preset.labels
+
+    def load(sample: Sample) -> tuple[Sample, Tensor]:
+        return sample, to_tensor(load_square(sample.path, CAM_SIZE))
+
+    for batch in batches_ahead(load, samples, run.machine.workers, run.device):
+        images = torch.stack([image for _, image in batch]).to(run.device)
+        cams = activations(model, images, range(len(VOC_CLASSES)), config.scales, size, config.spread)
+        for (sample, _), of_one in zip(batch, cams, strict=True):
+            yield sample, of_one[list(sample.classes or ())].cpu().numpy()
 
 
 def finished_classifier(run: Run) -> Classifier:

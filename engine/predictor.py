@@ -105,6 +105,80 @@ def bfloat16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
+@dataclass(frozen=True)
+class PostProcessor:
+    """From the output of a network for one photograph to its instances: the fusion of S, B and V, or the best set of a
+    student's hypotheses. It holds no weights, so that it can be sent to another process.
+
+    method, settings, ranked: as of ``Predictor``; method is "student" for a student network. side: of the input square
+    of the network, pixels.
+    """
+
+    method: str
+    settings: FusionConfig
+    side: int
+    ranked: bool = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        output: "Maps | Detections",
+        size: tuple[int, int],
+        count: int = 0,
+        saliency: np.ndarray | None = None,
+    ) -> Prediction:
+        """The Prediction of a photograph of ``size`` (H, W).
+
+        output: tensors, or what ``to_arrays`` made of them. count: the number of objects, 0 where it is not known.
+        saliency: float [H,W] in 0..1 that replaces S of a WSID-Net, or None.
+        """
+        if isinstance(output.count_probs, np.ndarray):
+            output = type(output)(*(torch.from_numpy(value) for value in output if value is not None))
+        if isinstance(output, Maps):
+            return self._of_maps(output, size, count, saliency)
+        return self._of_detections(output, size, count)
+
+    def _of_maps(self, maps: Maps, size: tuple[int, int], count: int, given: np.ndarray | None) -> Prediction:
+        s, b, v = maps[:3]
+        if given is not None:
+            replacement = torch.from_numpy(np.ascontiguousarray(given, np.float32))[None, None].to(s.device)
+            s = F.interpolate(replacement, s.shape, mode="bilinear", align_corners=False, antialias=True)
+            s = s[0, 0].clamp(0, 1)
+        saliency, boundary, offsets = (m.cpu().numpy() for m in (s, b, v))
+        soft: Tensor | np.ndarray
+        hypotheses: list[CountHypothesis] = []
+        if self.method == "components":
+            soft, centroids = connected_components(saliency, self.settings)
+        else:
+            count_probs = one_hot_count(count) if count else maps.count_probs.cpu()
+            by_count = count or self.settings.grouping == "count"
+            hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
+            number = int(expected_count(count_probs)) if by_count else 0
+            soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
+        masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
+        height, width = size
+        # Pixel centres of the grid to pixel centres of the photograph.
+        centroids = (centroids[kept] + 0.5) * (np.array(size) / saliency.shape) - 0.5
+        saliency, boundary = (
+            cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (saliency, boundary)
+        )
+        return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
+
+    def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
+        from models import detections  # here, because torchvision's detectors take long to import
+
+        masks, scores = detections.disjoint(found, self.side, size, count)
+        ranked = detections.ranked(found, self.side, size) if self.ranked else None
+        saliency = detections.saliency_of(found, self.side, size)
+        return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
+
+
+def to_arrays(output: "Maps | Detections") -> "Maps | Detections":
+    """The same with NumPy arrays in place of tensors, which pass to another process without shared memory."""
+    values = output[:4] if isinstance(output, Maps) else output
+    return type(output)(*(value.cpu().numpy() for value in values))
+
+
 class Predictor:
     """A trained WSID-Net and the settings of its fusion, or a student network.
 
@@ -173,6 +247,11 @@ class Predictor:
         if self.method != STUDENT:
             options |= {"method": self.method, "settings": self.settings}
         return partial(Predictor, self.weights.resolve(), self.device, **options), ()
+
+    @property
+    def post_process(self) -> PostProcessor:
+        """What ``instances`` computes, without the network."""
+        return PostProcessor(self.method, self.settings, self.net.config.size, self.ranked)
 
     @property
     def map_kinds(self) -> tuple[str, ...]:
@@ -271,48 +350,17 @@ class Predictor:
         not known; None takes that of the Predictor.
         """
         self._limit_threads_after_fork()
+        if saliency is not None and self.method == STUDENT:
+            raise InputError(
+                f"{self.weights} holds a student network, which takes no saliency map; leave it out, or name the "
+                f"weights of a WSID-Net, such as {BUNDLED_WSID_NET}"
+            )
         count = self.count if count is None else count
         if not isinstance(maps, Maps):
-            if saliency is not None:
-                raise InputError(
-                    f"{self.weights} holds a student network, which takes no saliency map; leave it out, or name the "
-                    f"weights of a WSID-Net, such as {BUNDLED_WSID_NET}"
-                )
-            return self._of_detections(maps, size, count)
+            return self.post_process(to_arrays(maps), size, count)
         with self._fusion_stream(maps.ready):
-            s, b, v = (m.to(self.fusion_device) for m in maps[:3])
-            if saliency is not None:
-                given = torch.from_numpy(np.ascontiguousarray(saliency, np.float32))[None, None].to(s.device)
-                s = F.interpolate(given, s.shape, mode="bilinear", align_corners=False, antialias=True)
-                s = s[0, 0].clamp(0, 1)
-            saliency, boundary, offsets = (m.cpu().numpy() for m in (s, b, v))
-            soft: Tensor | np.ndarray
-            hypotheses: list[CountHypothesis] = []
-            if self.method == "components":
-                soft, centroids = connected_components(saliency, self.settings)
-            else:
-                count_probs = one_hot_count(count) if count else maps.count_probs.cpu()
-                by_count = count or self.settings.grouping == "count"
-                hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
-                number = int(expected_count(count_probs)) if by_count else 0
-                soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
-            masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
-        height, width = size
-        # Pixel centres of the grid to pixel centres of the photograph.
-        centroids = (centroids[kept] + 0.5) * (np.array(size) / saliency.shape) - 0.5
-        saliency, boundary = (
-            cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (saliency, boundary)
-        )
-        return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
-
-    def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
-        from models import detections  # here, because torchvision's detectors take long to import
-
-        side = self.net.config.size
-        masks, scores = detections.disjoint(found, side, size, count)
-        ranked = detections.ranked(found, side, size) if self.ranked else None
-        saliency = detections.saliency_of(found, side, size)
-        return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
+            maps = Maps(*(m.to(self.fusion_device) for m in maps[:3]), maps.count_probs)
+            return self.post_process(maps, size, count, saliency)
 
 
 def _usable(device: torch.device | str) -> torch.device:

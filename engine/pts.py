@@ -1,6 +1,6 @@
 """The progressive training scheme of the saliency branch: Algorithm 1 (Sec. 3.4)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from models.count_head import expected_count
 from models.wsid_net import WSIDNet, read_weights, save_weights
 from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
-from utils.parallel import WorkerPool
+from utils.parallel import WorkerPool, batches_ahead
 from utils.progress import tqdm
 
 State = dict[str, Tensor]
@@ -122,14 +122,12 @@ def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
         make_folder(labels / kind)
     own = distributed.shard(run.samples)
     todo = [sample for sample in own if not is_tried(labels, sample)]
-    with WorkerPool(run.machine.workers) as pool, torch.no_grad():
+    with WorkerPool(run.machine.workers) as pool:
         done = len(own) - len(todo)
-        for sample in tqdm(todo, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2):
-            square = load_square(sample.path, net.config.size)
-            output = net(*network_input(square, net.config.canny, run.device))
-            # Arrays, not tensors: they pass to the worker without shared memory.
-            maps = [m[0].float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
-            count = int(expected_count(output.count_probs[0]))
+        outputs = network_outputs(run, net, todo)
+        for sample, square, maps, count in tqdm(
+            outputs, f"{folder.name}: labels", initial=done, total=len(own), mininterval=2
+        ):
             initial = run.labels if sample.classes else None
             pool.submit(write_label, labels, sample, square, maps, count, run.preset.pts, initial)
     distributed.barrier()
@@ -140,6 +138,25 @@ def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
     if distributed.is_main():
         print(f"{folder.name}: {len(found)} of {len(run.samples)} photographs show salient instances")
     return found
+
+
+@torch.no_grad()
+def network_outputs(
+    run: Run, net: WSIDNet, samples: list[Sample]
+) -> Iterator[tuple[Sample, np.ndarray, list[np.ndarray], int]]:
+    """Each Sample with its square, uint8 RGB [S,S,3], its maps S [h,w], B [h,w] and V [2,h,w], and the predicted number
+    of objects. The maps are arrays, which pass to another process without shared memory."""
+
+    def load(sample: Sample) -> tuple[Sample, np.ndarray, tuple[Tensor, Tensor]]:
+        square = load_square(sample.path, net.config.size)
+        return sample, square, network_input(square, net.config.canny, "cpu")
+
+    for batch in batches_ahead(load, samples, run.machine.workers, run.device):
+        output = net(*(torch.cat(part).to(run.device) for part in zip(*(entry[-1] for entry in batch), strict=True)))
+        maps = [m.float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
+        numbers = expected_count(output.count_probs).tolist()
+        for (sample, square, _), number, *of_one in zip(batch, numbers, *maps, strict=True):
+            yield sample, square, of_one, int(number)
 
 
 def is_tried(labels: Path, sample: Sample) -> bool:

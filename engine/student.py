@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -21,7 +20,7 @@ from datasets.labels import Sample
 from datasets.training import read_label_map
 from engine import tensorboard
 from engine.config import Machine, StudentTrainingConfig, settings_of
-from engine.predictor import Predictor
+from engine.predictor import PostProcessor, Predictor, to_arrays
 from engine.results import label_map
 from engine.run import START
 from engine.trainer import Batch, train
@@ -30,7 +29,7 @@ from models.mask_rcnn import MaskRCNN, StudentConfig, save_student
 from models.wsid_net import load_network
 from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder, path_of
-from utils.parallel import map_ahead
+from utils.parallel import WorkerPool, batches_ahead
 from utils.progress import tqdm
 
 INITS = ("teacher", "imagenet")
@@ -94,25 +93,38 @@ def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], fol
     distributed.run_on_main(provenance.bind, folder, {}, inputs, photographs, lambda s: (labels / f"{s}.png").exists())
     make_folder(labels)
     todo = [sample for sample in distributed.shard(samples) if not (labels / f"{sample.stem}.png").exists()]
-    for sample, masks in tqdm(find_instances(run, teacher, todo), "labels", total=len(todo), mininterval=2):
-        files.save_png(label_map(masks), labels / f"{sample.stem}.png")
+    if todo:
+        predictor, workers = Predictor(teacher, run.device), run.machine.workers
+        with WorkerPool(workers) as pool:
+            for sample, size, output in tqdm(
+                network_outputs(predictor, todo, workers), "labels", total=len(todo), mininterval=2
+            ):
+                path = labels / f"{sample.stem}.png"
+                pool.submit(write_label_map, path, predictor.post_process, to_arrays(output), size, sample.count)
     distributed.barrier()
     return labels
 
 
-def find_instances(run: StudentRun, teacher: Path, samples: list[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Each Sample with the masks, bool [n,H,W], of the instances that the ``teacher`` finds when its count is given."""
-    if not samples:
-        return
-    predictor = Predictor(teacher, run.device)
+def network_outputs(
+    predictor: Predictor, samples: list[Sample], workers: int
+) -> Iterator[tuple[Sample, tuple[int, int], Any]]:
+    """Each Sample with the size (H, W) of its photograph and the output of the network for it, Maps or Detections."""
 
     def load(sample: Sample) -> Any:
         image = read_image(sample.path)
         return sample, image.shape[:2], predictor.prepare(image)
 
-    for sample, size, inputs in map_ahead(load, samples, max(1, run.machine.workers), 4):
-        (maps,) = predictor.network([inputs])
-        yield sample, predictor.instances(maps, size, count=sample.count).masks
+    for batch in batches_ahead(load, samples, workers, predictor.device):
+        outputs = predictor.network([inputs for *_, inputs in batch])
+        yield from ((*entry[:2], output) for entry, output in zip(batch, outputs, strict=True))
+
+
+def write_label_map(path: Path, post_process: PostProcessor, output: Any, size: tuple[int, int], count: int) -> None:
+    """Write the label map of the instances of a photograph with ``count`` objects, in a worker process.
+
+    output: of the network, as of ``to_arrays``; size: (H, W) of the photograph.
+    """
+    files.save_png(label_map(post_process(output, size, count).masks), path)
 
 
 def is_complete(sample: Sample, labels: Path) -> bool:

@@ -116,7 +116,7 @@ def train(
     (utils.provenance).
     writer: of the first process, None in the others; it gets every loss, under NAME/LOSS, and where the loss has a
     weight, its product with that under NAME/LOSS_weighted; the learning rate, the norm of the gradient, images per
-    second and memory (GiB). show(model, writer, step): called at the end of each epoch, for images.
+    second, the fraction of the time in which the network waited for its images, and memory (GiB). show(model, writer, step): called at the end of each epoch, for images.
     Raises InputError when an image cannot be read, when a loss, a gradient or a weight is not finite, and when memory
     does not suffice; Stopped on SIGTERM. After each of them the checkpoint is the last finite state.
     """
@@ -176,10 +176,13 @@ def train(
     )
     steps = tqdm(range(start, total), folder.name, initial=start, total=total, disable=not distributed.is_main())
     saved_at = logged_at = time.monotonic()
+    waited = 0.0  # seconds since the last log in which the network waited for its images
     with sigterm_event() as stopped, loader as batches:
         for step in steps:
             with distributed.raise_in_all():
+                asked_at = time.monotonic()
                 batch = next(batches)
+                waited += time.monotonic() - asked_at
                 if step > start and time.monotonic() - saved_at > machine.save_seconds:
                     save(step)
                     saved_at = time.monotonic()
@@ -203,14 +206,17 @@ def train(
             if average:
                 average.update_parameters(model)
             if step % 10 == 0:
-                steps.set_postfix(loss=f"{value:.4f}", refresh=False)
+                seconds = time.monotonic() - logged_at
+                speed = schedule.batch_size * min(step - start + 1, 10) / seconds
+                waiting = f"{waited / seconds:.0%}"
+                steps.set_postfix(loss=f"{value:.4f}", images_per_second=f"{speed:.1f}", waiting=waiting, refresh=False)
                 if writer:
-                    speed = schedule.batch_size * min(step - start + 1, 10) / (time.monotonic() - logged_at)
-                    logged_at = time.monotonic()
-                    scalars = {"lr": rate, "images_per_second": speed, "gradient_norm": norm} | _memory(device)
+                    scalars = {"lr": rate, "images_per_second": speed, "waiting": waited / seconds}
+                    scalars |= {"gradient_norm": norm} | _memory(device)
                     scalars |= terms | {f"{key}_weighted": term for key, term in weighted.items()}
                     for key, scalar in scalars.items():
                         writer.add_scalar(f"{name}/{key}", scalar, step)
+                logged_at, waited = time.monotonic(), 0.0
             if show and writer and (step + 1) % sampler.per_epoch == 0 and not stopped.is_set():
                 model.eval()
                 with torch.no_grad():

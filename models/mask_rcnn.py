@@ -18,7 +18,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, masks_to_boxes
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from datasets.masks import VOID
@@ -140,11 +140,11 @@ class MaskRCNN(nn.Module):
 
         image: RGB [N,3,size,size] in 0..1. labels: uint8 [N,size,size], 0 background, 1..254 instances, 255 void.
         """
-        targets = [targets_of(label) for label in labels]
+        targets = targets_of(labels)
         pyramid, count = self.features(image)
         (proposals, terms), sizes = self._propose(image, pyramid, targets)
         _, of_regions = self.roi_heads(pyramid, proposals, sizes, targets)
-        numbers = torch.tensor([len(target["boxes"]) for target in targets], device=image.device)
+        numbers = torch.tensor([len(target["boxes"]) for target in targets]).to(image.device, non_blocking=True)
         of_count = 0.2 * F.cross_entropy(count, numbers.clamp(max=MAX_COUNT))
         return {name.removeprefix("loss_"): term for name, term in (terms | of_regions | {"count": of_count}).items()}
 
@@ -166,20 +166,25 @@ def _scored(found: Mapping[str, Tensor], count_probs: Tensor) -> Detections:
     return Detections(found["boxes"].float()[order], scores, masks[order], count_probs)
 
 
-def targets_of(labels: Tensor) -> dict[str, Tensor]:
-    """The targets of torchvision's detectors for a label map, uint8 [H,W] (0 background, 1..254 instances, 255 void).
+def targets_of(labels: Tensor) -> list[dict[str, Tensor]]:
+    """The targets of torchvision's detectors for label maps, uint8 [N,H,W] (0 background, 1..254 instances, 255 void).
 
-    Returns boxes float32 [n,4], labels int64 [n] (all 1) and masks uint8 [n,H,W] of the instances that are at least
-    MIN_SIDE pixels wide and high.
+    Returns for each map boxes float32 [n,4], labels int64 [n] (all 1) and masks uint8 [n,H,W] of the instances that are
+    at least MIN_SIDE pixels wide and high. All maps at once: a GPU waits twice for a batch, not for every instance.
     """
-    numbers = labels.unique()
-    numbers = numbers[(numbers > 0) & (numbers < VOID)]
-    masks = labels[None] == numbers[:, None, None]
-    boxes = (masks_to_boxes(masks) if len(numbers) else labels.new_zeros((0, 4))).float()
-    boxes[:, 2:] += 1  # the end of the last pixel, not its beginning
-    kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(1)
-    ones = torch.ones(int(kept.sum()), dtype=torch.int64, device=labels.device)
-    return {"boxes": boxes[kept], "labels": ones, "masks": masks[kept].to(torch.uint8)}
+    most = int(labels.masked_fill(labels == VOID, 0).max())
+    masks = labels[:, None] == torch.arange(1, most + 1, device=labels.device)[:, None, None]
+    sides = []
+    for present in (masks.any(2), masks.any(3)):  # columns, rows
+        first, last = (flags.to(torch.uint8).argmax(2) for flags in (present, present.flip(2)))
+        sides.append((first, torch.where(present.any(2), present.shape[2] - last, 0)))  # from pixel, to the one after
+    boxes = torch.stack([side[of] for of in (0, 1) for side in sides], 2).float()
+    large = ((boxes[..., 2:] - boxes[..., :2]) >= MIN_SIDE).all(2)
+    found = [flags.nonzero()[:, 0].to(labels.device, non_blocking=True) for flags in large.cpu()]
+    return [
+        {"boxes": box[kept], "labels": torch.ones_like(kept), "masks": mask[kept].to(torch.uint8)}
+        for box, mask, kept in zip(boxes, masks, found, strict=True)
+    ]
 
 
 def save_student(net: MaskRCNN, path: Path, settings: Mapping[str, Any] | None = None) -> None:

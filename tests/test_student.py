@@ -22,7 +22,7 @@ from datasets.masks import centroids_of
 from datasets.training import read_label_map, read_samples
 from engine import student
 from engine.config import Machine, Schedule
-from engine.predictor import Prediction, Predictor
+from engine.predictor import PostProcessor, Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
 from models.detections import best_set, disjoint, ranked, saliency_of
@@ -99,10 +99,12 @@ def detections(*squares, count=1):
 def test_targets_are_boxes_and_masks_of_instances_without_void():
     labels = torch.zeros(32, 32, dtype=torch.uint8)
     labels[2:12, 4:20], labels[20:30, 8:16], labels[0, 0], labels[13:19, :] = 3, 7, 9, 255
-    targets = targets_of(labels)  # 9 is too small for a box
+    empty = torch.zeros(32, 32, dtype=torch.uint8)
+    targets, without = targets_of(torch.stack([labels, empty]))  # 9 is too small for a box
     assert targets["boxes"].tolist() == [[4, 2, 20, 12], [8, 20, 16, 30]]
     assert targets["masks"].sum((1, 2)).tolist() == [160, 80]
-    assert targets_of(torch.zeros(8, 8, dtype=torch.uint8))["boxes"].shape == (0, 4)
+    assert [part.shape for part in without.values()] == [(0, 4), (0,), (0, 32, 32)]
+    assert targets_of(empty[None])[0]["boxes"].shape == (0, 4)
 
 
 def test_shapes_of_losses_and_detections():
@@ -308,14 +310,13 @@ def test_a_damaged_weights_file_is_one_sentence(teacher):
 def test_photographs_with_another_number_of_instances_than_counted_are_left_out(tmp_path, monkeypatch, teacher, capsys):
     data, counts = make_data(tmp_path / "data", count=4), []
 
-    def instances(self, maps, size, saliency=None, count=None):
+    def post_process(self, output, size, count=0, saliency=None):
         counts.append(count)
         masks = np.zeros((1, *size), bool)  # one, whatever the count
         masks[0, 20:40, 20:40] = True
         return Prediction(masks, np.ones(1), np.zeros((1, 2)), masks[0].astype(np.float32))
 
-    monkeypatch.setattr(Predictor, "instances", instances)
-    monkeypatch.setattr(Predictor, "network", lambda self, inputs: inputs)
+    monkeypatch.setattr(PostProcessor, "__call__", post_process)
     trained = []
     monkeypatch.setattr(student, "train", lambda model, dataset, *args, **options: trained.append(dataset.samples))
     args = ("--data", data, "--teacher", teacher, "--out", tmp_path / "run", *NET)

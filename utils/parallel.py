@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from utils.cli import InputError, raise_on_sigterm
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+GPU_BATCH = 16  # photographs in a pass of a network that labels them
 
 
 def leave_signals_to_parent() -> None:
@@ -137,3 +140,14 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahea
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def batches_ahead(
+    function: Callable[[T], R], items: Iterable[T], workers: int, device: torch.device
+) -> Iterator[list[R]]:
+    """``map_ahead`` in lists of the size of a batch that only labels photographs: one on the CPU, where more are not
+    faster, and ``GPU_BATCH`` on a GPU. The next two batches are computed meanwhile."""
+    size = 1 if device.type == "cpu" else GPU_BATCH
+    results = map_ahead(function, items, max(1, workers), 2 * size)
+    while batch := list(islice(results, size)):
+        yield batch
