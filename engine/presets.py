@@ -97,11 +97,11 @@ BEST = Preset(
     fusion=FusionConfig(),
     student=StudentTrainingConfig(
         Schedule(
-            epochs=10, batch_size=8, lr=6e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
+            epochs=10, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
         ),
         rounds=2,
         backbone="tf_efficientnet_lite2",
-        size=320,
+        size=384,
         pyramid_channels=96,
         freeze_depthwise=True,
     ),

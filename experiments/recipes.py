@@ -19,6 +19,7 @@ import torch
 from datasets.training import read_samples
 from engine import options
 from engine.config import Machine, NetConfig, Preset, StudentTrainingConfig, override
+from engine.predictor import bfloat16_pays
 from engine.presets import BEST, PAPER
 from engine.pts import progressive_training
 from engine.run import Run
@@ -128,6 +129,8 @@ def train_student_on(setup: Setup, config: StudentTrainingConfig, out: Path, tea
     samples = read_samples([*setup.data.labelled, *setup.data.counted])
     file = setup.backbone_weights.get(config.backbone)
     machine, device = setup.machine, setup.device
+    if bfloat16_pays(device):  # the labels of the stages before are made in float32
+        machine = replace(machine, amp="bf16")
     return train_student(StudentRun(out, samples, teacher, config, machine, device, setup.seed, "imagenet", file))
 
 
@@ -138,10 +141,12 @@ def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
         raise InputError(f"{path} would be overwritten, which this recipe has not made; give another --out")
     teacher = out / "wsid_net"
     labels = setup.data.pseudo_labels or train_labels(setup, preset, teacher)
-    train_network(setup, preset, teacher, labels)
-    weights = train_progressively(setup, preset, teacher, labels)
+    weights = train_network(setup, preset, teacher, labels)
     if preset.student:
+        # Its rounds stand for those of PTS, which make the labels of the first one no better (docs/results.md).
         weights = train_student_on(setup, preset.student, out / "student", weights)
+    else:
+        weights = train_progressively(setup, preset, teacher, labels)
     distributed.run_on_main(_publish, weights, path, note)
     return path
 
