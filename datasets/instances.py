@@ -6,6 +6,7 @@ Every random choice depends on (seed, epoch, index) alone, as in ``datasets.trai
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -76,11 +77,11 @@ class InstanceImages(Dataset):
         top, left = np.round(rng.uniform(0, 1 - extent) * labels.shape).astype(int)
         bottom, right = np.round((top, left) + extent * labels.shape).astype(int)
         window = np.s_[top : max(bottom, top + 1), left : max(right, left + 1)]
-        areas = np.bincount(labels.ravel(), minlength=256)
+        areas = areas_of(labels)
         image, labels = image[window], labels[window]
-        lost = np.bincount(labels.ravel(), minlength=256) < MIN_VISIBLE * areas
+        lost = areas_of(labels) < MIN_VISIBLE * areas
         lost[0] = False
-        labels = np.where(lost[labels], VOID, labels).astype(np.uint8)
+        labels = np.where(lost, VOID, np.arange(256)).astype(np.uint8)[labels]
         if rng.random() < 0.5:
             image, labels = image[:, ::-1], labels[:, ::-1]
         return resize(np.ascontiguousarray(image), self.size), resize_labels(np.ascontiguousarray(labels), self.size)
@@ -89,8 +90,8 @@ class InstanceImages(Dataset):
         """Paste a random instance of another photograph into ``image`` and ``labels``, in place, if there is room."""
         other, found = read_with_labels(self.sources[rng.integers(len(self.sources))], self.labels)
         other, found = resize(other, self.size), resize_labels(found, self.size)
-        numbers = np.setdiff1d(found, (0, VOID))
-        free = np.setdiff1d(np.arange(1, VOID), labels)
+        numbers = np.flatnonzero(areas_of(found)[1:VOID]) + 1
+        free = np.flatnonzero(areas_of(labels)[1:VOID] == 0) + 1
         if len(numbers) and len(free):
             cut = cut_out(other, found == numbers[rng.integers(len(numbers))], rng)
             if cut:
@@ -112,10 +113,14 @@ def read_with_labels(sample: Sample, folder: str | Path) -> tuple[np.ndarray, np
     return image, labels
 
 
+def areas_of(labels: np.ndarray) -> np.ndarray:
+    """The number of pixels of each label of a uint8 map, int [256]."""
+    return np.bincount(labels.ravel(), minlength=256)
+
+
 def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """uint8 RGB [H,W,3] with random brightness, contrast and saturation, of at most ``strength`` (0: no change)."""
     bias, gain, saturation = strength * rng.uniform(-0.5, 0.5), *(1 + strength * rng.uniform(-1, 1, 2))
-    pixels = image.astype(np.float32)
-    grey = pixels.mean(2, keepdims=True)
-    pixels = grey + saturation * (pixels - grey)
-    return np.clip(gain * (pixels - 128) + 128 + 255 * bias, 0, 255).astype(np.uint8)
+    # gain * (grey + saturation * (pixel - grey) - 128) + 128 + 255 * bias, grey: the mean of the three channels
+    mixing = gain * (saturation * np.eye(3) + (1 - saturation) / 3)
+    return cv2.transform(image, np.column_stack([mixing, np.full(3, 128 * (1 - gain) + 255 * bias)]))

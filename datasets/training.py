@@ -101,7 +101,7 @@ class TrainingImages(Dataset):
         maps = {name: self._augmented_map(name, sample, window) for name in self.maps}
         count = sample.count or 0
         if self.jitter:
-            image = np.clip(image * gain + bias, 0, 255).astype(np.uint8)
+            image = cv2.LUT(image, np.clip(np.arange(256) * gain + bias, 0, 255).astype(np.uint8))
         classes = torch.zeros(20)
         classes[list(sample.classes or ())] = 1
         item = {"image": to_tensor(image), "classes": classes, "count": torch.tensor(float(count))}

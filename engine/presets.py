@@ -97,7 +97,7 @@ BEST = Preset(
     fusion=FusionConfig(),
     student=StudentTrainingConfig(
         Schedule(
-            epochs=10, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
+            epochs=8, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
         ),
         rounds=2,
         backbone="tf_efficientnet_lite2",
