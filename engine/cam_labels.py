@@ -105,16 +105,14 @@ def make_labels(run: Run, samples: list[Sample]) -> None:
             pool.submit(write_pseudo_labels, folder, sample, cams, sample.classes, size, thresholds, config.crf)
 
 
-def class_activations(
-    run: Run, model: Classifier, samples: Sequence[Sample]
-) -> Iterator[tuple[Sample, np.ndarray]]:
+def class_activations(run: Run, model: Classifier, samples: Sequence[Sample]) -> Iterator[tuple[Sample, np.ndarray]]:
     """Each Sample with the activation maps of its classes, float32 [C,h,w] in 0..1 (``activations``)."""
     size, config = run.preset.cam.size, run.preset.labels
 
     def load(sample: Sample) -> tuple[Sample, Tensor]:
         return sample, to_tensor(load_square(sample.path, CAM_SIZE))
 
-    for batch in batches_ahead(load, samples, run.machine.workers, run.device):
+    for batch in batches_ahead(load, samples, run.device):
         images = torch.stack([image for _, image in batch]).to(run.device)
         cams = activations(model, images, range(len(VOC_CLASSES)), config.scales, size, config.spread)
         for (sample, _), of_one in zip(batch, cams, strict=True):

@@ -122,15 +122,15 @@ class PostProcessor:
     @torch.no_grad()
     def __call__(
         self,
-        output: "Maps | Detections",
+        output: Any,
         size: tuple[int, int],
         count: int = 0,
         saliency: np.ndarray | None = None,
     ) -> Prediction:
         """The Prediction of a photograph of ``size`` (H, W).
 
-        output: tensors, or what ``to_arrays`` made of them. count: the number of objects, 0 where it is not known.
-        saliency: float [H,W] in 0..1 that replaces S of a WSID-Net, or None.
+        output: Maps or Detections, tensors, or what ``to_arrays`` made of them. count: the number of objects, 0 where
+        it is not known. saliency: float [H,W] in 0..1 that replaces S of a WSID-Net, or None.
         """
         if isinstance(output.count_probs, np.ndarray):
             output = type(output)(*(torch.from_numpy(value) for value in output if value is not None))
@@ -173,10 +173,11 @@ class PostProcessor:
         return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
 
 
-def to_arrays(output: "Maps | Detections") -> "Maps | Detections":
+def to_arrays(output: "Maps | Detections") -> Any:
     """The same with NumPy arrays in place of tensors, which pass to another process without shared memory."""
-    values = output[:4] if isinstance(output, Maps) else output
-    return type(output)(*(value.cpu().numpy() for value in values))
+    values: Iterable[Tensor] = output[:4] if isinstance(output, Maps) else output
+    kind: Callable[..., Any] = type(output)
+    return kind(*(value.cpu().numpy() for value in values))
 
 
 class Predictor:
@@ -359,8 +360,8 @@ class Predictor:
         if not isinstance(maps, Maps):
             return self.post_process(to_arrays(maps), size, count)
         with self._fusion_stream(maps.ready):
-            maps = Maps(*(m.to(self.fusion_device) for m in maps[:3]), maps.count_probs)
-            return self.post_process(maps, size, count, saliency)
+            s, b, v = (m.to(self.fusion_device) for m in maps[:3])
+            return self.post_process(Maps(s, b, v, maps.count_probs), size, count, saliency)
 
 
 def _usable(device: torch.device | str) -> torch.device:

@@ -151,7 +151,7 @@ def network_outputs(
         square = load_square(sample.path, net.config.size)
         return sample, square, network_input(square, net.config.canny, "cpu")
 
-    for batch in batches_ahead(load, samples, run.machine.workers, run.device):
+    for batch in batches_ahead(load, samples, run.device):
         output = net(*(torch.cat(part).to(run.device) for part in zip(*(entry[-1] for entry in batch), strict=True)))
         maps = [m.float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
         numbers = expected_count(output.count_probs).tolist()

@@ -25,6 +25,7 @@ from models.grouping import split_labels_by_count
 from models.losses import boundary_loss, centroid_loss, centroid_target_loss, divisors, subitizing_loss
 from utils import digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
+from utils.parallel import batches_ahead
 from utils.progress import tqdm
 
 
@@ -207,9 +208,13 @@ def mean_offset(
     model.centroid.mean_offset.zero_()
     chosen = evenly_spaced(samples)
     total = torch.zeros(1, 2, 1, 1, device=device)
-    for sample in tqdm(chosen, desc="mean offset", mininterval=2):
-        inputs = network_input(load_square(sample.path, size), canny, device)
-        total += model(*inputs).offsets.mean((2, 3), keepdim=True)
+
+    def load(sample: Sample) -> tuple[Tensor, Tensor]:
+        return network_input(load_square(sample.path, size), canny, "cpu")
+
+    for batch in batches_ahead(load, tqdm(chosen, desc="mean offset", mininterval=2), device):
+        images, edges = (torch.cat(part).to(device) for part in zip(*batch, strict=True))
+        total += model(images, edges).offsets.mean((2, 3), keepdim=True).sum(0, keepdim=True)
     return total / len(chosen)
 
 
@@ -231,11 +236,12 @@ def evenly_spaced(samples: list[Sample]) -> list[Sample]:
 @torch.no_grad()
 def pooled_features(backbone: Backbone, samples: Sequence[Sample], size: int, device: torch.device) -> Tensor:
     """The input of the count head for photographs, resized to ``size``: [M,C_4 + C_5] of ``CountHead.pool``."""
-    pooled = []
-    for sample in tqdm(samples, desc="count", mininterval=2):
-        image = to_tensor(load_square(sample.path, size))[None].to(device)
-        pooled.append(CountHead.pool(backbone(image)))
-    return torch.cat(pooled)
+
+    def load(sample: Sample) -> Tensor:
+        return to_tensor(load_square(sample.path, size))
+
+    squares = batches_ahead(load, tqdm(samples, desc="count", mininterval=2), device)
+    return torch.cat([CountHead.pool(backbone(torch.stack(batch).to(device))) for batch in squares])
 
 
 def saliency_losses(model: SaliencyNet, batch: Batch, progress: float) -> Batch:

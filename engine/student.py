@@ -94,27 +94,24 @@ def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], fol
     make_folder(labels)
     todo = [sample for sample in distributed.shard(samples) if not (labels / f"{sample.stem}.png").exists()]
     if todo:
-        predictor, workers = Predictor(teacher, run.device), run.machine.workers
-        with WorkerPool(workers) as pool:
-            for sample, size, output in tqdm(
-                network_outputs(predictor, todo, workers), "labels", total=len(todo), mininterval=2
-            ):
+        predictor = Predictor(teacher, run.device)
+        with WorkerPool(run.machine.workers) as pool:
+            outputs = network_outputs(predictor, todo)
+            for sample, size, output in tqdm(outputs, "labels", total=len(todo), mininterval=2):
                 path = labels / f"{sample.stem}.png"
                 pool.submit(write_label_map, path, predictor.post_process, to_arrays(output), size, sample.count)
     distributed.barrier()
     return labels
 
 
-def network_outputs(
-    predictor: Predictor, samples: list[Sample], workers: int
-) -> Iterator[tuple[Sample, tuple[int, int], Any]]:
+def network_outputs(predictor: Predictor, samples: list[Sample]) -> Iterator[tuple[Sample, tuple[int, int], Any]]:
     """Each Sample with the size (H, W) of its photograph and the output of the network for it, Maps or Detections."""
 
     def load(sample: Sample) -> Any:
         image = read_image(sample.path)
         return sample, image.shape[:2], predictor.prepare(image)
 
-    for batch in batches_ahead(load, samples, workers, predictor.device):
+    for batch in batches_ahead(load, samples, predictor.device):
         outputs = predictor.network([inputs for *_, inputs in batch])
         yield from ((*entry[:2], output) for entry, output in zip(batch, outputs, strict=True))
 

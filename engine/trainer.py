@@ -116,7 +116,8 @@ def train(
     (utils.provenance).
     writer: of the first process, None in the others; it gets every loss, under NAME/LOSS, and where the loss has a
     weight, its product with that under NAME/LOSS_weighted; the learning rate, the norm of the gradient, images per
-    second, the fraction of the time in which the network waited for its images, and memory (GiB). show(model, writer, step): called at the end of each epoch, for images.
+    second, the fraction of the time in which the network waited for its images, and memory (GiB). show(model, writer,
+    step): called at the end of each epoch, for images.
     Raises InputError when an image cannot be read, when a loss, a gradient or a weight is not finite, and when memory
     does not suffice; Stopped on SIGTERM. After each of them the checkpoint is the last finite state.
     """

@@ -20,7 +20,7 @@ from utils.cli import InputError, raise_on_sigterm
 T = TypeVar("T")
 R = TypeVar("R")
 
-GPU_BATCH = 16  # photographs in a pass of a network that labels them
+GPU_BATCH, GPU_LOADERS = 16, 6  # photographs in a pass of a network that is not trained; threads that load them
 
 
 def leave_signals_to_parent() -> None:
@@ -142,12 +142,10 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahea
         pool.shutdown(cancel_futures=True)
 
 
-def batches_ahead(
-    function: Callable[[T], R], items: Iterable[T], workers: int, device: torch.device
-) -> Iterator[list[R]]:
-    """``map_ahead`` in lists of the size of a batch that only labels photographs: one on the CPU, where more are not
-    faster, and ``GPU_BATCH`` on a GPU. The next two batches are computed meanwhile."""
-    size = 1 if device.type == "cpu" else GPU_BATCH
-    results = map_ahead(function, items, max(1, workers), 2 * size)
+def batches_ahead(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[list[R]]:
+    """``map_ahead`` in lists of the size of a batch for a network that is not trained: one on the CPU, where more are
+    not faster, and ``GPU_BATCH`` on a GPU. Threads load the next two batches meanwhile."""
+    size, threads = (1, 1) if device.type == "cpu" else (GPU_BATCH, GPU_LOADERS)
+    results = map_ahead(function, items, threads, 2 * size)
     while batch := list(islice(results, size)):
         yield batch
