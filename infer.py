@@ -9,7 +9,7 @@
 
 For every photograph <stem>_instances.png (palette indices: 0 background, 1..N by descending score) and
 <stem>_overlay.jpg are written at its own size, and predictions.json holds all instances as COCO result records.
-Loading, network and fusion run at the same time. A run that was stopped continues with the same command; a clip is
+Many photographs are shared by several processes. A run that was stopped continues with the same command; a clip is
 then begun anew. For a clip <stem>_instances.mp4, the label maps <stem>/<frame>.png (values: track numbers) and
 <stem>_tracks.json (as in YouTube-VIS) are written.
 
@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 
 EXPORTED = ("Predictor", "Prediction", "Maps", "process", "default_batch_size", "default_weights")
 STDIN, STDIN_STEM = "-", "stdin"  # the value of --img for the standard input, and the stem of its photograph
-LISTED = 10  # the files written are printed one by one up to so many photographs
 
 
 def __getattr__(name: str) -> Any:
@@ -142,7 +141,8 @@ def get_args_parser() -> Parser:
     machine.add_argument(
         "--workers",
         type=integer(1, 256),
-        help="threads that load photographs, and as many that fuse and write; default: the threads of torch, at most 4",
+        help="processes that share the photographs, each with the network; default: as many as pay for themselves: one "
+        "for a few photographs, one per core for many, or 8 beside a GPU",
     )
     machine.add_argument(
         "--amp",
@@ -164,110 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise InputError("--img - takes no other paths and no --labelme; save the photograph to a file")
             args.img = [read_stdin(Path(stack.enter_context(TemporaryDirectory())))]
         paths, failed = list_photographs(args.img)
+        with gc_disabled():
+            from engine.inference import infer
         return infer(args, paths, failed)
-
-
-def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError]) -> int:
-    """Write the results of the photographs and clips ``paths``; returns the exit code.
-
-    args: of ``get_args_parser``. failed: the errors of the sources that ``list_photographs`` could not use. The code is
-    0, 1 when a part of what was asked for failed, or 2 when all of it did.
-    """
-    from datasets.listing import CLIP_SUFFIXES
-
-    requested = len(paths) + len(failed)
-    clips = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES]
-    paths = [path for path in paths if path not in clips]
-    if clips and args.saliency_dir:
-        raise InputError("--saliency-dir has maps for photographs alone; leave it out, or leave out the clips")
-    with gc_disabled():
-        from tqdm import tqdm
-
-        from engine.predictions import coco_ids
-        from engine.predictor import Predictor, default_batch_size, default_workers, process
-        from engine.results import Results
-        from utils import digest, distributed
-
-        device = distributed.init(args.gpu)
-        predictor = Predictor(
-            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
-        )
-    ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
-    identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
-    kinds = ["instances"]
-    kinds += ["overlay"] if args.overlay else []
-    kinds += predictor.map_kinds if args.visualize else []
-    kinds += ["cutouts"] if args.cutouts else []
-    kinds += ["labelme"] if args.labelme else []
-    results = Results(make_folder(args.out), identity, kinds, args.saliency_dir, ids, args.coco, args.coco_polygons)
-    paths, clashes = results.without_clashes(paths)
-    failed += clashes
-    if clips:
-        from engine import video
-
-        clips, clashes = video.without_clashes(clips, paths, results.folder)
-        failed += clashes
-    if ids:
-        ids([path.stem for path in paths])  # raises its InputError before the work begins
-    own = distributed.shard(paths)
-    todo = results.unfinished(own)
-    if distributed.is_main():
-        print(f"weights: {predictor.weights}")
-    if len(todo) < len(own):
-        print(
-            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
-            "compute them anew"
-        )
-
-    batch_size = args.batch_size or default_batch_size(device)
-    found = process(todo, predictor, results.add, batch_size, args.workers or default_workers(), args.saliency_dir)
-    written: list[list[Path]] = []
-    errors: list[InputError] = []
-    problems: list[InputError] = []  # of clips whose results lack some frames
-    silent = len(paths) < 2 or not distributed.is_main()
-    try:
-        with closing(found):
-            # disable=None: a progress bar on a terminal only.
-            for result in tqdm(found, total=len(todo), disable=silent or None, mininterval=1):
-                if isinstance(result, InputError):
-                    errors.append(result)
-                else:
-                    written.append(result)
-        for clip in distributed.shard(clips):
-            try:
-                of_clip, lacking = video.process_clip(
-                    clip, results.folder, predictor, batch_size, args.workers or default_workers()
-                )
-            except InputError as error:
-                errors.append(error)
-            else:
-                written.append(of_clip)
-                problems += lacking
-    except BaseException:
-        results.save(paths)
-        raise
-    written, errors = distributed.gather(written), distributed.gather(errors)
-    problems = distributed.gather(problems)
-    if not distributed.is_main():
-        return 0
-
-    failed += errors
-    all_failed, lists = len(failed) == requested, []
-    failed += problems
-    try:
-        lists = results.save(paths)
-    except InputError as error:
-        failed.append(error)
-    if len(written) > LISTED:
-        print(f"{args.out}: pictures of {len(written)} photographs")
-        written = []
-    for file in [*sum(written, []), *lists]:
-        print(file)
-    for failure in failed:
-        print(f"error: {failure}", file=sys.stderr)
-    if all_failed:
-        return 2
-    return 1 if failed else 0
 
 
 def check_coco(args: argparse.Namespace) -> None:

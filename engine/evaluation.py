@@ -107,7 +107,7 @@ def _run(
     saliency_dir: Path | None,
     perturbation: Perturbation | None,
 ) -> list[Method]:
-    from engine.predictor import default_batch_size, default_workers, process  # here, because files need no network
+    from engine.predictor import default_batch_size, default_threads, process  # here, because files need no network
 
     def finish(path: Path, image: np.ndarray, prediction: "Prediction") -> tuple[str, np.ndarray, Any]:
         gt = gt_masks[path.stem].read()
@@ -125,7 +125,7 @@ def _run(
     paths = [photographs[stem] for stem in gt_masks]
     transform = perturbation.change if perturbation else None
     device = predictor.device
-    outcomes = process(paths, predictor, finish, default_batch_size(device), default_workers(), saliency_dir, transform)
+    outcomes = process(paths, predictor, finish, default_batch_size(device), default_threads(), saliency_dir, transform)
     description = perturbation.name if perturbation else "evaluate"
     for outcome in tqdm(outcomes, description, len(paths), unit="img", disable=None):
         if isinstance(outcome, InputError):

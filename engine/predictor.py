@@ -415,8 +415,8 @@ def default_batch_size(device: torch.device) -> int:
     return 2 if device.type == "cpu" else 16
 
 
-def default_workers() -> int:
-    """Threads that load photographs, and as many that fuse and write."""
+def default_threads() -> int:
+    """Threads that load photographs, and as many that fuse and write, beside the network."""
     return min(4, torch.get_num_threads())
 
 
@@ -425,7 +425,7 @@ def process(
     predictor: Predictor,
     finish: Callable[[Any, np.ndarray, Prediction], T],
     batch_size: int,
-    workers: int = 1,
+    threads: int = 1,
     saliency_dir: Path | None = None,
     transform: Callable[[np.ndarray], np.ndarray] | None = None,
     read: Callable[[Any], np.ndarray] | None = None,
@@ -433,11 +433,11 @@ def process(
     """Predict the photographs at ``paths``; loading, network, and fusion with ``finish`` run at the same time.
 
     read: reads one item of ``paths`` as uint8 RGB [H,W,3], where these are no files but frames of a clip.
-    finish(path, image, prediction), with the photograph uint8 RGB [H,W,3], is called in one of ``workers`` threads.
+    finish(path, image, prediction), with the photograph uint8 RGB [H,W,3], is called in one of ``threads`` threads.
     saliency_dir: a folder of <stem>.png maps that replace S, or None. transform: a change of the photograph, uint8 RGB
     to uint8 RGB, before the network; the prediction keeps the size of the photograph. Returns an iterator over what
     ``finish`` returns, in the order of ``paths``, with an InputError in place of each photograph that cannot be read or
-    finished. At most about 3 * batch_size + 2 * workers photographs are in memory at once.
+    finished. At most about 3 * batch_size + 2 * threads photographs are in memory at once.
     """
 
     def load(path: Any) -> Any:
@@ -467,8 +467,8 @@ def process(
         except MemoryError:
             return _too_large(path)
 
-    ahead = batch_size + workers  # a whole batch is loaded while the network computes the one before
-    yield from map_ahead(conclude, with_maps(map_ahead(load, paths, workers, ahead)), workers, ahead)
+    ahead = batch_size + threads  # a whole batch is loaded while the network computes the one before
+    yield from map_ahead(conclude, with_maps(map_ahead(load, paths, threads, ahead)), threads, ahead)
 
 
 def _too_large(path: Any) -> InputError:

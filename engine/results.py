@@ -61,6 +61,13 @@ class Results:
         self.journal = folder / f"finished-{identity}.jsonl"
         self.lock = threading.Lock()
         self.file: BinaryIO | None = None
+        self.written = False  # whether this run, in any of its processes, has written a result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lock": None, "file": None}  # another process opens the journal anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"lock": threading.Lock()}
 
     def files(self, stem: str, count: int) -> list[Path]:
         """The files of the photograph ``stem`` with ``count`` instances, whether they are written yet or not."""
@@ -143,6 +150,7 @@ class Results:
             file.write(b"\n" + json.dumps(entry).encode())
         except OSError as error:
             raise files.write_error(self.journal, error) from error
+        self.written = True
         return self.files(path.stem, len(prediction.masks))
 
     def save(self, paths: Sequence[Path] = ()) -> list[Path]:
@@ -152,7 +160,7 @@ class Results:
         in their order; the COCO data set holds those of ``paths``. With an empty journal nothing is written. Raises
         InputError when a file cannot be written, or when a run of another identity has written to the folder meanwhile.
         """
-        if self.file and not self.journal.exists():
+        if self.written and not self.journal.exists():
             raise InputError(
                 f"another run with other settings wrote to {self.folder} meanwhile; run the command "
                 "with an --out of its own"
@@ -228,11 +236,12 @@ class Results:
                         (self.folder / name).unlink(missing_ok=True)
                     for other in self.folder.glob("finished-*.jsonl"):
                         if other != self.journal:
-                            print(
-                                f"{self.folder} holds results of other settings or weights: their records are removed, "
-                                "their pictures stay unless the photograph is processed anew"
-                            )
-                            other.unlink(missing_ok=True)
+                            with suppress(FileNotFoundError):  # another process was first
+                                other.unlink()
+                                print(
+                                    f"{self.folder} holds results of other settings or weights: their records are "
+                                    "removed, their pictures stay unless the photograph is processed anew"
+                                )
                     self.file = open(self.journal, "ab", buffering=0)
                 except OSError as error:
                     raise files.write_error(self.journal, error) from error

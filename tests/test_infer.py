@@ -30,7 +30,7 @@ import evaluate
 import infer
 from datasets.images import read_image
 from datasets.masks import decode_polygons, decode_rle, encode_polygons, read_instance_mask
-from engine import annotations, visualize
+from engine import annotations, inference, visualize
 from engine.predictor import (
     BUNDLED_STUDENT,
     BUNDLED_WSID_NET,
@@ -240,7 +240,7 @@ def results(folder):
     return json.loads((folder / "predictions.json").read_text()), pictures
 
 
-def test_results_do_not_depend_on_batches_and_threads(tmp_path, capsys):
+def test_results_do_not_depend_on_batches_and_processes(tmp_path, capsys):
     photographs = write_kinds(tmp_path / "in", cat(180, 260))
     for name in ("alpha", "deep", "palette"):  # the same picture as the others, and each costs three passes
         (photographs / f"{name}.png").unlink()
@@ -284,10 +284,20 @@ def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
         return path
 
     monkeypatch.setattr("engine.predictor.read_image", read)
-    found = process(itertools.count(), Predictor(weights), finish, batch_size=2, workers=2)
+    found = process(itertools.count(), Predictor(weights), finish, batch_size=2, threads=2)
     assert list(itertools.islice(found, 40)) == list(range(40))
     found.close()
     assert most <= 3 * 2 + 2 * 2 + 2
+
+
+def test_processes_are_started_where_they_save_more_time_than_they_take(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert [inference.processes_for(count, cpu) for count in (0, 1, 20, 60, 90, 10_000)] == [1, 1, 1, 2, 3, 4]
+    assert [inference.processes_for(count, gpu) for count in (1, 300, 10_000)] == [1, 2, 8]
+    monkeypatch.setattr(inference.distributed, "world_size", lambda: 2)
+    assert inference.processes_for(10_000, cpu) == 1, "torchrun has started the others"
 
 
 def test_map_ahead_keeps_order_and_stops_at_an_error():

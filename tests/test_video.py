@@ -10,6 +10,7 @@ import conftest
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import engine.predictor
@@ -253,6 +254,7 @@ class Discs:
     """In place of the Predictor: finds the two colours of ``COLOURS``, in turn the first and the second at the top."""
 
     weights = "discs"
+    device = torch.device("cpu")
     map_kinds = ()
 
     def __init__(self, *args, **options):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
@@ -37,9 +38,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _start_worker() -> None:
+def _start_worker(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
     leave_signals_to_parent()
     torch.set_num_threads(1)  # one core per worker
+    if initializer:
+        initializer(*initargs)
 
 
 @contextmanager
@@ -58,16 +61,20 @@ def _signals_blocked() -> Iterator[None]:
 class WorkerPool:
     """A pool of processes whose queue is bounded to four tasks per worker, which bounds the memory.
 
-    workers: number of processes; with 0 everything runs in this process. Use it in a ``with`` block. An error in a
+    workers: number of processes; with 0 everything runs in this process. initializer(*initargs) is called first in each
+    of them. Use it in a ``with`` block. An error in a
     worker is raised by the next ``submit`` or at the end of the block, as InputError when a worker process has died. An
     error in the block, Ctrl-C and SIGTERM (``Stopped``) end the workers at once.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(
+        self, workers: int, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
+    ) -> None:
         self.limit = 4 * workers
         # spawn: forking a process that has started torch's threads can deadlock.
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) if workers else None
+        start = partial(_start_worker, initializer, initargs)
+        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start) if workers else None
         self.pending: set[Future] = set()
         self.others = set(multiprocessing.active_children())
 
@@ -81,6 +88,19 @@ class WorkerPool:
             self._raise_errors(done)
         with self._explaining_death(), _signals_blocked():
             self.pending.add(self.pool.submit(function, *args))
+
+    def map(self, function: Callable[..., R], tasks: Iterable[tuple[Any, ...]]) -> Iterator[R]:
+        """Yield ``function(*task)`` of every task, in their order; up to ``limit`` are ahead of the yielded one."""
+        assert self.pool
+        ahead: deque[Future[R]] = deque()
+        with self._explaining_death():
+            for task in tasks:
+                with _signals_blocked():
+                    ahead.append(self.pool.submit(function, *task))
+                if len(ahead) >= self.limit:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def _raise_errors(self, futures: Iterable[Future]) -> None:
         with self._explaining_death():

@@ -1,0 +1,162 @@
+"""infer.py behind its options: photographs and clips to the files of the output folder, in one process or several."""
+
+import argparse
+import os
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datasets.listing import CLIP_SUFFIXES
+from engine.predictions import coco_ids
+from engine.predictor import Predictor, default_batch_size, default_threads, process
+from engine.results import Results
+from utils import digest, distributed
+from utils.cli import InputError, make_folder
+from utils.parallel import WorkerPool
+
+LISTED = 10  # the files written are printed one by one up to so many photographs
+MOST_ON_GPU = 8  # processes that share a GPU, each of which needs half a gigabyte of its memory for CUDA alone
+SECONDS_TO_START = 3.0  # of a process: the imports and the network
+SECONDS_EACH = {"cpu": 0.1, "cuda": 0.02}  # of a photograph, in one process, roughly
+
+Outcome = list[Path] | InputError  # the files of a photograph, or why there are none
+
+
+def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError]) -> int:
+    """Write the results of the photographs and clips ``paths``; returns the exit code.
+
+    args: of ``infer.get_args_parser``. failed: the errors of the sources that could not be used. The code is 0, 1 when
+    a part of what was asked for failed, or 2 when all of it did.
+    """
+    requested = len(paths) + len(failed)
+    clips = [path for path in paths if path.suffix.lower() in CLIP_SUFFIXES]
+    paths = [path for path in paths if path not in clips]
+    if clips and args.saliency_dir:
+        raise InputError("--saliency-dir has maps for photographs alone; leave it out, or leave out the clips")
+    device = distributed.init(args.gpu)
+    predictor = Predictor(
+        args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
+    )
+    ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
+    identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
+    kinds = ["instances"]
+    kinds += ["overlay"] if args.overlay else []
+    kinds += predictor.map_kinds if args.visualize else []
+    kinds += ["cutouts"] if args.cutouts else []
+    kinds += ["labelme"] if args.labelme else []
+    results = Results(make_folder(args.out), identity, kinds, args.saliency_dir, ids, args.coco, args.coco_polygons)
+    paths, clashes = results.without_clashes(paths)
+    failed += clashes
+    if clips:
+        from engine import video
+
+        clips, clashes = video.without_clashes(clips, paths, results.folder)
+        failed += clashes
+    if ids:
+        ids([path.stem for path in paths])  # raises its InputError before the work begins
+    own = distributed.shard(paths)
+    todo = results.unfinished(own)
+    if distributed.is_main():
+        print(f"weights: {predictor.weights}")
+    if len(todo) < len(own):
+        print(
+            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
+            "compute them anew"
+        )
+
+    batch_size = args.batch_size or default_batch_size(device)
+    found = write_all(todo, predictor, results, batch_size, args.workers)
+    written: list[list[Path]] = []
+    errors: list[InputError] = []
+    problems: list[InputError] = []  # of clips whose results lack some frames
+    silent = len(paths) < 2 or not distributed.is_main()
+    try:
+        with closing(found):
+            # disable=None: a progress bar on a terminal only.
+            for result in tqdm(found, total=len(todo), disable=silent or None, mininterval=1):
+                if isinstance(result, InputError):
+                    errors.append(result)
+                else:
+                    written.append(result)
+        for clip in distributed.shard(clips):
+            try:
+                of_clip, lacking = video.process_clip(clip, results.folder, predictor, batch_size, default_threads())
+            except InputError as error:
+                errors.append(error)
+            else:
+                written.append(of_clip)
+                problems += lacking
+    except BaseException:
+        results.save(paths)
+        raise
+    written, errors = distributed.gather(written), distributed.gather(errors)
+    problems = distributed.gather(problems)
+    if not distributed.is_main():
+        return 0
+
+    failed += errors
+    all_failed, lists = len(failed) == requested, []
+    failed += problems
+    try:
+        lists = results.save(paths)
+    except InputError as error:
+        failed.append(error)
+    if len(written) > LISTED:
+        print(f"{args.out}: pictures of {len(written)} photographs")
+        written = []
+    for file in [*sum(written, []), *lists]:
+        print(file)
+    for failure in failed:
+        print(f"error: {failure}", file=sys.stderr)
+    if all_failed:
+        return 2
+    return 1 if failed else 0
+
+
+def write_all(
+    paths: Sequence[Path], predictor: Predictor, results: Results, batch_size: int, workers: int | None = None
+) -> Generator[Outcome, None, None]:
+    """The ``Outcome`` of every photograph of ``paths``, in their order, as they are finished.
+
+    workers: processes that share the photographs, each with a network of its own; None: ``processes_for``. With 1 they
+    are computed in this process. A process that dies is an InputError.
+    """
+    workers = workers or processes_for(len(paths), predictor.device)
+    if workers == 1:
+        yield from process(paths, predictor, results.add, batch_size, default_threads(), results.saliency_dir)
+        return
+    # Whole batches, and a few tasks for each process, so that all end at the same time.
+    size = batch_size * max(1, min(4, len(paths) // (4 * workers * batch_size)))
+    tasks = [(paths[first : first + size], batch_size) for first in range(0, len(paths), size)]
+    with WorkerPool(workers, _start, (predictor, results)) as pool:
+        for outcomes in pool.map(_write_some, tasks):
+            results.written |= any(isinstance(outcome, list) for outcome in outcomes)
+            yield from outcomes
+
+
+def processes_for(photographs: int, device: torch.device) -> int:
+    """How many processes finish so many photographs soonest: a process must save more time than its start takes."""
+    if distributed.world_size() > 1:  # torchrun has started as many as were asked for
+        return 1
+    most = torch.get_num_threads() if device.type == "cpu" else min(MOST_ON_GPU, (os.cpu_count() or 1) // 2)
+    seconds = SECONDS_EACH.get(device.type, 0.1) * photographs
+    return max(1, min(most, int(seconds / SECONDS_TO_START)))
+
+
+_state: tuple[Predictor, Results]  # of a worker process
+
+
+def _start(predictor: Predictor, results: Results) -> None:
+    global _state
+    _state = predictor, results
+
+
+def _write_some(paths: Sequence[Path], batch_size: int) -> list[Outcome]:
+    """In a worker process: what ``write_all`` yields for some of the photographs."""
+    predictor, results = _state
+    return list(process(paths, predictor, results.add, batch_size, 1, results.saliency_dir))
