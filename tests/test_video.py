@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.predictor
 import infer
 from datasets.clips import Clip
 from datasets.copy_paste import CutOut
@@ -280,7 +279,7 @@ class Discs:
 
 @pytest.fixture
 def discs(monkeypatch):
-    monkeypatch.setattr(engine.predictor, "Predictor", Discs)
+    monkeypatch.setattr("engine.inference.Predictor", Discs)
 
 
 def positions(time):
