@@ -196,7 +196,8 @@ def bounding_box(rle: Mapping[str, Any], margin: int = 0) -> list[int]:
 
 def centroids_of(masks: Iterable[np.ndarray]) -> np.ndarray:
     """The centres of mass (y, x) of bool masks [H,W], in pixels: float [n,2]; (0, 0) of an empty mask."""
-    return np.array([np.argwhere(mask).mean(0) if mask.any() else np.zeros(2) for mask in masks]).reshape(-1, 2)
+    moments = [cv2.moments(mask.astype(np.uint8), binaryImage=True) for mask in masks]
+    return np.array([(m["m01"], m["m10"]) / np.maximum(m["m00"], 1) for m in moments]).reshape(-1, 2)
 
 
 def prediction_records(image_id: str, masks: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -167,9 +167,10 @@ class PostProcessor:
     def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
         from models import detections  # here, because torchvision's detectors take long to import
 
-        masks, scores = detections.disjoint(found, self.side, size, count)
+        small = detections.pasted(found, self.side, (detections.GRID, detections.GRID))
+        masks, scores = detections.disjoint(found, small, self.side, size, count)
         ranked = detections.ranked(found, self.side, size) if self.ranked else None
-        saliency = detections.saliency_of(found, self.side, size)
+        saliency = detections.saliency_of(found, small, size)
         return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
 
 

@@ -14,9 +14,12 @@ from datasets.labels import Sample
 from datasets.masks import VOID, centroids_of
 from datasets.training import read_label_map
 from datasets.transforms import load_square, network_input, resize, to_tensor
+from engine.predictor import PostProcessor, to_arrays
 from engine.visualize import colour_wheel, grey, heat, instance_colours, mark, overlay
+from models import STUDENT
 from models.branches import BoundaryCentroidNet, SaliencyNet
 from models.classifier import CAM_SIZE, Classifier, activations
+from models.fusion_config import FusionConfig
 from models.grouping import find_clusters
 
 if TYPE_CHECKING:
@@ -115,13 +118,14 @@ def show_student(
 
     labels: the folder of the label maps.
     """
-    from models.detections import disjoint  # here, because torchvision's detectors take long to import
-
     rows, size = [], model.config.size
+    post_process = PostProcessor(STUDENT, FusionConfig(), size)
     for sample in samples:
         image, found = read_with_labels(sample, labels)
         (output,) = model(to_tensor(resize(image, size))[None].to(device))
         truth = found == np.setdiff1d(found, (0, VOID))[:, None, None]
-        pairs = [(truth, np.ones(len(truth))), disjoint(output, size, image.shape[:2])]
-        rows.append([_shrink(overlay(image, masks, scores, centroids_of(masks))) for masks, scores in pairs])
+        taught = overlay(image, truth, np.ones(len(truth)), centroids_of(truth))
+        prediction = post_process(to_arrays(output), image.shape[:2])
+        learned = overlay(image, prediction.masks, prediction.scores, prediction.centroids)
+        rows.append([_shrink(taught), _shrink(learned)])
     _add_rows(writer, "instances", rows, step)

@@ -82,10 +82,14 @@ def overlay(
     places = range(len(masks)) if numbers is None else [number - 1 for number in numbers]
     colours = instance_colours(max(places, default=-1) + 1)[list(places)]
     labels = [f"{score:.2f}" for score in scores] if numbers is None else list(map(str, numbers))
-    for mask, colour in zip(masks, colours, strict=True):
-        picture[mask] = 0.65 * image[mask] + 0.35 * colour
-    for mask, colour in zip(masks, colours, strict=True):
-        contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+    binary = [mask.astype(np.uint8) for mask in masks]
+    for mask, colour in zip(binary, colours, strict=True):
+        x, y, w, h = cv2.boundingRect(mask)
+        place = np.s_[y : y + h, x : x + w]
+        tinted = cv2.addWeighted(image[place], 0.65, np.full((h, w, 3), np.rint(colour), np.uint8), 0.35, 0)
+        picture[place] = np.where(mask[place][..., None], tinted, picture[place])
+    for mask, colour in zip(binary, colours, strict=True):
+        contours = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
         cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness + 2, cv2.LINE_AA)
         cv2.drawContours(picture, contours, -1, colour.tolist(), thickness, cv2.LINE_AA)
     picture = mark(picture, centroids)

@@ -81,14 +81,14 @@ def best_set(scores: np.ndarray, masks: np.ndarray, count_probs: np.ndarray, cou
     return [int(place) for place in places[chosen[np.argsort(-scores[chosen], kind="stable")]]]
 
 
-def disjoint(found: Detections, side: int, size: tuple[int, int], count: int = 0) -> Instances:
+def disjoint(found: Detections, small: Tensor, side: int, size: tuple[int, int], count: int = 0) -> Instances:
     """The disjoint instances of a photograph of ``size`` (H, W).
 
-    count: their number where it is known, else 0. A pixel goes to the instance of the highest mask probability there.
+    small: its hypotheses ``pasted`` at GRID x GRID, on which they are compared. count: the number of instances where it
+    is known, else 0. A pixel goes to the instance of the highest mask probability there.
     """
-    small = (pasted(found, side, (GRID, GRID)) >= MASK_THRESH).cpu().numpy()
     scores = found.scores.cpu().numpy()
-    kept = best_set(scores, small, found.count_probs.cpu().numpy(), count)
+    kept = best_set(scores, (small >= MASK_THRESH).cpu().numpy(), found.count_probs.cpu().numpy(), count)
     best, owner = np.full(size, np.float32(MASK_THRESH)), np.full(size, -1)
     for number, index in enumerate(kept):
         probability = _pasted_one(found, index, side, size)
@@ -99,8 +99,11 @@ def disjoint(found: Detections, side: int, size: tuple[int, int], count: int = 0
     return Instances(masks[present], scores[kept][present])
 
 
-def saliency_of(found: Detections, side: int, size: tuple[int, int]) -> np.ndarray:
-    """Saliency float32 [H,W] in 0..1: for each pixel the highest product of score and mask probability."""
-    products = pasted(found, side, (GRID, GRID)) * found.scores[:, None, None]
+def saliency_of(found: Detections, small: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Saliency float32 [H,W] in 0..1: for each pixel the highest product of score and mask probability.
+
+    small: as for ``disjoint``.
+    """
+    products = small * found.scores[:, None, None]
     saliency = products.amax(0).cpu().numpy() if len(products) else np.zeros((GRID, GRID), np.float32)
     return np.clip(cv2.resize(saliency, size[::-1], interpolation=cv2.INTER_LINEAR), 0, 1)

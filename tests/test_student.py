@@ -25,7 +25,7 @@ from engine.config import Machine, Schedule
 from engine.predictor import PostProcessor, Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
-from models.detections import best_set, disjoint, ranked, saliency_of
+from models.detections import GRID, best_set, disjoint, pasted, ranked, saliency_of
 from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, _scored, save_student, targets_of
 from models.wsid_net import load_network
 from utils import digest, files, provenance
@@ -46,6 +46,11 @@ def random_backbone(monkeypatch):
     yield
     torch.set_flush_denormal(False)
     torch.set_num_threads(threads)
+
+
+def grid_of(found):
+    """The masks of Detections of a network of 64 pixels on the grid that they are compared on."""
+    return pasted(found, 64, (GRID, GRID))
 
 
 @pytest.fixture
@@ -218,9 +223,9 @@ def test_a_disjoint_set_takes_each_object_once():
         square(0, 34, 30, 62, 0.6),
         count=2,
     )
-    masks, scores = disjoint(found, 64, (48, 96))
+    masks, scores = disjoint(found, grid_of(found), 64, (48, 96))
     assert masks.shape == (2, 48, 96) and masks.sum(0).max() == 1 and scores.tolist() == pytest.approx([0.9, 0.7])
-    assert len(disjoint(found, 64, (48, 96), count=3)[0]) == 3
+    assert len(disjoint(found, grid_of(found), 64, (48, 96), count=3)[0]) == 3
     masks, scores = ranked(found, 64, (48, 96))
     assert len(masks) == 4 and masks.sum(0).max() == 2
     rows, columns = np.nonzero(masks[2])
@@ -260,9 +265,10 @@ def test_uncertain_masks_have_lower_scores():
 
 def test_a_photograph_without_hypotheses():
     found = detections()
-    for masks, scores in (ranked(found, 64, (20, 30)), disjoint(found, 64, (20, 30))):
+    for masks, scores in (ranked(found, 64, (20, 30)), disjoint(found, grid_of(found), 64, (20, 30))):
         assert masks.shape == (0, 20, 30) and len(scores) == 0 and centroids_of(masks).shape == (0, 2)
-    assert saliency_of(found, 64, (20, 30)).shape == (20, 30) and not saliency_of(found, 64, (20, 30)).any()
+    saliency = saliency_of(found, grid_of(found), (20, 30))
+    assert saliency.shape == (20, 30) and not saliency.any()
 
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8)
