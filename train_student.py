@@ -46,6 +46,8 @@ def get_args_parser() -> Parser:
     )
 
     group = options.add_schedule_options(parser, "schedule of a round", description=None)
+    text = "passes of the last round, whose network is the result; 0: as many as in the others"
+    options.add_option(group, "--last-epochs", "last_epochs", text, metavar="N")
     options.add_option(group, "--freeze-depthwise", "freeze_depthwise", "leave out depthwise filters, slow on a CPU")
     options.add_option(group, "--warmup", "warmup", "iterations in which the learning rate rises", metavar="N")
     options.add_option(group, "--average", "average", "decay of the moving average of the weights; 0 is without")

@@ -97,9 +97,10 @@ BEST = Preset(
     fusion=FusionConfig(),
     student=StudentTrainingConfig(
         Schedule(
-            epochs=8, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
+            epochs=3, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
         ),
-        rounds=2,
+        rounds=3,
+        last_epochs=8,
         backbone="tf_efficientnet_lite2",
         size=384,
         pyramid_channels=96,

@@ -74,7 +74,7 @@ def train_student(run: StudentRun) -> Path:
                 print(f"r{r}: as many instances as counted in {len(complete)} of {len(samples)} photographs")
             if not any(sample.count for sample in complete):
                 raise InputError(f"{teacher} finds as many instances as were counted in no photograph; train it longer")
-            train_round(run, teacher, complete, labels, folder)
+            train_round(run, teacher, complete, labels, folder, r == run.config.rounds)
             teacher = folder / "weights.pt"
         result = run.out / "weights.pt"
         distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))
@@ -129,14 +129,18 @@ def is_complete(sample: Sample, labels: Path) -> bool:
     return sample.count == 0 or read_label_map(labels / f"{sample.stem}.png").max() == sample.count
 
 
-def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: Path, folder: Path) -> None:
+def train_round(
+    run: StudentRun, teacher: Path, samples: list[Sample], labels: Path, folder: Path, last: bool = False
+) -> None:
     """Train a student on the samples and their label maps ``labels``, in ``folder``/train. Result:
-    ``folder``/weights.pt."""
+    ``folder``/weights.pt. last: whether it is the last round."""
     config = run.config
+    if last and config.last_epochs:
+        config = replace(config, schedule=replace(config.schedule, epochs=config.last_epochs))
     torch.manual_seed(run.seed)  # new layers start the same in every round
     model = MaskRCNN(student_config(config))
     settings = settings_of(config, seed=run.seed)
-    del settings["rounds"]  # more of them may be added
+    del settings["rounds"], settings["last_epochs"]  # more rounds may be added
     maps = digest.of_files(labels / f"{sample.stem}.png" for sample in samples if sample.count)
     inputs = provenance.digest_inputs(samples, "count") | {"an instance label": digest.of_value(maps)}
     inputs[START] = initialize(run, model, teacher)
@@ -144,6 +148,8 @@ def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: P
     if (folder / "weights.pt").exists():
         return
     freeze(model, config)
+    # The mask head sees another number of regions in every batch: cuDNN would search for the fastest kernels each time.
+    torch.backends.cudnn.benchmark = False
     augmentation = {"crop": config.crop, "copy_paste": config.copy_paste, "exposure": config.exposure}
     dataset = InstanceImages(samples, labels, config.size, seed=run.seed, **augmentation)
     with distributed.context_on_main(SummaryWriter, folder / "train") as writer:

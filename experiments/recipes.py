@@ -49,6 +49,7 @@ QUICK = replace(
             "batch_size": 8,
             "epochs": 2,
             "rounds": 1,
+            "last_epochs": 0,
         },
     ),
     name="quick",
