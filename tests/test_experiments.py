@@ -120,22 +120,23 @@ STAGES = ["cam", "labels", "branches", "saliency", "pts"]
 def test_a_recipe_runs_all_stages_of_its_preset(called, recipe, tmp_path):
     out, preset = tmp_path / "with space", recipes.RECIPES[recipe]
     recipes.main([recipe, "--data", "a b", "c", "--cam-data", "d", "--out", str(out)])
-    assert names(called) == STAGES + ["student"] * (preset.student is not None)
-    cam, labels, branches, saliency, pts = called[:5]
+    assert names(called) == STAGES[:4] + ["student" if preset.student else "pts"], "rounds of one of the two"
+    cam, labels, branches, saliency, last = called
     assert cam.run.samples == ["a b", "c", "d"], "more photographs for the classifier alone"
     assert all(each.run.samples == ["a b", "c"] for each in called[1:])
-    assert cam.run.out == labels.run.out and all(each.run.preset == preset for each in called[:5])
-    assert {each.run.pseudo_labels for each in (branches, saliency, pts)} == {labels.run.out / "labels"}
+    assert cam.run.out == labels.run.out and all(each.run.preset == preset for each in called[:4])
+    to_label = (branches, saliency) if preset.student else (branches, saliency, last)
+    assert {each.run.pseudo_labels for each in to_label} == {labels.run.out / "labels"}
     assert load_weights(out / "weights.pt").config.size == 64
 
 
 def test_the_student_learns_from_the_instances_in_all_counted_photographs(called, tmp_path):
     assert PAPER.student is None and recipes.RECIPES["paper"] is PAPER and recipes.RECIPES["best"] is BEST
-    options = ["--counted", "b@count", "--unlabelled", "u", "--backbone-weights", "tf_efficientnet_lite2=lite2.pth"]
+    options = ["--counted", "b@count", "--backbone-weights", "tf_efficientnet_lite2=lite2.pth"]
     recipes.main(["best", "--data", "a", *options, "--out", str(tmp_path), "--seed", "3"])
-    pts, student = called[-2:]
-    assert pts.run.samples == ["a", "u"] and student.run.samples == ["a", "b@count"]
-    assert student.run.teacher == pts.run.out / "weights_pts.pt" and student.run.config == BEST.student
+    saliency, student = called[-2:]
+    assert saliency.run.samples == ["a"] and student.run.samples == ["a", "b@count"]
+    assert student.run.teacher == saliency.run.out / "weights.pt" and student.run.config == BEST.student
     assert (student.run.seed, student.run.init, student.run.backbone_weights) == (3, "imagenet", Path("lite2.pth"))
     assert (tmp_path / "weights.pt").exists()
 
@@ -476,11 +477,11 @@ def test_a_recipe_is_trained_and_continues(tmp_path, monkeypatch, capsys):
     data, out = make_data(tmp_path / "train", count=2, size=(64, 64)), tmp_path / "out"
     args = ["quick", "--data", data, "--gpu", "-1", "--workers", "0", "--out", out]
     assert call(recipes.main, *args) == 0
-    assert load_weights(out / "wsid_net" / "weights_pts.pt").fusion == TINY.fusion
+    assert load_weights(out / "wsid_net" / "weights.pt").fusion == TINY.fusion
     net = load_network(out / "weights.pt")
     assert isinstance(net, MaskRCNN) and (net.config.size, net.config.backbone) == (64, TINY.student.backbone)
     trained = {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")}
-    assert len(trained) == 5, "cam, branches, saliency, PTS, student"
+    assert len(trained) == 4, "cam, branches, saliency, student"
     state = {name: value.clone() for name, value in net.state_dict().items()}
     assert call(recipes.main, *args) == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.pt")} == trained
