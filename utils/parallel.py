@@ -62,9 +62,9 @@ class WorkerPool:
     """A pool of processes whose queue is bounded to four tasks per worker, which bounds the memory.
 
     workers: number of processes; with 0 everything runs in this process. initializer(*initargs) is called first in each
-    of them. Use it in a ``with`` block. An error in a
-    worker is raised by the next ``submit`` or at the end of the block, as InputError when a worker process has died. An
-    error in the block, Ctrl-C and SIGTERM (``Stopped``) end the workers at once.
+    of them. Use it in a ``with`` block. An error in a worker is raised by the next ``submit`` or at the end of the
+    block, as InputError when a worker process has died. An error in the block, Ctrl-C and SIGTERM (``Stopped``) end the
+    workers at once.
     """
 
     def __init__(
@@ -163,9 +163,15 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], workers: int, ahea
 
 
 def batches_ahead(function: Callable[[T], R], items: Iterable[T], device: torch.device) -> Iterator[list[R]]:
-    """``map_ahead`` in lists of the size of a batch for a network that is not trained: one on the CPU, where more are
-    not faster, and ``GPU_BATCH`` on a GPU. Threads load the next two batches meanwhile."""
-    size, threads = (1, 1) if device.type == "cpu" else (GPU_BATCH, GPU_LOADERS)
-    results = map_ahead(function, items, threads, 2 * size)
-    while batch := list(islice(results, size)):
+    """``function(item)`` of every item, in lists of the size of a batch for a network that is not trained.
+
+    On a GPU these are of ``GPU_BATCH`` items, and threads compute the next two meanwhile. On the CPU, which has no time
+    to spare beside the network, it is one item, in the caller's thread: other threads change how many threads torch
+    uses afterwards, and with it the last digits of a training in the same process.
+    """
+    if device.type == "cpu":
+        yield from ([function(item)] for item in items)
+        return
+    results = map_ahead(function, items, GPU_LOADERS, 2 * GPU_BATCH)
+    while batch := list(islice(results, GPU_BATCH)):
         yield batch
