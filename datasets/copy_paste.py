@@ -8,7 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from datasets.masks import VOID
+from datasets.masks import VOID, areas_of
 
 AREA = (0.02, 0.25)  # fractions of the image that a pasted instance covers, uniform in the logarithm [ours]
 TRIES = 5  # places that are tried [ours]
@@ -57,12 +57,12 @@ def paste(image: np.ndarray, labels: np.ndarray, cut: CutOut, number: int, rng: 
     height, width = cut.mask.shape
     instances = (labels > 0) & (labels < VOID)
     rows, columns = np.nonzero(instances if instances.any() else np.ones_like(instances))
-    before = np.bincount(labels.ravel(), minlength=256)
+    before = areas_of(labels)
     for _ in range(TRIES):
         top = rng.integers(max(0, rows.min() - height), min(size - height, rows.max()) + 1)
         left = rng.integers(max(0, columns.min() - width), min(size - width, columns.max()) + 1)
         window = np.s_[top : top + height, left : left + width]
-        covered = np.bincount(labels[window][cut.mask > 0.5], minlength=256)
+        covered = areas_of(labels[window][cut.mask > 0.5])
         if (covered[1:VOID] > before[1:VOID] / 2).any():
             continue
         alpha = cv2.GaussianBlur(cut.mask, (0, 0), 0.7)[..., None]  # no edge sharper than a photograph's

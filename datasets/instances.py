@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from datasets.copy_paste import cut_out, paste
 from datasets.images import read_image
 from datasets.labels import Sample
-from datasets.masks import VOID
+from datasets.masks import VOID, areas_of
 from datasets.training import read_label_map, resize_labels
 from datasets.transforms import expose, resize, to_tensor
 from utils.cli import InputError
@@ -111,11 +111,6 @@ def read_with_labels(sample: Sample, folder: str | Path) -> tuple[np.ndarray, np
     if labels.shape != image.shape[:2]:
         raise InputError(f"{path} has another size than {sample.path}; delete it and repeat the command that made it")
     return image, labels
-
-
-def areas_of(labels: np.ndarray) -> np.ndarray:
-    """The number of pixels of each label of a uint8 map, int [256]."""
-    return np.bincount(labels.ravel(), minlength=256)
 
 
 def jitter_colours(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:

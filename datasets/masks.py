@@ -194,6 +194,11 @@ def bounding_box(rle: Mapping[str, Any], margin: int = 0) -> list[int]:
     return [left, top, min(x + w + margin, width) - left, min(y + h + margin, height) - top]
 
 
+def areas_of(labels: np.ndarray) -> np.ndarray:
+    """The number of pixels of each label in a uint8 array of any shape: int [256]."""
+    return np.bincount(labels.ravel(), minlength=256)
+
+
 def centroids_of(masks: Iterable[np.ndarray]) -> np.ndarray:
     """The centres of mass (y, x) of bool masks [H,W], in pixels: float [n,2]; (0, 0) of an empty mask."""
     moments = [cv2.moments(mask.astype(np.uint8), binaryImage=True) for mask in masks]

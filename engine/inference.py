@@ -17,6 +17,7 @@ from engine.predictor import Predictor, default_batch_size, default_threads, pro
 from engine.results import Results
 from utils import digest, distributed
 from utils.cli import InputError, make_folder
+from utils.lazy import gc_disabled
 from utils.parallel import WorkerPool
 
 LISTED = 10  # the files written are printed one by one up to so many photographs
@@ -38,10 +39,11 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     paths = [path for path in paths if path not in clips]
     if clips and args.saliency_dir:
         raise InputError("--saliency-dir has maps for photographs alone; leave it out, or leave out the clips")
-    device = distributed.init(args.gpu)
-    predictor = Predictor(
-        args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
-    )
+    with gc_disabled():  # the network imports much
+        device = distributed.init(args.gpu)
+        predictor = Predictor(
+            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
+        )
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
     kinds = ["instances"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.masks import VOID
+from datasets.masks import VOID, areas_of
 
 # The expressions of COCOeval, so that values equal to a threshold round to the same side of it.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -43,7 +43,7 @@ def mask_ious(masks: Iterable[np.ndarray], gt: np.ndarray) -> tuple[np.ndarray, 
     an empty one does, with IoU 0. Raises ValueError for arrays of another type or shape.
     """
     _check_gt(gt)
-    areas = np.bincount(gt.ravel(), minlength=256)
+    areas = areas_of(gt)
     labels = np.flatnonzero(areas[1:VOID]) + 1
     ious, counts = [], []
     for mask in masks:
@@ -51,7 +51,7 @@ def mask_ious(masks: Iterable[np.ndarray], gt: np.ndarray) -> tuple[np.ndarray, 
             raise ValueError(f"a mask of {mask.shape} cannot be compared to a ground truth of {gt.shape}")
         if mask.dtype != bool:
             raise ValueError(f"a mask of {mask.dtype} is not binary; compare it to a threshold")
-        inside = np.bincount(gt[mask], minlength=256)
+        inside = areas_of(gt[mask])
         area = inside[:VOID].sum()
         ious.append(inside[labels] / (area + areas[labels] - inside[labels]))
         counts.append(area > 0 or inside[VOID] == 0)

@@ -224,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_machine_options(parser)
     args = parser.parse_args(argv)
     preset = RECIPES[args.recipe]
+    if args.unlabelled and preset.student:
+        raise InputError(f"the recipe {args.recipe} goes without PTS; leave out --unlabelled")
     device = prepare_machine(options.machine_of(args), args.seed, batch_sizes(preset))
     train_preset(setup_of(args, device, args.seed), preset, args.out)
 

@@ -141,6 +141,13 @@ def test_the_student_learns_from_the_instances_in_all_counted_photographs(called
     assert (tmp_path / "weights.pt").exists()
 
 
+def test_unlabelled_photographs_are_for_pts(called, tmp_path, capsys):
+    assert call(recipes.main, "best", "--unlabelled", "u", "--out", tmp_path) == 2 and not called
+    assert "goes without PTS; leave out --unlabelled" in capsys.readouterr().err
+    recipes.main(["paper", "--data", "a", "--unlabelled", "u", "--out", str(tmp_path)])
+    assert called[-1].run.samples == ["a", "u"]
+
+
 def test_a_recipe_overwrites_no_network_of_others(called, network, tmp_path, capsys):
     shutil.copy(network, tmp_path / "weights.pt")
     assert call(recipes.main, "quick", "--out", tmp_path) == 2 and not called
