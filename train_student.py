@@ -33,7 +33,8 @@ def get_args_parser() -> Parser:
         "--init",
         default="teacher",
         metavar="teacher|imagenet|FILE",
-        help="start from the weights of the teacher or of another file, as far as they fit, or from ImageNet's",
+        help="start the first round from the weights of the teacher or of another file, as far as they fit, or from "
+        "ImageNet's; the others start from the round before",
     )
     group.add_argument("--backbone-weights", type=path_of, help="local ImageNet weights instead of the download")
     options.add_option(group, "--rounds", "rounds", "rounds of labelling and training", metavar="N")
@@ -46,8 +47,6 @@ def get_args_parser() -> Parser:
     )
 
     group = options.add_schedule_options(parser, "schedule of a round", description=None)
-    text = "passes of the last round, whose network is the result; 0: as many as in the others"
-    options.add_option(group, "--last-epochs", "last_epochs", text, metavar="N")
     options.add_option(group, "--freeze-depthwise", "freeze_depthwise", "leave out depthwise filters, slow on a CPU")
     options.add_option(group, "--warmup", "warmup", "iterations in which the learning rate rises", metavar="N")
     options.add_option(group, "--average", "average", "decay of the moving average of the weights; 0 is without")

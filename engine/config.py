@@ -61,7 +61,6 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "saliency_weight": number(0, 1),
     "init_mask_weight": number(0, below=1),
     "rounds": integer(1, 100),
-    "last_epochs": integer(0),
     "pyramid_channels": multiple_of(16, 32, 1024, "for group normalisation"),
     "crop": number(0.1, 1),
     "copy_paste": number(0, 3),
@@ -202,8 +201,7 @@ class PtsConfig(_Checked):
 class StudentTrainingConfig(_Checked):
     """The student network of ``engine.student``: a Mask R-CNN trained on the instances of a trained network [ours].
 
-    schedule: of a round. rounds: of labelling and training. last_epochs: passes of the last round, whose network is the
-    result; 0: those of the others. backbone; size: of the input square, pixels;
+    schedule: of a round. rounds: of labelling and training. backbone; size: of the input square, pixels;
     pyramid_channels: width of the feature pyramid and of the mask head. freeze_depthwise: whether the depthwise
     filters of the backbone are not trained, because their gradients are slow on a CPU. crop: the smallest fraction of
     each side that a random crop keeps. copy_paste: instances of other photographs pasted into each, on average.
@@ -212,7 +210,6 @@ class StudentTrainingConfig(_Checked):
 
     schedule: Schedule = Schedule(12, 8, 4e-4, "adamw", 0.25, 2, warmup=200, average=0.998)
     rounds: int = 1
-    last_epochs: int = 0
     backbone: str = "resnet50"
     size: int = 512
     pyramid_channels: int = 256

@@ -100,7 +100,6 @@ BEST = Preset(
             epochs=3, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
         ),
         rounds=3,
-        last_epochs=8,
         backbone="tf_efficientnet_lite2",
         size=384,
         pyramid_channels=96,

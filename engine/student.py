@@ -41,7 +41,8 @@ class StudentRun:
 
     out: the folder, with a folder r<N> in it for every round. samples: photographs; those with a count are used.
     teacher: the weights file of the network that labels them in the first round. device: of this process
-    (engine.trainer.prepare_machine). init: the weights that training starts from, one of ``INITS`` or a file.
+    (engine.trainer.prepare_machine). init: the weights that the first round starts from, one of ``INITS`` or a file; every other round starts from the one
+    before.
     backbone_weights: a local file of ImageNet weights, in place of the download.
     """
 
@@ -74,7 +75,7 @@ def train_student(run: StudentRun) -> Path:
                 print(f"r{r}: as many instances as counted in {len(complete)} of {len(samples)} photographs")
             if not any(sample.count for sample in complete):
                 raise InputError(f"{teacher} finds as many instances as were counted in no photograph; train it longer")
-            train_round(run, teacher, complete, labels, folder, r == run.config.rounds)
+            train_round(run if r == 1 else replace(run, init="teacher"), teacher, complete, labels, folder)
             teacher = folder / "weights.pt"
         result = run.out / "weights.pt"
         distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))
@@ -129,18 +130,14 @@ def is_complete(sample: Sample, labels: Path) -> bool:
     return sample.count == 0 or read_label_map(labels / f"{sample.stem}.png").max() == sample.count
 
 
-def train_round(
-    run: StudentRun, teacher: Path, samples: list[Sample], labels: Path, folder: Path, last: bool = False
-) -> None:
+def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: Path, folder: Path) -> None:
     """Train a student on the samples and their label maps ``labels``, in ``folder``/train. Result:
-    ``folder``/weights.pt. last: whether it is the last round."""
+    ``folder``/weights.pt."""
     config = run.config
-    if last and config.last_epochs:
-        config = replace(config, schedule=replace(config.schedule, epochs=config.last_epochs))
     torch.manual_seed(run.seed)  # new layers start the same in every round
     model = MaskRCNN(student_config(config))
     settings = settings_of(config, seed=run.seed)
-    del settings["rounds"], settings["last_epochs"]  # more rounds may be added
+    del settings["rounds"]  # more rounds may be added
     maps = digest.of_files(labels / f"{sample.stem}.png" for sample in samples if sample.count)
     inputs = provenance.digest_inputs(samples, "count") | {"an instance label": digest.of_value(maps)}
     inputs[START] = initialize(run, model, teacher)

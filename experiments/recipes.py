@@ -49,7 +49,6 @@ QUICK = replace(
             "batch_size": 8,
             "epochs": 2,
             "rounds": 1,
-            "last_epochs": 0,
         },
     ),
     name="quick",
