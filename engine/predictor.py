@@ -4,9 +4,10 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import cv2
@@ -165,13 +166,19 @@ class PostProcessor:
         return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
 
     def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
-        from models import detections  # here, because torchvision's detectors take long to import
-
+        detections = _detections()
         small = detections.pasted(found, self.side, (detections.GRID, detections.GRID))
         masks, scores = detections.disjoint(found, small, self.side, size, count)
         ranked = detections.ranked(found, self.side, size) if self.ranked else None
         saliency = detections.saliency_of(found, small, size)
         return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
+
+
+@cache
+def _detections() -> ModuleType:
+    from models import detections  # here, because torchvision's detectors take long to import
+
+    return detections
 
 
 def to_arrays(output: "Maps | Detections") -> Any:

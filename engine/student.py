@@ -41,9 +41,9 @@ class StudentRun:
 
     out: the folder, with a folder r<N> in it for every round. samples: photographs; those with a count are used.
     teacher: the weights file of the network that labels them in the first round. device: of this process
-    (engine.trainer.prepare_machine). init: the weights that the first round starts from, one of ``INITS`` or a file; every other round starts from the one
-    before.
-    backbone_weights: a local file of ImageNet weights, in place of the download.
+    (engine.trainer.prepare_machine). init: the weights that the first round starts from, one of ``INITS``
+    or a file; every other round starts from the one before. backbone_weights: a local file of ImageNet weights, in
+    place of the download.
     """
 
     out: Path

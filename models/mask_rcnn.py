@@ -162,7 +162,7 @@ def _scored(found: Mapping[str, Tensor], count_probs: Tensor) -> Detections:
     masks = found["masks"][:, 0].float()
     inside = masks > 0.5
     quality = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    scores, order = (found["scores"].float() * quality).sort(descending=True, stable=True)
+    scores, order = (found["scores"].float() * quality).sort(descending=True)
     return Detections(found["boxes"].float()[order], scores, masks[order], count_probs)
 
 
