@@ -89,14 +89,17 @@ class OpenPages:
             self._limit()
             return self._show(page, 0)
 
-    def recount(self, page: str, count: int) -> Shown | None:
+    def recount(self, page: str, count: int) -> Shown:
         """The instances of the page's photograph with another ``count``, 0 where it is not known.
 
-        The network does not run. None for a page that never had a photograph, or whose photograph was refused; raises
-        InputError when the photograph was removed meanwhile, or takes too much memory.
+        The network does not run. Raises InputError when the page has no photograph, or when it takes too much memory.
         """
         with self.lock:
-            return self._show(page, count) if page in self.held else None
+            if page not in self.held:
+                raise InputError(
+                    f"the page has no photograph, or it was not used for {KEPT / 60:.0f} minutes; drop it here first"
+                )
+            return self._show(page, count)
 
     def close(self, page: str) -> None:
         """Forget the photograph of ``page`` and delete its files, the uploaded one too."""

@@ -5,6 +5,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from utils.cli import InputError
 MAX_UPLOAD = "256mb"
 MAX_WAITING = 16  # photographs and counts that wait for their turn; further ones are refused
 SECONDS_BETWEEN_SWEEPS = 60
+HEIGHTS = 130, 380, 180, 115  # pixels: the drop zone, the two pictures, the instances, the samples
 
 CSS = """
 .gradio-container { max-width: 1200px !important; }
-#message { font-size: 1.1em; padding: .2em .1em; min-height: 1.8em; }
-#message .error { color: #c62828; }
+#message { font-size: 1.1em; min-height: 1.7em; }
+#message .error { color: #d32f2f; }
+#photograph img, #overlay img { width: 100%; height: 100%; object-fit: contain; }
 #instances img { object-fit: contain; background: white; }
+.grid-container { padding-top: 0 !important; }
+#samples .grid-container { grid-template-columns: repeat(10, minmax(0, 1fr)) !important; }
 """
 TITLE = "# Salient instances\nOne mask for each salient object of a photograph, found by WSID-Net."
 PRIVACY = (
@@ -34,10 +39,9 @@ PRIVACY = (
 def check_address(host: str, port: int) -> None:
     """InputError when nothing can listen on ``host`` and ``port``, such as where another program does already."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
+        with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind((host, port))
     except OSError as error:
         raise _cannot_listen(host, port, error.strerror or str(error)) from error
 
@@ -83,70 +87,79 @@ def make_page(pages: OpenPages) -> Any:
     """The page as gradio.Blocks, whose uploads and pictures lie in the folder of ``pages``."""
     os.environ["GRADIO_TEMP_DIR"] = str(pages.folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    import gradio as gr  # after the two lines above, which it reads
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"  # its only request is one to itself, at the start
+    import gradio as gr  # after the lines above, which it reads
 
     samples = list_images(ROOT / "samples")
     gr.set_static_paths(samples)  # served from their place
 
-    def show(shown: Shown | None, error: InputError | None = None) -> list[Any]:
-        """The values of ``outputs``; neither: an empty page."""
-        sentence = f'<span class="error">{html.escape(str(error))}</span>' if error else ""
-        if shown is None:
-            return [sentence, None, None, None, *(gr.DownloadButton(value=None, interactive=False) for _ in range(2))]
-        downloads = [
-            gr.DownloadButton(value=str(path), interactive=True) for path in (shown.cutouts, shown.predictions)
-        ]
-        instances = [(str(path), caption) for path, caption in shown.instances]
-        return [html.escape(shown.message), str(shown.photograph), str(shown.overlay), instances, *downloads]
-
-    def opened(page: str, path: Path) -> list[Any]:
+    def show(compute: Callable[..., Shown], *args: Any) -> list[Any]:
+        """The values of ``outputs``: what compute(*args) returns, or the sentence of its InputError."""
         try:
-            return show(pages.open(page, path))
+            shown = compute(*args)
         except InputError as error:
-            return show(None, error)
+            buttons = [gr.DownloadButton(value=None, interactive=False) for _ in range(2)]
+            return [f'<span class="error">{html.escape(str(error))}</span>', None, None, None, *buttons]
+        buttons = [gr.DownloadButton(value=str(path), interactive=True) for path in (shown.cutouts, shown.predictions)]
+        instances = [(str(path), caption) for path, caption in shown.instances]
+        return [html.escape(shown.message), str(shown.photograph), str(shown.overlay), instances, *buttons]
 
     def on_upload(path: str, request: gr.Request) -> list[Any]:
-        return [None, 0, *opened(str(request.session_hash), Path(path).resolve())]
+        return [None, 0, *show(pages.open, str(request.session_hash), Path(path))]
 
     def on_sample(event: gr.SelectData, request: gr.Request) -> list[Any]:
-        return [0, *opened(str(request.session_hash), samples[event.index])]
+        return [0, *show(pages.open, str(request.session_hash), samples[event.index])]
 
     def on_count(count: int | None, request: gr.Request) -> list[Any]:
-        try:
-            return show(pages.recount(str(request.session_hash), count or 0))
-        except InputError as error:
-            return show(None, error)
+        return show(pages.recount, str(request.session_hash), count or 0)
 
     def on_leave(request: gr.Request) -> None:
         pages.close(str(request.session_hash))
 
     with gr.Blocks(title="WSID-Net", analytics_enabled=False) as page:
         gr.Markdown(TITLE)
+        with gr.Row(equal_height=True):
+            upload = gr.File(label="Drop a photograph", height=HEIGHTS[0], scale=3, elem_id="upload")
+            count = gr.Number(
+                0,
+                label="Number of objects",
+                info="0: not known",
+                minimum=0,
+                maximum=MAX_INSTANCES,
+                precision=0,
+                scale=1,
+                elem_id="count",
+            )
+        message = gr.HTML(elem_id="message", padding=False)
         with gr.Row():
-            with gr.Column():
-                upload = gr.File(label="Photograph", height=110, elem_id="upload")
-                photograph = gr.Image(show_label=False, interactive=False, buttons=[], height=320)
-                count = gr.Number(
-                    0,
-                    label="Number of objects",
-                    info="0: not known",
-                    minimum=0,
-                    maximum=MAX_INSTANCES,
-                    precision=0,
-                    elem_id="count",
-                )
-            with gr.Column():
-                overlay = gr.Image(label="Instances with scores", interactive=False, buttons=["download", "fullscreen"])
-                message = gr.HTML(elem_id="message")
-        instances = gr.Gallery(label="Instances", columns=6, height="auto", interactive=False, elem_id="instances")
+            photograph = gr.Image(label="Photograph", interactive=False, buttons=[], height=HEIGHTS[1], elem_id="photograph")
+            overlay = gr.Image(
+                label="Instances with scores",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                height=HEIGHTS[1],
+                elem_id="overlay",
+            )
+        instances = gr.Gallery(
+            label="Instances",
+            show_label=False,
+            columns=6,
+            fit_columns=False,
+            height=HEIGHTS[2],
+            interactive=False,
+            buttons=[],
+            elem_id="instances",
+        )
         with gr.Row():
             cutouts = gr.DownloadButton("Cut-outs (zip of PNGs)", interactive=False, elem_id="cutouts")
             predictions = gr.DownloadButton("predictions.json (COCO)", interactive=False, elem_id="predictions")
+        gr.Markdown("Samples:")
         examples = gr.Gallery(
             [str(path) for path in samples],
             label="Samples",
+            show_label=False,
             columns=10,
-            height="auto",
+            height=HEIGHTS[3],
             interactive=False,
             allow_preview=False,
             buttons=[],
