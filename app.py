@@ -10,7 +10,17 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 
-from utils.cli import InputError, Parser, Stopped, add_gpu_option, integer, path_of, raise_on_sigterm, run, select_device
+from utils.cli import (
+    InputError,
+    Parser,
+    Stopped,
+    add_gpu_option,
+    integer,
+    path_of,
+    raise_on_sigterm,
+    run,
+    select_device,
+)
 from utils.lazy import gc_disabled
 
 
@@ -26,7 +36,9 @@ def get_args_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("app.py needs gradio, which is not installed: pip install -r requirements-app.txt, or make app")
+        raise InputError(
+            "app.py needs gradio, which is not installed: pip install -r requirements-app.txt, or make app"
+        )
     with raise_on_sigterm(), suppress(KeyboardInterrupt, Stopped):
         with gc_disabled():
             from engine.predictor import Predictor

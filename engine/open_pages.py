@@ -32,8 +32,8 @@ KINDS = ("instances", results.CUTOUTS)
 class Shown(NamedTuple):
     """What a page shows and offers of one photograph; all are files that exist until its next result.
 
-    message: one sentence. photograph, overlay: JPEGs of at most SIDE pixels a side. instances: (PNG of the cut-out of at
-    most THUMBNAIL_SIDE pixels a side, caption with its score), by descending score. cutouts: a zip of what infer.py
+    message: one sentence. photograph, overlay: JPEGs of at most SIDE pixels a side. instances: (PNG of the cut-out, of
+    at most THUMBNAIL_SIDE pixels a side; caption with its score), by descending score. cutouts: a zip of what infer.py
     writes with --cutouts; predictions: its predictions.json.
     """
 

@@ -132,7 +132,9 @@ def make_page(pages: OpenPages) -> Any:
             )
         message = gr.HTML(elem_id="message", padding=False)
         with gr.Row():
-            photograph = gr.Image(label="Photograph", interactive=False, buttons=[], height=HEIGHTS[1], elem_id="photograph")
+            photograph = gr.Image(
+                label="Photograph", interactive=False, buttons=[], height=HEIGHTS[1], elem_id="photograph"
+            )
             overlay = gr.Image(
                 label="Instances with scores",
                 interactive=False,
