@@ -1,5 +1,7 @@
 # make demo   sets everything up in .venv and finds the salient instances of the photographs in samples/
 # make test   sets everything up, checks the style and the types and runs the tests
+# make app    installs gradio too and starts a page in the browser for photographs, see docs/app.md
+# make test-app   tests that page in Chromium
 # make mutants   sets everything up, changes the sources in one place after another, and lists the changes no test notices
 # make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
 
@@ -8,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*.* ops/csrc/*/*)
 
-.PHONY: setup demo test mutants clean
+.PHONY: setup demo app test test-app mutants clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
@@ -17,11 +19,17 @@ demo: setup
 	$(BIN)/python infer.py --img samples --out output
 	@echo; echo "The pictures:"; ls -1 "$(CURDIR)"/output/*_overlay.jpg
 
+app: setup $(VENV)/requirements-app.stamp
+	$(BIN)/python app.py
+
 test: setup $(VENV)/requirements-test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+
+test-app: setup $(VENV)/requirements-app-test.stamp
+	$(BIN)/python -m pytest -rs tests/test_app.py
 
 mutants: setup $(VENV)/requirements-test.stamp
 	$(BIN)/python tests/mutations.py
@@ -36,8 +44,8 @@ $(VENV)/requirements.stamp: requirements.txt
 	$(BIN)/python -m pip install -r requirements.txt
 	@touch $@
 
-$(VENV)/requirements-test.stamp: requirements-test.txt $(VENV)/requirements.stamp
-	$(BIN)/python -m pip install -r requirements-test.txt
+$(VENV)/requirements-%.stamp: requirements-%.txt $(VENV)/requirements.stamp
+	$(BIN)/python -m pip install -r $<
 	@touch $@
 
 # Not built, everything still works, on the plain PyTorch operators; the next make tries again. Where there is a compiler,
