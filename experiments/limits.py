@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from datasets.images import read_image
-from datasets.labels import Sample, collect_into
+from datasets.labels import VOC_CLASSES, Sample, collect_into
 from datasets.masks import VOID, areas_of
 from datasets.sources import read_ground_truth
 from engine.metrics import mask_ious
@@ -48,7 +48,7 @@ class Group:
 
 
 def measure(sample: Sample, predictor: Predictor, groups: dict[tuple[str, str], Group]) -> None:
-    """Add the objects of a photograph to their ``groups``, {(kind, name): Group}; InputError where it cannot be read."""
+    """Add the objects of a photograph to ``groups``, {(kind, name): Group}; InputError where it cannot be read."""
     assert sample.mask
     image, gt = read_image(sample.path), sample.mask.read()
     check_size(sample.path, image.shape, gt.shape)
@@ -60,7 +60,7 @@ def measure(sample: Sample, predictor: Predictor, groups: dict[tuple[str, str], 
     ious, counts = mask_ious(masks, gt)
     best = ious[counts].max(0, initial=0)
     exact = bool(counts.sum() == len(areas))
-    classes = sorted(sample.classes or ())
+    classes = [VOC_CLASSES[index] for index in sample.classes or ()]
     name = classes[0] if len(classes) == 1 else "several classes" if classes else "no class"
     for key in (("class", name), ("objects", _limit(len(areas), NUMBERS)), ("all", "")):
         groups[key].best += best.tolist()
