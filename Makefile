@@ -2,6 +2,7 @@
 # make test   sets everything up, checks the style and the types and runs the tests
 # make app    installs gradio too and starts a page in the browser for photographs, see docs/app.md
 # make test-app   tests that page in Chromium
+# make notebook   runs examples/salient_instances.ipynb and stores its outputs
 # make mutants   sets everything up, changes the sources in one place after another, and lists the changes no test notices
 # make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*.* ops/csrc/*/*)
 
-.PHONY: setup demo app test test-app mutants clean
+.PHONY: setup demo app test test-app notebook mutants clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
@@ -30,6 +31,9 @@ test: setup $(VENV)/requirements-test.stamp
 
 test-app: setup $(VENV)/requirements-app-test.stamp
 	$(BIN)/python -m pytest -rs tests/test_app.py
+
+notebook: setup $(VENV)/requirements-notebook.stamp
+	cd examples && ../$(BIN)/jupyter execute --inplace salient_instances.ipynb
 
 mutants: setup $(VENV)/requirements-test.stamp
 	$(BIN)/python tests/mutations.py

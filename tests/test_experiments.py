@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import cv2
@@ -18,7 +19,7 @@ from engine.config import LARGEST_SEED, Schedule, override
 from engine.predictor import Maps
 from engine.presets import BEST, PAPER
 from engine.run import Run
-from experiments import oracle_study, prm, recipes, tables
+from experiments import limits, oracle_study, prm, recipes, tables
 from experiments.tables import Row
 from models.classifier import Classifier
 from models.fusion_config import FusionConfig
@@ -547,6 +548,30 @@ def test_prm_runs_on_a_classifier_of_the_registry():
     image = np.random.default_rng(0).integers(0, 255, (40, 56, 3)).astype(np.uint8)
     masks, scores = prm.find_instances(classifier, image, 64, torch.device("cpu"))
     assert masks.shape[1:] == (40, 56) and len(masks) == len(scores) and masks.sum(0).max(initial=0) <= 1
+
+
+def test_recall_by_class_size_and_number(tmp_path, monkeypatch, capsys):
+    """Two photographs with one object of 34 x 34 of 72 x 96 pixels; found is half of it, and in the second nothing."""
+    data = make_val(tmp_path / "val")
+    (data / "images" / "b.png").write_bytes(b"no picture")
+    make_val(tmp_path / "other")
+    found = np.zeros((1, 72, 96), bool)
+    found[0, 20:54, 8:28] = True  # IoU .59
+    masks = iter([found, found[:0], found])
+    monkeypatch.setattr(limits.Predictor, "predict", lambda *_: SimpleNamespace(masks=next(masks)))
+    assert call(limits.main, "--data", data, tmp_path / "other", "--gpu", -1) == 1
+    output = capsys.readouterr()
+    assert "b.png" in output.err and "error: " in output.err
+    rows = {
+        cells[1]: cells[2:]
+        for cells in ([part.strip() for part in line.split("|")] for line in output.out.split("\n") if line)
+    }
+    assert rows["all"][:5] == ["3", "66.7", "0.0", "3", "66.7"]
+    assert rows["area 15 to 40 %"][:5] == ["3", "66.7", "0.0", "-", "-"] and "area 2 to 5 %" not in rows
+    assert rows["objects 1"][:5] == rows["all"][:5]
+    assert not [name for name in rows if name.startswith("class ")], "fewer than ten objects"
+    monkeypatch.setattr(limits, "MIN_INSTANCES", 3)
+    assert "| class " in limits.format_groups({("class", "cat"): limits.Group([0.6, 0.7, 0.1], [True])})
 
 
 def test_prm_and_the_oracle_study_name_what_they_leave_out(val, capsys):
