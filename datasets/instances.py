@@ -16,13 +16,15 @@ from datasets.images import read_image
 from datasets.labels import Sample
 from datasets.masks import VOID, areas_of
 from datasets.training import read_label_map, resize_labels
-from datasets.transforms import expose, resize, to_tensor
+from datasets.transforms import expose, reduce_and_compress, resize, to_tensor
 from utils.cli import InputError
 
 CROPPED = 0.7  # fraction of the items that are cropped [ours]
 MIN_VISIBLE = 0.25  # an instance of which a crop keeps a smaller fraction becomes void [ours]
 MAX_PASTED = 3  # instances pasted into one photograph [ours]
 EXPOSED = 0.5  # fraction of the items whose exposure is changed [ours]
+REDUCED = 0.5  # fraction of the items whose resolution is reduced [ours]
+QUALITY = 40, 95  # of their JPEG compression [ours]
 GAMMA = 1.4  # largest exponent of the linear light of these; the smallest is its inverse [ours]
 
 
@@ -34,7 +36,8 @@ class InstanceImages(Dataset):
     fraction of each side that a random crop keeps. copy_paste: the mean number of instances pasted into a
     photograph, at most ``MAX_PASTED``. jitter: strength of random brightness, contrast and saturation. exposure:
     the largest change of the exposure in EV, for half of the items; their labels are those of the photograph as it
-    is, so that a network learns to see in bad light. seed: of all random choices.
+    is, so that a network learns to see in bad light. resolution: the smallest fraction of ``size`` to which half of the
+    items are reduced, and then compressed as JPEG; 1 for none. seed: of all random choices.
 
     Items: dict of "image" float32 [3,size,size] in 0..1 and "labels" uint8 [size,size]. Indexing raises InputError for
     a photograph or label map that cannot be read, and where their sizes differ.
@@ -50,11 +53,12 @@ class InstanceImages(Dataset):
         copy_paste: float = 0.7,
         jitter: float = 0.3,
         exposure: float = 0.0,
+        resolution: float = 1.0,
         seed: int = 0,
     ) -> None:
         self.samples, self.labels, self.size = samples, Path(labels), size
-        self.crop, self.copy_paste, self.jitter, self.exposure = crop, copy_paste, jitter, exposure
-        self.seed, self.epoch = seed, 0
+        self.crop, self.copy_paste, self.jitter = crop, copy_paste, jitter
+        self.exposure, self.resolution, self.seed, self.epoch = exposure, resolution, seed, 0
         self.sources = [sample for sample in samples if sample.count]
 
     def __len__(self) -> int:
@@ -68,6 +72,9 @@ class InstanceImages(Dataset):
         image = jitter_colours(image, self.jitter, rng)
         if self.exposure and rng.random() < EXPOSED:
             image = expose(image, rng.uniform(-1, 1) * self.exposure, GAMMA ** rng.uniform(-1, 1))
+        if self.resolution < 1 and rng.random() < REDUCED:
+            side = round(self.size * rng.uniform(self.resolution, 1))
+            image = resize(reduce_and_compress(image, side, int(rng.integers(*QUALITY))), self.size)
         return {"image": to_tensor(image), "labels": torch.from_numpy(labels)}
 
     def _cropped(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

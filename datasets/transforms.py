@@ -42,6 +42,19 @@ def expose(image: np.ndarray, stops: float, gamma: float = 1) -> np.ndarray:
     return np.rint(values * 255).astype(np.uint8)[image]
 
 
+def reduce_and_compress(image: np.ndarray, side: int, quality: int) -> np.ndarray:
+    """A photograph reduced to a longer side of ``side`` pixels, where it is larger, and compressed as JPEG.
+
+    image: uint8 RGB [H,W,3]; quality: of OpenCV's encoder, 0..100. Returns uint8 RGB.
+    """
+    height, width = image.shape[:2]
+    scale = min(1, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.cvtColor(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)), cv2.COLOR_BGR2RGB)
+
+
 LARGEST_GRADIENT = 2040  # |dx| + |dy| of cv2.Canny's Sobel filters
 
 

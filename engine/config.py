@@ -65,6 +65,7 @@ LIMITS: dict[str, Callable[[str], Any]] = {
     "crop": number(0.1, 1),
     "copy_paste": number(0, 3),
     "exposure": number(0, 6),
+    "resolution": number(0.1, 1),
     "gpu": integer(-1),
     "workers": integer(0, 256),
     "amp": one_of("off", "bf16"),
@@ -205,7 +206,8 @@ class StudentTrainingConfig(_Checked):
     pyramid_channels: width of the feature pyramid and of the mask head. freeze_depthwise: whether the depthwise
     filters of the backbone are not trained, because their gradients are slow on a CPU. crop: the smallest fraction of
     each side that a random crop keeps. copy_paste: instances of other photographs pasted into each, on average.
-    exposure: the largest change of the exposure of a photograph, EV.
+    exposure: the largest change of the exposure of a photograph, EV. resolution: the smallest fraction of ``size`` to
+    which photographs are reduced, before they are compressed and enlarged; 1 for none.
     """
 
     schedule: Schedule = Schedule(12, 8, 4e-4, "adamw", 0.25, 2, warmup=200, average=0.998)
@@ -217,6 +219,7 @@ class StudentTrainingConfig(_Checked):
     crop: float = 0.6
     copy_paste: float = 0.7
     exposure: float = 3.0
+    resolution: float = 1.0
 
 
 @dataclass(frozen=True)

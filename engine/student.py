@@ -147,7 +147,7 @@ def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: P
     freeze(model, config)
     # The mask head sees another number of regions in every batch: cuDNN would search for the fastest kernels each time.
     torch.backends.cudnn.benchmark = False
-    augmentation = {"crop": config.crop, "copy_paste": config.copy_paste, "exposure": config.exposure}
+    augmentation = {name: getattr(config, name) for name in ("crop", "copy_paste", "exposure", "resolution")}
     dataset = InstanceImages(samples, labels, config.size, seed=run.seed, **augmentation)
     with distributed.context_on_main(SummaryWriter, folder / "train") as writer:
         train(
