@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import cv2
 import numpy as np
@@ -74,19 +76,20 @@ def to_onnx(net: Network) -> bytes:
     missing = [package for package in ("onnx", "onnxscript", "onnxruntime") if not find_spec(package)]
     if missing:
         raise InputError(f"--onnx needs {' and '.join(missing)}; python -m pip install onnx onnxscript onnxruntime")
-    file = io.BytesIO()
-    with warnings.catch_warnings():
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        path = Path(folder) / "network.onnx"
+        names: dict[str, Any]
         if isinstance(net, WSIDNet):
             names = {"input_names": ["image", "edges"], "output_names": list(NetOutput._fields)}
             program = torch.onnx.export(export_network(net), dynamo=True, verbose=False, **names)
-            program.save(file)  # type: ignore[union-attr]
+            program.save(path)  # type: ignore[union-attr]
         else:  # by tracing: torch.export refuses the code of torchvision's detectors, whose flow depends on values
             names = {"input_names": ["image"], "output_names": list(Detections._fields)}
             any_number = {name: {0: "n"} for name in ("boxes", "scores", "masks")}
             outputs = Outputs(net)
-            torch.onnx.export(outputs, outputs.inputs(1), file, dynamo=False, dynamic_axes=any_number, **names)
-    return file.getvalue()
+            torch.onnx.export(outputs, outputs.inputs(1), path, dynamo=False, dynamic_axes=any_number, **names)
+        return path.read_bytes()
 
 
 def run_onnx(data: bytes) -> Callable[..., Sequence[Tensor]]:
@@ -101,6 +104,11 @@ def run_onnx(data: bytes) -> Callable[..., Sequence[Tensor]]:
         return [torch.from_numpy(value) for value in session.run(None, values)]
 
     return call
+
+
+def contiguous(net: Any) -> Any:
+    """Contiguous weights: torch.export takes channels-last ones for views of larger tensors, and warns."""
+    return net.to(memory_format=torch.contiguous_format)
 
 
 def difference(net: Network, exported: Callable[..., Sequence[Tensor]]) -> float:
@@ -131,13 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path(weights.stem + (".onnx" if args.onnx else ".pt2"))
     if out.exists() and not out.is_file() or not out.parent.is_dir():
         raise InputError(f"cannot write {out}: it must be a file in a folder that exists")
-    net = load_network(weights) if args.onnx else load_weights(weights)
-    # Contiguous weights: torch.export takes channels-last ones for views of larger tensors, and warns.
-    net = net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if args.onnx:
-        data = to_onnx(net)
-        error = difference(net, run_onnx(data))
+        network = contiguous(load_network(weights))
+        data = to_onnx(network)
+        error = difference(network, run_onnx(data))
     else:
+        net = contiguous(load_weights(weights))
         program, whole = export_network(net), io.BytesIO()  # torch aborts the process where the disk is full
         torch.export.save(program, whole)
         whole.seek(0)

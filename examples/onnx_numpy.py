@@ -45,6 +45,9 @@ def instances(session: onnxruntime.InferenceSession, image: np.ndarray) -> np.nd
 
 if __name__ == "__main__":
     network, path = sys.argv[1:]
-    labels = instances(onnxruntime.InferenceSession(network), cv2.imread(path)[..., ::-1].copy())
+    picture = cv2.imread(path)
+    if picture is None:
+        sys.exit(f"error: {path} cannot be read; give a JPEG or PNG file")
+    labels = instances(onnxruntime.InferenceSession(network), picture[..., ::-1].copy())
     cv2.imwrite(path.rsplit(".", 1)[0] + "_instances.png", labels)
     print(f"{labels.max()} instances")

@@ -18,7 +18,7 @@ import numpy as np
 from datasets.images import read_image
 from datasets.labels import VOC_CLASSES, Sample, collect_into
 from datasets.masks import VOID, areas_of
-from datasets.sources import read_ground_truth
+from datasets.sources import read_ground_truth, read_source
 from engine.metrics import mask_ious
 from engine.predictions import check_size
 from engine.predictor import Predictor
@@ -47,8 +47,15 @@ class Group:
         return [str(len(best)), *recalls, *photographs]
 
 
-def measure(sample: Sample, predictor: Predictor, groups: dict[tuple[str, str], Group]) -> None:
-    """Add the objects of a photograph to ``groups``, {(kind, name): Group}; InputError where it cannot be read."""
+def read_classes(source: str) -> dict[str, list[str]]:
+    """{stem: names of its classes} of the photographs of a source, where it says them."""
+    samples = read_source(source, lambda _: None)
+    return {sample.stem: [VOC_CLASSES[index] for index in sample.classes or ()] for sample in samples}
+
+
+def measure(sample: Sample, classes: Sequence[str], predictor: Predictor, groups: dict[tuple[str, str], Group]) -> None:
+    """Add the objects of a photograph with these ``classes`` to ``groups``, {(kind, name): Group}; InputError where it
+    cannot be read."""
     assert sample.mask
     image, gt = read_image(sample.path), sample.mask.read()
     check_size(sample.path, image.shape, gt.shape)
@@ -60,7 +67,6 @@ def measure(sample: Sample, predictor: Predictor, groups: dict[tuple[str, str], 
     ious, counts = mask_ious(masks, gt)
     best = ious[counts].max(0, initial=0)
     exact = bool(counts.sum() == len(areas))
-    classes = [VOC_CLASSES[index] for index in sample.classes or ()]
     name = classes[0] if len(classes) == 1 else "several classes" if classes else "no class"
     for key in (("class", name), ("objects", _limit(len(areas), NUMBERS)), ("all", "")):
         groups[key].best += best.tolist()
@@ -100,10 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     predictor = Predictor(args.weights, select_device(args.gpu))
     groups: dict[tuple[str, str], Group] = defaultdict(Group)
     problems: list[InputError] = []
-    samples = [sample for source in args.data for sample in read_ground_truth(source, collect_into(problems))]
-    for sample in tqdm(samples, "limits", unit="img", mininterval=2):
+    samples = [
+        (sample, classes.get(sample.stem, ()))
+        for source in args.data
+        for classes in [read_classes(source)]
+        for sample in read_ground_truth(source, collect_into(problems))
+    ]
+    for sample, classes in tqdm(samples, "limits", unit="img", mininterval=2):
         try:
-            measure(sample, predictor, groups)
+            measure(sample, classes, predictor, groups)
         except InputError as error:
             problems.append(error)
     if not groups:
