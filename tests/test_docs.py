@@ -1,6 +1,7 @@
 """The documentation names files, options and settings that exist, in plain words, and README stays short."""
 
 import argparse
+import hashlib
 import re
 import shlex
 import sys
@@ -17,7 +18,12 @@ from models.fusion import FusionConfig
 ROOT = Path(__file__).resolve().parent.parent
 # Pages that quote commands and options of earlier versions are checked for everything else.
 HISTORY = ["CHANGELOG.md", "docs/development_log.md", "weights/PROVENANCE.md"]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "MODEL_CARD.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 CURRENT = [page for page in PAGES if page not in HISTORY]
 ALL = sorted({*PAGES, *HISTORY})
 
@@ -109,6 +115,11 @@ def options_of(script: str) -> set[str]:
     ):
         import_module(name).main()
     return set(caught.value.args[0]._option_string_actions)
+
+
+def test_the_model_card_is_that_of_the_bundled_files():
+    for file in (ROOT / "weights").glob("*.pt"):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in read("MODEL_CARD.md"), file.name
 
 
 def test_readme_is_short():
