@@ -6,7 +6,7 @@
 
 Results are checked first: a batch against its photographs one by one, the folded attention against the literal one.
 Times are medians over `--repeats` interleaved runs, in milliseconds; memory is the rise of the peak over one call, in
-MiB, of the GPU where one is used. The stages are timed one after another; infer.py runs them at the same time.
+MiB, of the GPU where one is used. The stages are timed one after another; infer.py shares photographs among processes.
 """
 
 import argparse
@@ -30,8 +30,9 @@ from measure import CPU, Call, Row, check, compare, device_name, peak_memory, re
 import ops
 from datasets.images import read_image
 from datasets.listing import list_images
-from engine.predictor import ROOT, Prediction, Predictor, default_batch_size, process
-from engine.results import PICTURES, write_results
+from engine.inference import write_all
+from engine.predictor import ROOT, Prediction, Predictor, default_batch_size
+from engine.results import PICTURES, Results, write_results
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
 from models.wsid_net import NetConfig, WSIDNet, save_weights
@@ -87,15 +88,17 @@ def bench_attention(args: argparse.Namespace, device: torch.device) -> list[Row]
 
 
 def check_batch(predictor: Predictor, images: Sequence[np.ndarray], trained: bool) -> None:
-    """A batch against its photographs one by one; masks of trained networks only, as an untrained S is near 0.5."""
-    inputs = [predictor.prepare(image) for image in images]
-    together, alone = predictor.network(inputs), [predictor.network([one])[0] for one in inputs]
+    """A batch against its photographs one by one: the outputs of a WSID-Net, as a student's may differ in number, and
+    the masks of trained networks only, as an untrained S is near 0.5."""
     print("\nA batch against single photographs")
-    for name in ("saliency", "boundary", "offsets"):
-        a, b = (torch.stack([getattr(maps, name) for maps in each]) for each in (together, alone))
-        # Other batches may take other kernels; bfloat16 keeps 8 bits.
-        bound = 1e-1 if predictor.bf16 else 1e-4 if predictor.device == CPU else 1e-2
-        check(name, ((a - b).abs().max() / b.abs().max()).item(), bound)
+    if isinstance(predictor.net, WSIDNet):
+        inputs = [predictor.prepare(image) for image in images]
+        together, alone = predictor.network(inputs), [predictor.network([one])[0] for one in inputs]
+        for name in ("saliency", "boundary", "offsets"):
+            a, b = (torch.stack([getattr(maps, name) for maps in each]) for each in (together, alone))
+            # Other batches may take other kernels; bfloat16 keeps 8 bits.
+            bound = 1e-1 if predictor.bf16 else 1e-4 if predictor.device == CPU else 1e-2
+            check(name, ((a - b).abs().max() / b.abs().max()).item(), bound)
     if not trained:
         return
     differ = [
@@ -175,18 +178,19 @@ def bench_stages(args: argparse.Namespace, predictor: Predictor, paths: Sequence
 
 
 def bench_whole(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path) -> list[Row]:
-    """infer.py from files to files, without loading the weights."""
-    finish = partial(write, out)
+    """infer.py from files to files in one process and in several, whose start counts, without loading the weights."""
 
-    def overlapped(batch_size: int) -> None:
-        for result in process(paths, predictor, finish, batch_size, args.workers):
+    def run(workers: int) -> None:
+        results = Results(Path(tempfile.mkdtemp(dir=out)), "benchmark")
+        for result in write_all(paths, predictor, results, args.batch_size, workers):
             assert isinstance(result, list)
 
-    contenders: dict[str, Call] = {f"overlapped, batches of {args.batch_size}": partial(overlapped, args.batch_size)}
-    if args.batch_size > 1:
-        contenders["overlapped, one by one"] = partial(overlapped, 1)
-    contenders["one after another"] = lambda: run_stages(predictor, paths, out)
-    title = f"infer.py on {len(paths)} photographs, {args.workers} + {args.workers} threads beside the network"
+    contenders: dict[str, Call] = {
+        "one process": partial(run, 1),
+        f"{args.workers} processes": partial(run, args.workers),
+        "one after another": lambda: run_stages(predictor, paths, out),
+    }
+    title = f"infer.py on {len(paths)} photographs, batches of {args.batch_size}"
     return compare(title, contenders, args.repeats, predictor.device, count=len(paths))
 
 
@@ -223,7 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_gpu_option(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--workers", type=int, default=min(4, torch.get_num_threads()), help="as for infer.py")
+    parser.add_argument(
+        "--workers", type=int, default=max(2, torch.get_num_threads()), help="processes, as for infer.py"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--photographs", type=int, default=20, help="number of copies of those in samples/")
     parser.add_argument("--batch-size", type=int, help="default: as infer.py")

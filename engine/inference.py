@@ -22,8 +22,10 @@ from utils.parallel import WorkerPool
 
 LISTED = 10  # the files written are printed one by one up to so many photographs
 MOST_ON_GPU = 8  # processes that share a GPU, each of which needs half a gigabyte of its memory for CUDA alone
-SECONDS_TO_START = 3.0  # of a process: the imports and the network
-SECONDS_EACH = {"cpu": 0.1, "cuda": 0.02}  # of a photograph, in one process, roughly
+SECONDS_TO_START = 5.0  # of processes: the imports and the network
+# What a photograph takes beside the network, roughly: in one process, whose threads share the rest among the cores, it
+# keeps all but one core, or the GPU, waiting.
+SECONDS_BESIDE = {"cpu": 0.025, "cuda": 0.02}
 
 Outcome = list[Path] | InputError  # the files of a photograph, or why there are none
 
@@ -142,12 +144,14 @@ def write_all(
 
 
 def processes_for(photographs: int, device: torch.device) -> int:
-    """How many processes finish so many photographs soonest: a process must save more time than its start takes."""
+    """How many processes finish so many photographs soonest: they must save more time than their start takes."""
     if distributed.world_size() > 1:  # torchrun has started as many as were asked for
         return 1
-    most = torch.get_num_threads() if device.type == "cpu" else min(MOST_ON_GPU, (os.cpu_count() or 1) // 2)
-    seconds = SECONDS_EACH.get(device.type, 0.1) * photographs
-    return max(1, min(most, int(seconds / SECONDS_TO_START)))
+    seconds = SECONDS_BESIDE.get(device.type, 0.02) * photographs
+    if device.type == "cpu":
+        cores = torch.get_num_threads()
+        return cores if seconds * (1 - 1 / cores) > SECONDS_TO_START else 1
+    return max(1, min(MOST_ON_GPU, (os.cpu_count() or 1) // 2, int(seconds / SECONDS_TO_START)))
 
 
 _state: tuple[Predictor, Results]  # of a worker process

@@ -294,8 +294,8 @@ def test_processes_are_started_where_they_save_more_time_than_they_take(monkeypa
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert [inference.processes_for(count, cpu) for count in (0, 1, 20, 60, 90, 10_000)] == [1, 1, 1, 2, 3, 4]
-    assert [inference.processes_for(count, gpu) for count in (1, 300, 10_000)] == [1, 2, 8]
+    assert [inference.processes_for(count, cpu) for count in (0, 1, 260, 270, 10_000)] == [1, 1, 1, 4, 4]
+    assert [inference.processes_for(count, gpu) for count in (1, 499, 500, 10_000)] == [1, 1, 2, 8]
     monkeypatch.setattr(inference.distributed, "world_size", lambda: 2)
     assert inference.processes_for(10_000, cpu) == 1, "torchrun has started the others"
 
