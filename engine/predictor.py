@@ -21,6 +21,7 @@ from datasets.images import read_image
 from datasets.masks import centroids_of, read_saliency_mask
 from datasets.transforms import network_input, resize, to_tensor
 from models import AMP, MAX_INSTANCES, METHODS, STUDENT
+from models.backbones import Backbone
 from models.count_head import expected_count, one_hot_count
 from models.fusion import fuse, instance_masks
 from models.fusion_config import FusionConfig
@@ -232,6 +233,9 @@ class Predictor:
         self.weights = Path(weights) if weights else default_weights()
         self.device, self.method, self.count, self.ranked = _usable(device), method, int(count), ranked
         self.net = load_network(self.weights, self.device)
+        for module in list(self.net.modules()):
+            if isinstance(module, Backbone):
+                module.fold_batch_norms()
         if isinstance(self.net, WSIDNet):
             self.settings = (
                 settings if isinstance(settings, FusionConfig) else FusionConfig.of(settings or (), self.net.fusion)

@@ -142,6 +142,26 @@ def test_averages_down_to_the_grid_have_a_deterministic_gradient():
         assert type(found.grad_fn).__name__ == name and torch.equal(found, F.adaptive_avg_pool2d(feature, grid))
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_folded_batch_norms_compute_the_same(name):
+    torch.manual_seed(0)
+    backbone = Backbone(name).eval()
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: none of the values is 0 or 1
+            for values in (module.weight, module.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+            for values in (module.bias, module.running_mean):
+                torch.nn.init.normal_(values, 0, 0.2)
+    image = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = [*backbone(image), backbone.forward_head(image)]
+        backbone.fold_batch_norms()
+        found = [*backbone(image), backbone.forward_head(image)]
+    assert not [module for module in backbone.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for a, b in zip(expected, found, strict=True):
+        assert (a - b).abs().max() < 1e-4 * a.abs().max()
+
+
 @pytest.mark.parametrize("name, first_free", [("resnet50", "layer3"), ("mobilenetv2_100", "blocks.3")])
 def test_freeze_stops_at_the_level(name, first_free):
     backbone = Backbone(name)
