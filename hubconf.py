@@ -20,10 +20,11 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "scipy", "cv2", "PIL", 
 
 _ROOT = Path(__file__).resolve().parent
 _PACKAGES = ("datasets", "engine", "models", "ops", "utils")
-_lock = RLock()
-# The modules of this repository, once they are loaded. torch.hub imports this file anew in every call; what it keeps is
-# in a module that stays.
-_own: dict[str, ModuleType] = vars(sys.modules.setdefault("_wsid_net", ModuleType("_wsid_net"))).setdefault("own", {})
+# torch.hub imports this file anew in every call. What it keeps is in a module that stays: the modules of this
+# repository, once they are loaded, and a lock for all calls.
+_kept = vars(sys.modules.setdefault("_wsid_net", ModuleType("_wsid_net")))
+_own: dict[str, ModuleType] = _kept.setdefault("own", {})
+_lock = _kept.setdefault("lock", RLock())
 
 
 def wsid_net(weights: Any = None, device: Any = "cpu", **options: Any) -> "Predictor":
