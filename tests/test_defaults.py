@@ -433,7 +433,7 @@ def test_the_first_gpu_is_the_default(monkeypatch, capsys):
             cli.select_device(gpu, offset)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.select_device(None) == cli.select_device(None, 1) == torch.device("cpu")
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out == "device: cpu (no GPU is visible)\n"
 
 
 @pytest.mark.parametrize(

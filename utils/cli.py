@@ -224,8 +224,8 @@ def add_gpu_option(group: Any) -> None:
 def select_device(gpu: int | None, offset: int = 0) -> "torch.device":
     """The torch.device of ``--gpu``: -1 is the CPU, n the n-th CUDA device, counted from 0.
 
-    None is the first GPU, of which a line is printed, or the CPU where there is no GPU. offset: added to the number of
-    a GPU, for a process that is not the first one of its machine.
+    None is the first GPU, or the CPU where there is none; a line says which. offset: added to the number of a GPU, for
+    a process that is not the first one of its machine.
     Raises InputError when that GPU is not there.
     """
     import torch  # here, so that wrong arguments are reported before torch is imported
@@ -234,6 +234,8 @@ def select_device(gpu: int | None, offset: int = 0) -> "torch.device":
     first = 0 if found else -1
     number = first if gpu is None else gpu
     if number < 0:
+        if gpu is None and not offset:
+            _print_once("device: cpu (no GPU is visible)")
         return torch.device("cpu")
     number += offset
     if number >= found:
