@@ -16,7 +16,7 @@ from engine.predictions import coco_ids
 from engine.predictor import Predictor, default_batch_size, default_threads, process
 from engine.results import Results
 from utils import digest, distributed
-from utils.cli import InputError, make_folder
+from utils.cli import InputError, make_folder, report_problems
 from utils.lazy import gc_disabled
 from utils.parallel import WorkerPool
 
@@ -121,11 +121,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         written = []
     for file in [*sum(written, []), *lists]:
         print(file)
-    for failure in failed:
-        print(f"error: {failure}", file=sys.stderr)
-    if all_failed:
-        return 2
-    return 1 if failed else 0
+    code = report_problems(failed)
+    return 2 if all_failed else code
 
 
 def write_all(

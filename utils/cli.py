@@ -171,6 +171,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
+def report_problems(problems: Sequence[InputError], most: int | None = None) -> int:
+    """Print the problems of single files, without which the work was done, to stderr, at most ``most`` one by one.
+
+    Returns the exit code of the script: 1, or 0 where there is no problem.
+    """
+    for problem in problems[:most]:
+        print(f"error: {problem}", file=sys.stderr)
+    if most is not None and len(problems) > most:
+        print(f"error: {len(problems) - most} more such", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def _first_to_fail() -> bool:
     if "WORLD_SIZE" not in os.environ:  # a single process
         return True
