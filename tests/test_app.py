@@ -27,6 +27,7 @@ from datasets.masks import decode_rle
 from engine import open_pages
 from engine.open_pages import OpenPages
 from engine.predictor import Prediction, Predictor
+from utils import cli
 from utils.cli import InputError
 
 call = partial(conftest.call, app.main)
@@ -210,6 +211,20 @@ def test_an_address_that_cannot_be_used_is_one_sentence(monkeypatch, capsys, hos
         assert call("--host", host, "--port", port) == 2
     error = capsys.readouterr().err
     assert f"cannot listen on {host}:{port} (" in error and "choose another --port, or another --host" in error
+
+
+@pytest.mark.parametrize("gpu, device", [(None, "cuda:1"), (-1, "cpu")])
+def test_the_options_reach_the_page(monkeypatch, gpu, device):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(app, "select_device", lambda gpu: "cuda:1" if gpu is None else cli.select_device(gpu))
+    made, served = [], []
+    monkeypatch.setattr("engine.predictor.Predictor", lambda *given: made.append(given))
+    monkeypatch.setattr("engine.web.check_address", lambda *given: None)
+    monkeypatch.setattr("engine.web.serve", lambda predictor, *given: served.append(given))
+    options = () if gpu is None else ("--gpu", gpu)
+    assert call("--host", "192.0.2.1", "--port", 8000, "--weights", "mine.pt", *options) == 0
+    assert [(str(path), str(device)) for path, device in made] == [("mine.pt", device)]
+    assert served == [("192.0.2.1", 8000)]
 
 
 # ---- in a browser

@@ -69,6 +69,21 @@ call = partial(conftest.call, infer.main)
 ALL_SCORES = FusionConfig(min_score=0)  # the scores of an untrained network are low
 
 
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+def test_the_options_of_the_machine_are_used(weights, tmp_path, monkeypatch, amp):
+    used = []
+
+    def write_all(paths, predictor, results, batch_size, workers):
+        used.append((predictor.bf16, batch_size, workers))
+        yield from ()
+
+    monkeypatch.setattr(inference, "write_all", write_all)
+    Image.fromarray(noise(40, 60)).save(tmp_path / "a.png")
+    options = ("--gpu", -1, "--amp", amp, "--batch-size", 3, "--workers", 5)
+    assert call("--img", tmp_path / "a.png", "--weights", weights, "--out", tmp_path / "out", *options) == 0
+    assert used == [(amp == "bf16", 3, 5)]
+
+
 def test_ids_of_a_coco_file(weights, tmp_path, capsys):
     Image.fromarray(noise(40, 60)).save(tmp_path / "000000000139.jpg")
     images = [{"id": 139, "file_name": "val2017/000000000139.jpg", "height": 40, "width": 60}]
