@@ -69,8 +69,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         print(f"weights: {predictor.weights}")
     if len(todo) < len(own):
         print(
-            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
-            "compute them anew"
+            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; to compute them anew delete "
+            f"{results.folder / results.name}*.jsonl"
         )
 
     batch_size = args.batch_size or default_batch_size(device)
@@ -98,6 +98,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     except BaseException:
         results.save(paths)
         raise
+    results.close()
     written, errors = distributed.gather(written), distributed.gather(errors)
     problems = distributed.gather(problems)
     if not distributed.is_main():
