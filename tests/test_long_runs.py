@@ -423,7 +423,7 @@ def test_a_run_on_two_machines_continues_after_one_is_lost(alone_and_together, t
         os.kill(pid, signal.SIGKILL)
     said = machines[0].communicate(timeout=120)[1]
     machines[1].communicate()
-    assert machines[0].returncode == 1 and "another process of this run is gone" in said
+    assert machines[0].returncode == 1 and "error: another process of this run, or its machine, is gone" in said
     journals = sorted((tmp_path / "out").glob("finished-*.jsonl"))
     assert sorted(lines_of(journals))[0] < 60, "photographs are left"
 

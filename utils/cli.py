@@ -169,11 +169,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if _first_to_fail():
             if not _is_lost_connection(error):
                 raise
-            cause = str(error).partition("\n")[0]
-            print(
-                f"error: another process of this run is gone ({cause}); the same commands continue where it was",
-                file=sys.stderr,
-            )
+            sentence = "another process of this run, or its machine, is gone; the same commands continue where it was"
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 
