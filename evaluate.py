@@ -25,7 +25,6 @@ size, is named and left out of all rows: exit code 1.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from engine.predictions import coco_ids
 from engine.report import format_page, format_table
 from models import METHODS
 from utils import files
-from utils.cli import InputError, Parser, add_gpu_option, number, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, number, path_of, report_problems, run, select_device
 
 LISTED = 20  # the images that could not be measured are printed one by one up to so many
 
@@ -142,11 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html:
         page = format_page(methods, summaries, gt_masks, photographs, args.count_threshold, problems.append)
         _write(args.html, page)
-    for problem in problems[:LISTED]:
-        print(f"error: {problem}", file=sys.stderr)
-    if len(problems) > LISTED:
-        print(f"error: {len(problems) - LISTED} more such", file=sys.stderr)
-    return 1 if problems else 0
+    return report_problems(problems, LISTED)
 
 
 def _measure_weights(

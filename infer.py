@@ -89,7 +89,7 @@ def get_args_parser() -> Parser:
         help="image ids of this COCO annotation file instead of the stems of the photographs",
     )
 
-    output = parser.add_argument_group("what is written, see docs/outputs.md")
+    output = parser.add_argument_group("what is written for photographs, not for clips; see docs/outputs.md")
     output.add_argument("--visualize", action="store_true", help="also S, B and V as pictures")
     output.add_argument(
         "--cutouts",

@@ -1,6 +1,6 @@
 """Draws docs/pipeline.jpg: how WSID-Net is trained, and the maps that it computes for one photograph.
 
-python infer.py --img samples/astronaut.jpg --out output --visualize
+python infer.py --img samples/astronaut.jpg --weights weights/wsid_net.pt --amp off --out output --visualize
 python docs/pipeline.py samples/astronaut.jpg output docs/pipeline.jpg
 """
 

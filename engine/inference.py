@@ -16,12 +16,13 @@ from engine.predictions import coco_ids
 from engine.predictor import Predictor, default_batch_size, default_threads, process
 from engine.results import Results
 from utils import digest, distributed
-from utils.cli import InputError, make_folder
+from utils.cli import InputError, make_folder, report_problems
 from utils.lazy import gc_disabled
 from utils.parallel import WorkerPool
 
 LISTED = 10  # the files written are printed one by one up to so many photographs
 MOST_ON_GPU = 8  # processes that share a GPU, each of which needs half a gigabyte of its memory for CUDA alone
+FOR_PHOTOGRAPHS = ("visualize", "cutouts", "coco", "coco_ids", "labelme")  # of no effect on clips
 SECONDS_TO_START = 5.0  # of processes: the imports and the network
 # What a photograph takes beside the network, roughly: in one process, whose threads share the rest among the cores, it
 # keeps all but one core, or the GPU, waiting.
@@ -41,6 +42,9 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     paths = [path for path in paths if path not in clips]
     if clips and args.saliency_dir:
         raise InputError("--saliency-dir has maps for photographs alone; leave it out, or leave out the clips")
+    unused = [f"--{name.replace('_', '-')}" for name in FOR_PHOTOGRAPHS if clips and getattr(args, name)]
+    if unused and len(clips) == requested:
+        raise InputError(f"only clips are given, for which {', '.join(unused)} writes nothing; leave it out")
     with gc_disabled():  # the network imports much
         device = distributed.init(args.gpu)
         predictor = Predictor(
@@ -67,6 +71,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     todo = results.unfinished(own)
     if distributed.is_main():
         print(f"weights: {predictor.weights}")
+        if unused:
+            print(f"{', '.join(unused)}: written for the photographs, not for the clips", file=sys.stderr)
     if len(todo) < len(own):
         print(
             f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; to compute them anew delete "
@@ -116,11 +122,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         written = []
     for file in [*sum(written, []), *lists]:
         print(file)
-    for failure in failed:
-        print(f"error: {failure}", file=sys.stderr)
-    if all_failed:
-        return 2
-    return 1 if failed else 0
+    code = report_problems(failed)
+    return 2 if all_failed else code
 
 
 def write_all(

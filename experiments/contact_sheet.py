@@ -1,5 +1,6 @@
 """Pictures in rows of equal height, as one file: the figure of the README.
 
+python infer.py --img samples --amp off --out output
 python -m experiments.contact_sheet output/*_overlay.jpg docs/results.jpg
 """
 

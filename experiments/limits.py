@@ -8,7 +8,6 @@ the photograph's area, of photographs with so many objects. Recall is the percen
 overlaps with an IoU of at least 0.5 or 0.7; of groups by photograph also the percentage with the right number.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from datasets.sources import read_ground_truth, read_source
 from engine.metrics import mask_ious
 from engine.predictions import check_size
 from engine.predictor import Predictor
-from utils.cli import InputError, Parser, add_gpu_option, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, path_of, report_problems, run, select_device
 from utils.progress import tqdm
 
 # Of the photograph's area, and of the number of its objects: upper limits, the last of which is reached.
@@ -120,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not groups:
         raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_groups(groups))
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return report_problems(problems)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ number of objects, which scales the scores and, with grouping=count, is the numb
 all four are true is lost by the fusion and by the resolution of the stride-4 grid.
 """
 
-import sys
 from collections.abc import Sequence
 
 import cv2
@@ -26,7 +25,7 @@ from engine.predictor import BUNDLED_WSID_NET, Maps, Predictor, default_weights
 from engine.report import format_table
 from models.count_head import one_hot_count
 from models.wsid_net import WSIDNet
-from utils.cli import InputError, Parser, add_gpu_option, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, path_of, report_problems, run, select_device
 from utils.progress import tqdm
 
 BASELINE = "predicted"
@@ -109,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not results[BASELINE]:
         raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_table({row: summarize(result) for row, result in results.items()}))
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return report_problems(problems)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ with respect to the image; a foreground pixel is assigned to the peak with the l
 classes are merged by their maximum instead of a trained layer, and no external mask proposals are used.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from models.classifier import Classifier
 from models.fusion import instance_masks
 from models.fusion_config import FusionConfig
 from utils import checkpoint, files
-from utils.cli import InputError, Parser, add_gpu_option, make_folder, path_of, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, make_folder, path_of, report_problems, run, select_device
 from utils.progress import tqdm
 
 PEAK_THRESH, FOREGROUND_THRESH = 0.5, 0.3  # fractions of the maximal response: of a peak [PRM], of the foreground [IRN]
@@ -139,9 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_folder(args.out.parent)
     records, problems = predict_source(classifier, args.data, args.size, device)
     files.save_json(records, args.out)
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return report_problems(problems)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ than in the last frame before in which it had one (IoU of the masks 0.5 or more)
 that of the difference from the row of all parts, over bootstrap draws of the clips.
 """
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -20,13 +19,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from datasets.labels import collect_into
 from datasets.sources import read_ground_truth
 from engine.bootstrap import ap_of_draws, draw_images, standard_errors
 from engine.metrics import ImageResult, match_ious, pooled_ap
 from engine.predictor import Prediction, Predictor
 from engine.tracking import Tracked, Tracker, TrackingConfig, track_score
 from experiments.made_clips import MadeClip, clip_of_photographs
-from utils.cli import InputError, Parser, integer, path_of, run, select_device
+from utils.cli import InputError, Parser, integer, path_of, report_problems, run, select_device
 from utils.progress import tqdm
 
 FULL = TrackingConfig()
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--weights has no meaning without --predict; leave it out or add --predict")
     predictor = Predictor(args.weights, select_device(args.gpu)) if args.predict else None
     problems: list[InputError] = []
-    samples = read_ground_truth(args.data, problems.append)
+    samples = read_ground_truth(args.data, collect_into(problems))
     rows: dict[str, list[Outcome]] = {name: [] for name in ROWS}
     for seed in tqdm(range(args.seed, args.seed + args.clips), "clips", unit="clip"):
         rng = np.random.default_rng([seed, 1])
@@ -185,9 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, config in ROWS.items():
             rows[name].append(track(clip, predictions, config))
     print(format_rows(rows))
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return report_problems(problems)
 
 
 if __name__ == "__main__":

@@ -433,7 +433,16 @@ def test_the_first_gpu_is_the_default(monkeypatch, capsys):
             cli.select_device(gpu, offset)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.select_device(None) == cli.select_device(None, 1) == torch.device("cpu")
-    assert not capsys.readouterr().out
+    assert capsys.readouterr().out == "device: cpu (no GPU is visible)\n"
+
+
+def test_problems_of_single_files_are_printed_and_choose_the_exit_code(capsys):
+    problems = [InputError(f"{name} is broken") for name in "abc"]
+    assert cli.report_problems([]) == 0 and not capsys.readouterr().err
+    assert cli.report_problems(problems) == 1
+    assert capsys.readouterr().err == "error: a is broken\nerror: b is broken\nerror: c is broken\n"
+    assert cli.report_problems(problems, 1) == 1
+    assert capsys.readouterr().err == "error: a is broken\nerror: 2 more such\n"
 
 
 @pytest.mark.parametrize(

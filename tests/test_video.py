@@ -451,6 +451,18 @@ def test_results_replace_neither_inputs_nor_each_other(discs, tmp_path, capsys):
     assert call("--img", first, "--saliency-dir", tmp_path, "--out", tmp_path / "out") == 2
 
 
+def test_what_options_write_for_photographs_alone_is_not_silently_left_out(discs, tmp_path, capsys):
+    clip, out = write_clip(tmp_path / "clip.mp4", 3), tmp_path / "out"
+    options = ("--cutouts", "--labelme", "--visualize", "--coco", tmp_path / "salient.json")
+    Image.fromarray(picture([((40, 40), 15, COLOURS[0])])).save(tmp_path / "photo.png")
+    assert call("--img", clip, "--out", out, *options) == 2
+    assert "only clips are given" in (error := capsys.readouterr().err)
+    assert "--visualize, --cutouts, --coco, --labelme" in error and not out.exists()
+    assert call("--img", clip, tmp_path / "photo.png", "--out", out, *options[:2]) == 0
+    assert "--cutouts, --labelme: written for the photographs, not for the clips" in capsys.readouterr().err
+    assert (out / "photo_cutout1.png").exists() and (out / "clip_tracks.json").exists()
+
+
 def test_results_of_clips_in_a_folder_are_no_inputs(discs, tmp_path):
     clip = write_clip(tmp_path / "clip.MP4", 3)
     assert call("--img", clip, "--out", tmp_path) == 0

@@ -174,6 +174,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
+def report_problems(problems: Sequence[InputError], most: int | None = None) -> int:
+    """Print the problems of single files, without which the work was done, to stderr, at most ``most`` one by one.
+
+    Returns the exit code of the script: 1, or 0 where there is no problem.
+    """
+    for problem in problems[:most]:
+        print(f"error: {problem}", file=sys.stderr)
+    if most is not None and len(problems) > most:
+        print(f"error: {len(problems) - most} more such", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def _first_to_fail() -> bool:
     if "WORLD_SIZE" not in os.environ:  # a single process
         return True
@@ -235,8 +247,8 @@ def add_gpu_option(group: Any) -> None:
 def select_device(gpu: int | None, offset: int = 0) -> "torch.device":
     """The torch.device of ``--gpu``: -1 is the CPU, n the n-th CUDA device, counted from 0.
 
-    None is the first GPU, of which a line is printed, or the CPU where there is no GPU. offset: added to the number of
-    a GPU, for a process that is not the first one of its machine.
+    None is the first GPU, or the CPU where there is none; a line says which. offset: added to the number of a GPU, for
+    a process that is not the first one of its machine.
     Raises InputError when that GPU is not there.
     """
     import torch  # here, so that wrong arguments are reported before torch is imported
@@ -245,6 +257,8 @@ def select_device(gpu: int | None, offset: int = 0) -> "torch.device":
     first = 0 if found else -1
     number = first if gpu is None else gpu
     if number < 0:
+        if gpu is None and not offset:
+            _print_once("device: cpu (no GPU is visible)")
         return torch.device("cpu")
     number += offset
     if number >= found:
