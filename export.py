@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 
 from engine.predictor import BUNDLED_WSID_NET, default_weights
 from models.mask_rcnn import Detections, MaskRCNN
-from models.wsid_net import NetOutput, WSIDNet, load_network, load_weights
+from models.wsid_net import NetOutput, WSIDNet, load_network
 from utils import files
 from utils.cli import InputError, Parser, path_of, run
 
@@ -140,16 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path(weights.stem + (".onnx" if args.onnx else ".pt2"))
     if out.exists() and not out.is_file() or not out.parent.is_dir():
         raise InputError(f"cannot write {out}: it must be a file in a folder that exists")
+    network: Network = contiguous(load_network(weights))
     if args.onnx:
-        network = contiguous(load_network(weights))
         data = to_onnx(network)
         error = difference(network, run_onnx(data))
-    else:
-        net = contiguous(load_weights(weights))
-        program, whole = export_network(net), io.BytesIO()  # torch aborts the process where the disk is full
+    elif isinstance(network, WSIDNet):
+        program, whole = export_network(network), io.BytesIO()  # torch aborts the process where the disk is full
         torch.export.save(program, whole)
         whole.seek(0)
-        error, data = difference(net, torch.export.load(whole).module()), whole.getvalue()
+        error, data = difference(network, torch.export.load(whole).module()), whole.getvalue()
+    else:
+        raise InputError(f"{weights} is a student network, which torch.export does not take; add --onnx")
     if not error < (ONNX_BOUND if args.onnx else BOUND):
         raise RuntimeError(f"the exported network differs from the network by {error:.1e}; {out} is not written")
     files.write_atomically(out, lambda file: file.write(data))

@@ -18,6 +18,7 @@ From Python: ``from infer import Predictor``.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -197,7 +198,7 @@ def read_stdin(folder: Path) -> Path:
     try:
         read_image(path)
     except InputError as error:
-        raise InputError(str(error).replace(str(path), "the standard input")) from error
+        raise InputError(re.sub(f"(the image )?{re.escape(str(path))}", "the standard input", str(error))) from error
     return path
 
 

@@ -3,6 +3,7 @@
 python export.py --onnx && python examples/onnx_numpy.py student.onnx x.jpg      # x_instances.png, as of infer.py
 """
 
+import os
 import sys
 
 import cv2
@@ -44,10 +45,13 @@ def instances(session: onnxruntime.InferenceSession, image: np.ndarray) -> np.nd
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not os.path.isfile(sys.argv[1]):
+        sys.exit("error: give the file that python export.py --onnx writes, and a photograph")
     network, path = sys.argv[1:]
     picture = cv2.imread(path)
     if picture is None:
         sys.exit(f"error: {path} cannot be read; give a JPEG or PNG file")
     labels = instances(onnxruntime.InferenceSession(network), picture[..., ::-1].copy())
-    cv2.imwrite(path.rsplit(".", 1)[0] + "_instances.png", labels)
+    if not cv2.imwrite(out := os.path.splitext(path)[0] + "_instances.png", labels):
+        sys.exit(f"error: cannot write {out}; copy the photograph to a folder that can be written to")
     print(f"{labels.max()} instances")

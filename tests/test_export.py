@@ -1,6 +1,8 @@
 """The exported network against the network."""
 
 import os
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -75,6 +77,13 @@ def test_the_example_finds_the_instances_of_infer_in_an_onnx_file(tmp_path, caps
         image = read_image(ROOT / f"samples/{name}.jpg")
         labels, expected = onnx_numpy.instances(session, image), label_map(predictor.predict(image).masks)
         assert labels.max() == expected.max() == 2 and (labels == expected).mean() > 0.9999
+
+
+@pytest.mark.parametrize("arguments", [(), ("missing.onnx", "samples/cat.jpg"), ("README.md", "missing.jpg")])
+def test_the_example_refuses_in_one_sentence(arguments):
+    command = [sys.executable, "examples/onnx_numpy.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_wsid_net_as_onnx_takes_any_batch(net):

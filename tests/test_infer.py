@@ -1074,7 +1074,7 @@ def test_a_photograph_from_the_standard_input(weights, tmp_path):
     for content, code, words in (
         ((tmp_path / "a.png").read_bytes(), 0, ""),
         (b"words", 2, "error: the standard input is not an image that can be read"),
-        (b"", 2, "error: the image the standard input is empty"),
+        (b"", 2, "error: the standard input is empty"),
     ):
         done = subprocess.run(command, input=content, capture_output=True, env=conftest.environment())
         message = done.stderr.decode()
