@@ -34,7 +34,6 @@ from measure import (
     check,
     compare,
     device_name,
-    grown,
     peak_memory,
     plot,
     record,
@@ -261,7 +260,7 @@ def growth(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path]
         for count in sorted({2**i for i in range(threads.bit_length())} | {threads}):
             torch.set_num_threads(count)
             measure("network, threads", count, partial(network, args.batch_size), args.batch_size)
-    return grown(rows)
+    return rows
 
 
 def main() -> None:
@@ -295,7 +294,8 @@ def main() -> None:
     device = select_device(args.gpu)
     args.batch_size = args.batch_size or default_batch_size(device)
     print(device_name(device))
-    rows = []
+    rows: list[Row] = []
+    over_sizes: list[Row] = []
     if args.only != "infer":
         rows += bench_attention(args, device)
     if args.only != "attention":
@@ -312,12 +312,11 @@ def main() -> None:
                 over_sizes = growth(args, predictor, paths, out)
                 picture = (args.page or Path("infer")).with_suffix(f".{predictor.weights.stem}.svg")
                 plot(over_sizes, picture)
-                rows += over_sizes
             if args.page:
                 title = f"infer.py, {predictor.weights.stem}"
                 write_section(rows, args.page, title, device, picture.name if args.growth else "")
     for path in filter(None, (args.csv, args.json)):
-        write_records(rows, path)
+        write_records(rows + over_sizes, path)
 
 
 if __name__ == "__main__":

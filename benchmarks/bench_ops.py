@@ -28,7 +28,6 @@ from measure import (
     check,
     compare,
     device_name,
-    grown,
     peak_memory,
     plot,
     record,
@@ -421,11 +420,11 @@ def main() -> None:
     rows += bench_pairs(args, device)
     rows += bench_centroids(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
+    over_sizes: list[Row] = []
     if args.growth:
-        over_sizes = grown(growth(args, device))
+        over_sizes = growth(args, device)
         plot(over_sizes, args.page.with_suffix(".svg") if args.page else args.out / "growth.svg")
-        rows += over_sizes
-    write_records(rows, args.out / "ops.csv")
+    write_records(rows + over_sizes, args.out / "ops.csv")
     if args.page:
         picture = args.page.with_suffix(".svg").name if args.growth else ""
         write_section(rows, args.page, "Operators", device, picture)

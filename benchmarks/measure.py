@@ -153,18 +153,21 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
     """Write the rows as a table to a section of the Markdown file ``path``, in place of the section of this title and
     machine if there is one, else at the end.
 
-    Times are relative, with milliseconds on a GPU only. plot: the name of a picture to be shown below the table.
+    Times are relative to the first row of a case, with milliseconds on a GPU only. plot: the name of a picture to be
+    shown below the table.
     """
     heading = f"## {title}: {device_name(device)}"
+    on_gpu = device.type == "cuda"
     lines = [heading, "", f"PyTorch {torch.__version__.partition('+')[0]}, {time.strftime('%B %Y')}.", ""]
-    lines += ["| | | time | MiB | photographs/s |", "|---|---|---:|---:|---:|"]
+    lines += ["| | | time | MiB |" + " ms | photographs/s |" * on_gpu, "|---|---|---:|---:|" + "---:|---:|" * on_gpu]
+    case = ""
     for row in rows:
-        spent = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
-        if device.type == "cuda":
-            spent += f" ({row['median_ms']:.3g} ms)"
-        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        rate = "" if row["per_second"] is None or device.type != "cuda" else f"{row['per_second']:.3g}"
-        lines.append(f"| {row['case']} | {row['contender']} | {spent} | {memory} | {rate} |")
+        cells = [row["case"] if row["case"] != case else "", row["contender"]]
+        cells += [f"{value:.3g}" if value is not None else "" for value in (row["ratio"], row["peak_mib"])]
+        if on_gpu:
+            cells += [f"{row['median_ms']:.3g}", f"{row['per_second'] or 0:.3g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        case = row["case"]
     lines += ["", f"![Growth of time and memory]({plot})", ""] if plot else [""]
     page = path.read_text() if path.exists() else ""
     start = page.find(heading)
@@ -172,14 +175,6 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
     before, after = (page, "") if start < 0 else (page[:start], page[end:] if end else "")
     text = before.rstrip("\n") + "\n\n" * bool(before.strip()) + "\n".join(lines) + ("\n" + after if after else "")
     path.write_text(text)
-
-
-def grown(rows: Sequence[Row]) -> list[Row]:
-    """Rows of growth with each time as a ratio to the first of its case."""
-    first: dict[str, float] = {}
-    return [
-        row | {"ratio": round(row["median_ms"] / first.setdefault(row["case"], row["median_ms"]), 3)} for row in rows
-    ]
 
 
 def write_records(rows: Sequence[Row], path: Path) -> None:
