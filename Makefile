@@ -3,6 +3,7 @@
 # make app    installs gradio too and starts a page in the browser for photographs, see docs/app.md
 # make test-app   tests that page in Chromium
 # make notebook   runs examples/salient_instances.ipynb and stores its outputs
+# make benchmarks   times operators, infer.py and their peers on this machine, and writes the tables into docs/
 # make mutants   sets everything up, changes the sources in one place after another, and lists the changes no test notices
 # make PYTHON=python3.12 ... chooses the interpreter (3.10 or newer)
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OPERATOR_SOURCES := setup.py $(wildcard ops/*.py ops/csrc/*.* ops/csrc/*/*)
 
-.PHONY: setup demo app test test-app notebook mutants clean
+.PHONY: setup demo app test test-app notebook benchmarks mutants clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/requirements.stamp $(VENV)/operators.stamp
@@ -34,6 +35,11 @@ test-app: setup $(VENV)/requirements-app-test.stamp
 
 notebook: setup $(VENV)/requirements-notebook.stamp
 	cd examples && ../$(BIN)/jupyter execute --inplace salient_instances.ipynb
+
+benchmarks: setup $(VENV)/requirements-test.stamp
+	$(BIN)/python benchmarks/bench_ops.py --growth --page docs/operators.md
+	$(BIN)/python benchmarks/bench_infer.py --growth --page docs/performance.md
+	$(BIN)/python benchmarks/bench_infer.py --growth --page docs/performance.md --weights weights/wsid_net.pt
 
 mutants: setup $(VENV)/requirements-test.stamp
 	$(BIN)/python tests/mutations.py

@@ -55,7 +55,7 @@ def get_args_parser() -> Parser:
     options.add_option(group, "--crop", "crop", "smallest fraction of each side that a random crop keeps")
     options.add_option(group, "--copy-paste", "copy_paste", "mean number of instances pasted from other photographs")
     options.add_option(group, "--exposure", "exposure", "largest change of the exposure, EV; 0 for none", metavar="EV")
-    text = "smallest fraction of the input square to which photographs are reduced, compressed and enlarged; 1 for none"
+    text = "smallest fraction of the input square to which photographs are reduced in the last round; 1 for none"
     options.add_option(group, "--resolution", "resolution", text)
     options.add_machine_options(parser)
     parser.set_defaults(**settings_of(StudentTrainingConfig()))

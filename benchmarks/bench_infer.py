@@ -1,7 +1,7 @@
 """Speed and memory of infer.py, stage by stage and as a whole, and of the cross-layer attention.
 
     python benchmarks/bench_infer.py                      the bundled weights on 20 photographs from samples/
-    python benchmarks/bench_infer.py --growth             also the network over batch sizes and threads
+    python benchmarks/bench_infer.py --growth             also over photographs, processes, sizes, instances, batches
     python benchmarks/bench_infer.py --gpu 0 --backbone resnet50 --size 512 --batch-size 16
 
 Results are checked first: a batch against its photographs one by one, the folded attention against the literal one.
@@ -18,14 +18,30 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import cv2
 import numpy as np
 import torch
-from measure import CPU, Call, Row, check, compare, device_name, peak_memory, record, synchronize, timed, write_records
+from measure import (
+    CPU,
+    Call,
+    Row,
+    check,
+    compare,
+    device_name,
+    peak_memory,
+    plot,
+    record,
+    synchronize,
+    timed,
+    write_records,
+    write_section,
+)
 
 import ops
 from datasets.images import read_image
@@ -33,9 +49,10 @@ from datasets.listing import list_images
 from engine.inference import write_all
 from engine.predictor import ROOT, Prediction, Predictor, default_batch_size
 from engine.results import PICTURES, Results, write_results
+from export import run_onnx, to_onnx
 from models import AMP
 from models.attention import CrossLayerFeatureMixing
-from models.wsid_net import NetConfig, WSIDNet, save_weights
+from models.wsid_net import NetConfig, WSIDNet, load_network, save_weights
 from utils.cli import add_gpu_option, select_device
 
 OPERATORS = ("converge_centroids", "boundary_affinity", "random_walk")
@@ -108,10 +125,11 @@ def check_batch(predictor: Predictor, images: Sequence[np.ndarray], trained: boo
     check("fraction of pixels that differ", max(differ), 0.1 if predictor.bf16 else 0.01)
 
 
-def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.ndarray]) -> list[Row]:
-    """The network alone, on a batch that is already on its device."""
+def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.ndarray], size: int) -> list[Row]:
+    """The network alone, on a batch of ``size`` that is already on its device; a single photograph on the CPU also in
+    onnxruntime, where that is installed."""
     config, device = predictor.net.config, predictor.device
-    inputs = [predictor.prepare(image) for image in islice(cycle(images), args.batch_size)]
+    inputs = [predictor.prepare(image) for image in islice(cycle(images), size)]
     batch = [torch.cat(part).to(device) for part in zip(*inputs)]
 
     @torch.no_grad()
@@ -120,9 +138,12 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
             predictor.net(*batch)
 
     precisions = [True, False] if predictor.bf16 else [False]
-    contenders = {"bfloat16" if bf16 else "float32": partial(run, bf16) for bf16 in precisions}
-    title = f"Network, {config.backbone} {config.size}x{config.size}, batch of {args.batch_size}"
-    return compare(title, contenders, args.repeats, device, count=args.batch_size)
+    contenders: dict[str, Call] = {"bfloat16" if bf16 else "float32": partial(run, bf16) for bf16 in precisions}
+    if size == 1 and device == CPU and find_spec("onnxruntime"):
+        call = run_onnx(to_onnx(load_network(predictor.weights)))
+        contenders["onnxruntime, float32"] = lambda: call(*batch)
+    title = f"Network, {config.backbone} {config.size}x{config.size}, batch of {size}"
+    return compare(title, contenders, args.repeats, device, count=size)
 
 
 def write(out: Path, path: Path, image: np.ndarray, prediction: Prediction) -> Any:
@@ -195,30 +216,50 @@ def bench_whole(args: argparse.Namespace, predictor: Predictor, paths: Sequence[
 
 
 @torch.no_grad()
-def growth(args: argparse.Namespace, predictor: Predictor, images: Sequence[np.ndarray]) -> list[Row]:
-    """Time and memory of the network over batch size and, on the CPU, threads."""
+def growth(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path) -> list[Row]:
+    """Time and memory over the number and the size of photographs, processes, instances, batch size and, on the CPU,
+    threads."""
     rows: list[Row] = []
     device = predictor.device
 
-    def measure(what: str, value: int, batch: int) -> None:
-        inputs = [predictor.prepare(image) for image in islice(cycle(images), batch)]
-
-        def call() -> None:
-            predictor.network(inputs)
-
+    def measure(what: str, value: int, call: Call, count: int | None = None) -> None:
+        call()
         memory = peak_memory(call, device)
-        rows.append(record(what, value, [timed(call, device) for _ in range(args.repeats)], memory=memory, count=batch))
-        milliseconds, rate = rows[-1]["median_ms"], rows[-1]["per_second"]
-        print(f"  {what:34}{value:8}{milliseconds:11.2f} ms{memory:10.1f} MiB{rate:10.2f} photos/s")
+        times = [timed(call, device) for _ in range(max(3, args.repeats // 2))]
+        rows.append(record(what, value, times, memory=memory, count=count))
+        print(f"  {what:34}{value:8}{rows[-1]['median_ms']:11.2f} ms{memory:10.1f} MiB")
+
+    def write_some(count: int, workers: int) -> None:
+        results = Results(Path(tempfile.mkdtemp(dir=out)), "benchmark")
+        for _ in write_all(list(islice(cycle(paths), count)), predictor, results, args.batch_size, workers):
+            pass
 
     print("\nGrowth")
+    most = len(paths)
+    for count in sorted({max(1, most // part) for part in (1, 2, 4, 8)}):
+        measure("infer.py, photographs", count, partial(write_some, count, 1), count)
+    for workers in sorted({1, args.workers}):
+        measure("infer.py, processes", workers, partial(write_some, most, workers), most)
+    image = read_image(paths[0])
+    for side in (250, 500, 1000, 2000, 4000):
+        resized = cv2.resize(image, (side, side * 3 // 4), interpolation=cv2.INTER_AREA)
+        measure("photograph, longer side", side, partial(predictor.predict, resized), 1)
+    (maps,) = predictor.network([predictor.prepare(image)])
+    for number in (1, 2, 4, 8, 16):
+        call = partial(predictor.post_process, maps, image.shape[:2], number)
+        measure("instances, after the network", number, call)
+    images = [predictor.prepare(read_image(path)) for path in paths[:8]]
+
+    def network(batch: int) -> None:
+        predictor.network(list(islice(cycle(images), batch)))
+
     for batch in (1, 2, 4, 8) if device == CPU else (1, 2, 4, 8, 16, 32):
-        measure("network, batch", batch, batch)
+        measure("network, batch", batch, partial(network, batch), batch)
     if device == CPU:
         threads = torch.get_num_threads()
         for count in sorted({2**i for i in range(threads.bit_length())} | {threads}):
             torch.set_num_threads(count)
-            measure("network, threads", count, args.batch_size)
+            measure("network, threads", count, partial(network, args.batch_size), args.batch_size)
     return rows
 
 
@@ -240,15 +281,21 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=("attention", "infer"), help="only the cross-layer attention or only infer.py"
     )
-    parser.add_argument("--growth", action="store_true", help="also time and memory over batch size and threads")
+    parser.add_argument(
+        "--growth", action="store_true", help="also over photographs, processes, sizes, instances and batches"
+    )
     parser.add_argument("--csv", type=Path, help="write all tables to this file")
     parser.add_argument("--json", type=Path, help="the same as JSON")
+    parser.add_argument(
+        "--page", type=Path, help="Markdown file that gets the table as a section, and the plot beside it"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = select_device(args.gpu)
     args.batch_size = args.batch_size or default_batch_size(device)
     print(device_name(device))
-    rows = []
+    rows: list[Row] = []
+    over_sizes: list[Row] = []
     if args.only != "infer":
         rows += bench_attention(args, device)
     if args.only != "attention":
@@ -257,13 +304,19 @@ def main() -> None:
             predictor = make_predictor(args, out, device)
             images = [read_image(path) for path in paths[:8]]
             check_batch(predictor, images[: args.batch_size], trained=not args.backbone)
-            rows += bench_network(args, predictor, images)
+            for batch in sorted({1, args.batch_size}):
+                rows += bench_network(args, predictor, images, batch)
             rows += bench_stages(args, predictor, paths, out)
             rows += bench_whole(args, predictor, paths, out)
             if args.growth:
-                rows += growth(args, predictor, images)
+                over_sizes = growth(args, predictor, paths, out)
+                picture = (args.page or Path("infer")).with_suffix(f".{predictor.weights.stem}.svg")
+                plot(over_sizes, picture)
+            if args.page:
+                title = f"infer.py, {predictor.weights.stem}"
+                write_section(rows, args.page, title, device, picture.name if args.growth else "")
     for path in filter(None, (args.csv, args.json)):
-        write_records(rows, path)
+        write_records(rows + over_sizes, path)
 
 
 if __name__ == "__main__":

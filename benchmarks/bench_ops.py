@@ -12,9 +12,8 @@ limits of the machine are measured in the same run: a float32 matrix product and
 """
 
 import argparse
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,18 @@ import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from measure import Row, check, compare, device_name, peak_memory, record, timed, write_records
+from measure import (
+    Row,
+    check,
+    compare,
+    device_name,
+    peak_memory,
+    plot,
+    record,
+    timed,
+    write_records,
+    write_section,
+)
 from torch import Tensor
 
 import ops
@@ -381,43 +391,6 @@ def growth(args: argparse.Namespace, device: torch.device) -> list[Row]:
     return rows
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Small log-log panels as SVG, one per case: time (blue) and memory (orange) relative to the first value."""
-    cases: dict[str, list[tuple[float, float, float]]] = {}
-    for row in rows:
-        cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"], max(row["peak_mib"], 0.1)))
-    parts, wide, high = [], 230, 190
-    for i, (case, points) in enumerate(cases.items()):
-        left, top = i % 4 * wide + 45, i // 4 * high + 40
-        values, *measured = zip(*points)
-        xs = [math.log2(value / values[0]) for value in values]
-        curves = [[math.log2(value / curve[0]) for value in curve] for curve in measured]
-        low, span = min(map(min, curves)), max(max(map(max, curves)) - min(map(min, curves)), 1)
-        across, up = 130 / xs[-1], 110 / span
-        parts.append(f'<text x="{left}" y="{top - 16}" font-weight="bold">{case}</text>')
-        parts.append(f'<path d="M{left} {top}V{top + 120}H{left + 140}" fill="none" stroke="#888"/>')
-        for curve, colour in zip(curves, ("#06c", "#c60")):
-            dots = [(left + across * x, top + 115 - up * (y - low)) for x, y in zip(xs, curve)]
-            line = " ".join(f"{x:.0f},{y:.0f}" for x, y in dots)
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}"/>' for x, y in dots]
-            times, shift = 2 ** curve[-1], -4 if curve[-1] == max(c[-1] for c in curves) else 12
-            parts.append(
-                f'<text x="{left + 137}" y="{dots[-1][1] + shift:.0f}" fill="{colour}">'
-                f"{times:.{0 if times > 9.5 else 1}f}x</text>"
-            )
-        parts += [
-            f'<text x="{left + across * x:.0f}" y="{top + 135}" text-anchor="middle">{value:g}</text>'
-            for x, value in zip(xs, values)
-        ]
-    rows_high = (len(cases) + 3) // 4 * high + 20
-    path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
-        f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
-        f"{''.join(parts)}</svg>\n"
-    )
-
-
 def main() -> None:
     """Run the benchmarks and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -428,6 +401,9 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="also time and memory over sizes")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for the table and the plot"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="Markdown file that gets the table as a section, and the plot beside it"
     )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Sparse")
@@ -444,11 +420,14 @@ def main() -> None:
     rows += bench_pairs(args, device)
     rows += bench_centroids(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
+    over_sizes: list[Row] = []
     if args.growth:
-        grown = growth(args, device)
-        plot(grown, args.out / "growth.svg")
-        rows += grown
-    write_records(rows, args.out / "ops.csv")
+        over_sizes = growth(args, device)
+        plot(over_sizes, args.page.with_suffix(".svg") if args.page else args.out / "growth.svg")
+    write_records(rows + over_sizes, args.out / "ops.csv")
+    if args.page:
+        picture = args.page.with_suffix(".svg").name if args.growth else ""
+        write_section(rows, args.page, "Operators", device, picture)
 
 
 if __name__ == "__main__":

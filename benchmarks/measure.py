@@ -4,6 +4,8 @@ import csv
 import ctypes
 import json
 import math
+import platform
+import re
 import statistics
 import sys
 import time
@@ -22,10 +24,15 @@ Row = dict[str, Any]
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or the number of threads on the CPU."""
+    """The name of a GPU, or of the CPU with its instruction set and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    name = platform.processor() or platform.machine()
+    try:
+        (name,) = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1]
+    except (OSError, ValueError):
+        pass  # another system, or an ARM processor
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def synchronize(device: torch.device) -> None:
@@ -142,6 +149,34 @@ def compare(
     return rows
 
 
+def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.device, plot: str = "") -> None:
+    """Write the rows as a table to a section of the Markdown file ``path``, in place of the section of this title and
+    machine if there is one, else at the end.
+
+    Times are relative to the first row of a case, with milliseconds on a GPU only. plot: the name of a picture to be
+    shown below the table.
+    """
+    heading = f"## {title}: {device_name(device)}"
+    on_gpu = device.type == "cuda"
+    lines = [heading, "", f"PyTorch {torch.__version__.partition('+')[0]}, {time.strftime('%B %Y')}.", ""]
+    lines += ["| | | time | MiB |" + " ms | photographs/s |" * on_gpu, "|---|---|---:|---:|" + "---:|---:|" * on_gpu]
+    case = ""
+    for row in rows:
+        cells = [row["case"] if row["case"] != case else "", row["contender"]]
+        cells += [f"{value:.3g}" if value is not None else "" for value in (row["ratio"], row["peak_mib"])]
+        if on_gpu:
+            cells += [f"{row['median_ms']:.3g}", f"{row['per_second'] or 0:.3g}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        case = row["case"]
+    lines += ["", f"![Growth of time and memory]({plot})", ""] if plot else [""]
+    page = path.read_text() if path.exists() else ""
+    start = page.find(heading)
+    end = page.find("\n## ", start + 1) + 1 if start >= 0 else 0
+    before, after = (page, "") if start < 0 else (page[:start], page[end:] if end else "")
+    text = before.rstrip("\n") + "\n\n" * bool(before.strip()) + "\n".join(lines) + ("\n" + after if after else "")
+    path.write_text(text)
+
+
 def write_records(rows: Sequence[Row], path: Path) -> None:
     """Write the rows to ``path``, as JSON if its name ends in .json, else as CSV."""
     with open(path, "w", newline="") as file:
@@ -151,3 +186,40 @@ def write_records(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Small log-log panels as SVG, one per case: time (blue) and memory (orange) relative to the first value."""
+    cases: dict[str, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append((row["contender"], row["median_ms"], max(row["peak_mib"] or 0, 0.1)))
+    parts, wide, high = [], 230, 190
+    for i, (case, points) in enumerate(item for item in cases.items() if len(item[1]) > 1):
+        left, top = i % 4 * wide + 45, i // 4 * high + 40
+        values, *measured = zip(*points)
+        xs = [math.log2(value / values[0]) for value in values]
+        curves = [[math.log2(value / curve[0]) for value in curve] for curve in measured]
+        low, span = min(map(min, curves)), max(max(map(max, curves)) - min(map(min, curves)), 1)
+        across, up = 130 / xs[-1], 110 / span
+        parts.append(f'<text x="{left}" y="{top - 16}" font-weight="bold">{case}</text>')
+        parts.append(f'<path d="M{left} {top}V{top + 120}H{left + 140}" fill="none" stroke="#888"/>')
+        for curve, colour in zip(curves, ("#06c", "#c60")):
+            dots = [(left + across * x, top + 115 - up * (y - low)) for x, y in zip(xs, curve)]
+            line = " ".join(f"{x:.0f},{y:.0f}" for x, y in dots)
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+            parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}"/>' for x, y in dots]
+            times, shift = 2 ** curve[-1], -4 if curve[-1] == max(c[-1] for c in curves) else 12
+            parts.append(
+                f'<text x="{left + 137}" y="{dots[-1][1] + shift:.0f}" fill="{colour}">'
+                f"{times:.{0 if times > 9.5 else 1}f}x</text>"
+            )
+        parts += [
+            f'<text x="{left + across * x:.0f}" y="{top + 135}" text-anchor="middle">{value:g}</text>'
+            for x, value in zip(xs, values)
+        ]
+    rows_high = (len(cases) + 3) // 4 * high + 20
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{4 * wide + 40}" height="{rows_high}" '
+        f'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>'
+        f"{''.join(parts)}</svg>\n"
+    )

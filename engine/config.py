@@ -207,7 +207,7 @@ class StudentTrainingConfig(_Checked):
     filters of the backbone are not trained, because their gradients are slow on a CPU. crop: the smallest fraction of
     each side that a random crop keeps. copy_paste: instances of other photographs pasted into each, on average.
     exposure: the largest change of the exposure of a photograph, EV. resolution: the smallest fraction of ``size`` to
-    which photographs are reduced, before they are compressed and enlarged; 1 for none.
+    which photographs are reduced in the last round, before they are compressed and enlarged; 1 for none.
     """
 
     schedule: Schedule = Schedule(12, 8, 4e-4, "adamw", 0.25, 2, warmup=200, average=0.998)

@@ -75,8 +75,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
             print(f"{', '.join(unused)}: written for the photographs, not for the clips", file=sys.stderr)
     if len(todo) < len(own):
         print(
-            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; delete {results.journal} to "
-            "compute them anew"
+            f"{len(own) - len(todo)} of {len(own)} photographs are finished and skipped; to compute them anew delete "
+            f"{results.folder / results.name}*.jsonl"
         )
 
     batch_size = args.batch_size or default_batch_size(device)
@@ -104,6 +104,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     except BaseException:
         results.save(paths)
         raise
+    results.close()
     written, errors = distributed.gather(written), distributed.gather(errors)
     problems = distributed.gather(problems)
     if not distributed.is_main():

@@ -11,7 +11,7 @@ from datasets.labels import IGNORE
 from engine.crf import refine_saliency
 from models.fusion import fuse, instance_masks, walk
 from models.fusion_config import FusionConfig
-from models.grouping import components, masks_of, split_regions
+from models.grouping import Region, components, masks_of, split_regions
 
 # Value of the pseudo mask above which a pixel belongs to an instance, and below which to the background [ours].
 FG_THRESH, BG_THRESH = 0.6, 0.3
@@ -79,7 +79,9 @@ def instance_label(
     grid = (maps.boundary.shape[0], maps.boundary.shape[1])
     saliency = F.adaptive_avg_pool2d(torch.from_numpy(label)[None], grid)[0]
     region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
-    parts = split_regions(components(region, least), count, maps.offsets.numpy())
+    offsets = maps.offsets.numpy()
+    pieces = split_regions([Region(part, offsets) for part in components(region, least)], count)
+    parts = [whole.pixels[group] for whole, group in pieces]
     if len(parts) != count:
         return None
     # The label fixes the region, so the walk only divides it, by responses relative to each part's own peak.

@@ -99,11 +99,12 @@ BEST = Preset(
         Schedule(
             epochs=3, batch_size=16, lr=8e-4, optimizer="adamw", backbone_lr=0.25, freeze=3, warmup=100, average=0.998
         ),
-        rounds=3,
+        rounds=4,
         backbone="tf_efficientnet_lite2",
         size=384,
         pyramid_channels=96,
         freeze_depthwise=True,
+        resolution=0.4,
     ),
 )
 

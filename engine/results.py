@@ -3,7 +3,8 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets.listing import stem_of_result
 from datasets.masks import bounding_box, prediction_records
 from engine import annotations, visualize
 from models import MAX_INSTANCES
-from utils import digest, files
+from utils import digest, distributed, files
 from utils.cli import InputError
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ class Results:
 
     Every finished photograph is a line of ``journal``, a file named by the identity. predictions.json, cutouts.json and
     the COCO data set are made from it, and a run of the same identity skips the photographs in it. Several runs or
-    processes with one identity append to one journal; the first result of another identity deletes the journals, the
-    predictions.json and the cutouts.json before it. The methods may be called from several threads.
+    processes of one machine with one identity append to one journal; each process of torchrun has a journal of its own,
+    since they may be on several machines, whose appends to one file of a shared folder would overwrite each other. The
+    first result of another identity deletes the journals, the predictions.json and the cutouts.json before it. The
+    methods may be called from several threads.
     """
 
     def __init__(
@@ -58,7 +61,8 @@ class Results:
         self.kinds = tuple(kinds)
         self.lists = [folder / "predictions.json", *([folder / "cutouts.json"] if CUTOUTS in kinds else [])]
         identity = digest.of_value([identity, self.kinds, bool(saliency_dir)])
-        self.journal = folder / f"finished-{identity}.jsonl"
+        self.name = f"finished-{identity}"
+        self.journal = folder / f"{self.name}{f'-{distributed.rank()}' if distributed.rank() else ''}.jsonl"
         self.lock = threading.Lock()
         self.file: BinaryIO | None = None
         self.written = False  # whether this run, in any of its processes, has written a result
@@ -81,7 +85,7 @@ class Results:
         unique = {(os.path.realpath(path), path.stem): path for path in paths}  # a link may have a stem of its own
         home = os.path.realpath(self.folder)
         journals = list(self.folder.glob("finished-*.jsonl"))
-        stems = {stem for journal in journals for stem in _read(journal)}
+        stems = _read(journals).keys()
         names = {"predictions.json", "cutouts.json", *(f"{stem}.json" for stem in stems)} if journals else set()
         names |= {journal.name for journal in journals}
         lists = {os.path.realpath(path) for path in (*self.lists, *([self.coco] if self.coco else []))}
@@ -123,7 +127,7 @@ class Results:
 
     def unfinished(self, paths: Sequence[Path]) -> list[Path]:
         """The ``paths`` that have no results, or results of a file that has changed since."""
-        done = _read(self.journal)
+        done = _read(self._journals())
         return [
             path
             for path in paths
@@ -141,6 +145,7 @@ class Results:
         entry = {
             "image_id": path.stem,
             "made_from": self._made_from(path),
+            "time": time.time(),
             "size": list(image.shape[:2]),
             "records": write_results(self.folder, path, self.kinds, image, prediction),
         }
@@ -160,12 +165,12 @@ class Results:
         in their order; the COCO data set holds those of ``paths``. With an empty journal nothing is written. Raises
         InputError when a file cannot be written, or when a run of another identity has written to the folder meanwhile.
         """
-        if self.written and not self.journal.exists():
+        if self.written and not self._journals():
             raise InputError(
                 f"another run with other settings wrote to {self.folder} meanwhile; run the command "
                 "with an --out of its own"
             )
-        if not _read(self.journal):
+        if not _read(self._journals()):
             return []
         order = {path.stem: place for place, path in enumerate(paths)}
         made_from = {path.stem: self._made_from(path) for path in paths}
@@ -176,8 +181,8 @@ class Results:
             return self.files(stem, 0)[0].exists() and unchanged
 
         def write(content: Callable[[list[dict[str, Any]]], Any], indent: int | None, file: BinaryIO) -> None:
-            # The journal is read while the file is held, so the last of several processes writes all photographs.
-            entries = list(filter(is_current, _read(self.journal).values()))
+            # The journals are read while the file is held, so the last of several runs writes all photographs.
+            entries = list(filter(is_current, _read(self._journals()).values()))
             entries.sort(key=lambda entry: order.get(entry["image_id"], len(order)))
             file.write((json.dumps(content(entries), indent=indent) + "\n").encode())
 
@@ -227,6 +232,17 @@ class Results:
         except OSError:
             return None  # reading the file raises the error
 
+    def _journals(self) -> list[Path]:
+        """The journals of all processes with this identity."""
+        return sorted(self.folder.glob(f"{self.name}*.jsonl"))
+
+    def close(self) -> None:
+        """Close the journal: on a network file system other machines read then what was written to it."""
+        with self.lock:
+            if self.file:
+                self.file.close()
+                self.file = None
+
     def _open(self) -> BinaryIO:
         """The journal, open for appending; before the first result, those of another identity are deleted."""
         with self.lock:
@@ -234,14 +250,13 @@ class Results:
                 try:
                     for name in ("predictions.json", "cutouts.json"):
                         (self.folder / name).unlink(missing_ok=True)
-                    for other in self.folder.glob("finished-*.jsonl"):
-                        if other != self.journal:
-                            with suppress(FileNotFoundError):  # another process was first
-                                other.unlink()
-                                print(
-                                    f"{self.folder} holds results of other settings or weights: their records are "
-                                    "removed, their pictures stay unless the photograph is processed anew"
-                                )
+                    for other in {*self.folder.glob("finished-*.jsonl")} - {*self._journals()}:
+                        with suppress(FileNotFoundError):  # another process was first
+                            other.unlink()
+                            print(
+                                f"{self.folder} holds results of other settings or weights: their records are removed, "
+                                "their pictures stay unless the photograph is processed anew"
+                            )
                     self.file = open(self.journal, "ab", buffering=0)
                 except OSError as error:
                     raise files.write_error(self.journal, error) from error
@@ -330,12 +345,15 @@ def draw(kind: str, image: np.ndarray, prediction: "Prediction") -> np.ndarray:
     return visualize.mark(wheel, prediction.centroids)
 
 
-def _read(journal: Path) -> dict[str, dict[str, Any]]:
-    """{stem: entry} of a journal, the last entry of each stem; incomplete lines are skipped."""
-    entries = {}
-    with suppress(FileNotFoundError), open(journal, "rb") as file:
-        for line in file:
-            with suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                entries[entry["image_id"]] = {key: entry[key] for key in ("image_id", "made_from", "size", "records")}
+def _read(journals: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """{stem: entry} of journals, the latest entry of each stem; incomplete lines are skipped."""
+    entries: dict[str, dict[str, Any]] = {}
+    for journal in journals:
+        with suppress(FileNotFoundError), open(journal, "rb") as file:
+            for line in file:
+                with suppress(ValueError, KeyError, TypeError):
+                    read = json.loads(line)
+                    entry = {key: read[key] for key in ("image_id", "made_from", "time", "size", "records")}
+                    if entry["image_id"] not in entries or entries[entry["image_id"]]["time"] <= entry["time"]:
+                        entries[entry["image_id"]] = entry
     return entries

@@ -75,7 +75,10 @@ def train_student(run: StudentRun) -> Path:
                 print(f"r{r}: as many instances as counted in {len(complete)} of {len(samples)} photographs")
             if not any(sample.count for sample in complete):
                 raise InputError(f"{teacher} finds as many instances as were counted in no photograph; train it longer")
-            train_round(run if r == 1 else replace(run, init="teacher"), teacher, complete, labels, folder)
+            # Labels are better where their network was trained at full resolution.
+            config = run.config if r == run.config.rounds else replace(run.config, resolution=1.0)
+            init = run.init if r == 1 else "teacher"
+            train_round(replace(run, config=config, init=init), teacher, complete, labels, folder)
             teacher = folder / "weights.pt"
         result = run.out / "weights.pt"
         distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))

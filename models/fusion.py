@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ops
 from models.fusion_config import FusionConfig
-from models.grouping import group_by_count, group_by_sinks
+from models.grouping import group_by_counts, group_by_sinks
 from models.scoring import CountHypothesis, expected_iou, on_grid, score_of
 
 
@@ -46,15 +46,15 @@ def fuse(
     """One soft map per salient instance (Sec. 4.2): clusters of the salient region, and a random walk from each.
 
     saliency: S [H,W] and boundary: B [H,W], both in 0..1; offsets: V [2,H,W]; all on the stride-4 grid. count: the
-    number of objects by which pixels are grouped (``group_by_count``); with 0 they are grouped by the sinks of V, as in
-    the paper. hypotheses: of ``count_hypotheses`` for the same maps; the one of ``count`` is used where it is there. n
-    may be 0.
+    number of objects by which pixels are grouped (``group_by_counts``); with 0 they are grouped by the sinks of V, as
+    in the paper. hypotheses: of ``count_hypotheses`` for the same maps; the one of ``count`` is used where it is
+    there. n may be 0.
     """
     precomputed = {hypothesis.number: hypothesis.clusters for hypothesis in hypotheses}
     if count in precomputed:
         clusters = precomputed[count]
     elif count:
-        clusters = group_by_count(saliency.cpu().numpy(), offsets.cpu().numpy(), count, settings)
+        (clusters,) = group_by_counts(saliency.cpu().numpy(), offsets.cpu().numpy(), [count], settings)
     else:
         clusters = group_by_sinks(saliency.cpu().numpy(), offsets, settings)
     return SoftInstances(walk(clusters.masks, saliency, boundary, settings), clusters.centroids)

@@ -3,7 +3,8 @@
 All maps are on the stride-4 grid [H,W].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import cv2
@@ -13,6 +14,8 @@ from torch import Tensor
 import ops
 from datasets.labels import IGNORE
 from models.fusion_config import FusionConfig
+
+SAMPLED = 1000  # points of a region that k-means iterates on
 
 
 class Clusters(NamedTuple):
@@ -31,17 +34,67 @@ def components(region: np.ndarray, min_size: float) -> list[np.ndarray]:
     return [np.argwhere(labels == k) for k in range(1, found) if stats[k, cv2.CC_STAT_AREA] >= min_size]
 
 
-def split_regions(regions: Sequence[np.ndarray], count: int, offsets: np.ndarray | None = None) -> list[np.ndarray]:
-    """Split the largest of ``regions`` until there are ``count``; regions are never merged.
+class Region:
+    """Pixels, which k-means divides into any number of groups, each number once.
 
-    regions: list of int [M_k,2], the (y, x) of their pixels. Each new piece goes to the region with the most pixels per
-    piece. A region is split by k-means of its pixels' positions p or, given V as ``offsets`` [2,H,W], of their points
-    p + V(p). Returns a list of int [M_n,2].
+    pixels: int [M,2], (y, x). points: float [2,M], by which they are grouped: their positions p or, given V as
+    ``offsets`` [2,H,W], p + V(p).
+    """
+
+    def __init__(self, pixels: np.ndarray, offsets: np.ndarray | None = None) -> None:
+        self.pixels = pixels
+        y, x = pixels.T
+        self.points = np.ascontiguousarray(pixels.T, float) if offsets is None else pixels.T + offsets[:, y, x]
+        self._groups: dict[int, list[np.ndarray]] = {}
+
+    def groups(self, count: int) -> list[np.ndarray]:
+        """Up to ``count`` groups, none of them empty, as the indices of their pixels, int [M_k]."""
+        if count not in self._groups:
+            group = self._k_means(count) if count > 1 else np.zeros(len(self.pixels), np.int8)
+            self._groups[count] = [index for k in range(count) if len(index := np.flatnonzero(group == k))]
+        return self._groups[count]
+
+    @cached_property
+    def _along_axis(self) -> np.ndarray:
+        """The points [2,M] by their position along the principal axis."""
+        around = self.points - self.points.mean(1, keepdims=True)
+        axis = np.linalg.eigh(around @ around.T)[1][:, -1]
+        return self.points[:, np.argsort(axis @ around, kind="stable")]
+
+    def _k_means(self, count: int) -> np.ndarray:
+        """The group of each pixel [M]: at most ten iterations, from starts at even steps along the principal axis, on
+        every n-th point along that axis, about SAMPLED."""
+        ordered = self._along_axis
+        total = ordered.shape[1]
+        centres = ordered[:, ((np.arange(count) + 0.5) / count * total).astype(int)]
+        sample = ordered[:, :: max(1, total // SAMPLED)].copy()
+        group = np.zeros(0, np.int64)
+        for _ in range(10):
+            before, group = group, _nearest(sample, centres)
+            if np.array_equal(before, group):
+                break
+            size = np.bincount(group, minlength=count)
+            sums = np.stack([np.bincount(group, column, count) for column in sample])
+            centres = np.where(size > 0, sums / np.maximum(size, 1), centres)  # an empty group keeps its centre
+        return _nearest(self.points, centres)
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The index of the nearest of ``centres`` [2,K] to each of ``points`` [2,M]: int [M]."""
+    (y, x), (cy, cx) = points, centres[:, :, None]
+    return (np.square(y - cy) + np.square(x - cx)).argmin(0)
+
+
+def split_regions(regions: Sequence[Region], count: int) -> list[tuple[Region, np.ndarray]]:
+    """Divide the largest of ``regions`` until there are ``count`` pieces; regions are never merged.
+
+    Each new piece goes to the region with the most pixels per piece. Returns for every piece its region and the indices
+    of its pixels there, int [M_n].
     """
     pieces = [1] * len(regions)
     while regions and sum(pieces) < count:
-        pieces[max(range(len(regions)), key=lambda k: len(regions[k]) / pieces[k])] += 1
-    return [piece for region, k in zip(regions, pieces, strict=True) for piece in _k_means(region, k, offsets)]
+        pieces[max(range(len(regions)), key=lambda k: len(regions[k].pixels) / pieces[k])] += 1
+    return [(region, group) for region, k in zip(regions, pieces, strict=True) for group in region.groups(k)]
 
 
 def split_labels_by_count(classes: np.ndarray, count: int, min_area: float = 0.005) -> np.ndarray:
@@ -59,30 +112,9 @@ def split_labels_by_count(classes: np.ndarray, count: int, min_area: float = 0.0
         parts += components(classes == name, min_area * classes.size)
     parts = sorted(parts, key=len, reverse=True)[:count]
     instances = np.zeros(classes.shape, np.int64)
-    for number, piece in enumerate(split_regions(parts, count), 1):
-        instances[piece[:, 0], piece[:, 1]] = number
+    for number, (region, group) in enumerate(split_regions([Region(part) for part in parts], count), 1):
+        instances[tuple(region.pixels[group].T)] = number
     return instances
-
-
-def _k_means(pixels: np.ndarray, count: int, offsets: np.ndarray | None) -> list[np.ndarray]:
-    """Pixels [M,2] in ``count`` groups: at most ten iterations from starts at even steps along the principal axis."""
-    if count == 1:
-        return [pixels]
-    points = pixels if offsets is None else pixels + offsets[:, pixels[:, 0], pixels[:, 1]].T
-    points = points - points.mean(0)
-    axis = np.linalg.eigh(points.T @ points)[1][:, -1]
-    order = np.argsort(points @ axis, kind="stable")
-    y, x = points.T.copy()
-    centres = points[order[((np.arange(count) + 0.5) / count * len(points)).astype(int)]]
-    group = np.zeros(0, np.int64)
-    for _ in range(10):
-        before, group = group, (np.square(y - centres[:, :1]) + np.square(x - centres[:, 1:])).argmin(0)
-        if np.array_equal(before, group):
-            break
-        size = np.bincount(group, minlength=count)[:, None]
-        sums = np.stack([np.bincount(group, column, count) for column in (y, x)], 1)
-        centres = np.where(size > 0, sums / np.maximum(size, 1), centres)  # an empty group keeps its centre
-    return [pixels[group == k] for k in range(count) if (group == k).any()]
 
 
 def find_clusters(
@@ -156,16 +188,23 @@ def group_by_sinks(saliency: np.ndarray, offsets: Tensor, settings: FusionConfig
     return salient_clusters(labels, saliency, centroids, settings)
 
 
-def group_by_count(saliency: np.ndarray, offsets: np.ndarray, count: int, settings: FusionConfig) -> Clusters:
-    """The salient region in ``count`` groups, by k-means of the points p + V(p) [ours].
+def group_by_counts(
+    saliency: np.ndarray, offsets: np.ndarray, counts: Iterable[int], settings: FusionConfig
+) -> list[Clusters]:
+    """The salient region in as many groups as each of ``counts``, by k-means of the points p + V(p) [ours].
 
     These points draw together long before V has one sink per object. Connected components stay apart, so there may be
-    more than ``count``; the largest are split.
+    more than asked for; the largest are split.
 
-    saliency: S [H,W] in 0..1; offsets: V [2,H,W] in pixels of the grid; count: 1 or more. A centroid is the mean of the
-    points of its group.
+    saliency: S [H,W] in 0..1; offsets: V [2,H,W] in pixels of the grid; counts: each 1 or more. A centroid is the mean
+    of the points of its group.
     """
     parts = components(saliency > settings.saliency_thresh, settings.min_area * saliency.size)
-    parts = split_regions(parts, count, offsets)
-    centroids = [(part + offsets[:, part[:, 0], part[:, 1]].T).mean(0) for part in parts]
-    return Clusters(masks_of(parts, saliency.shape), np.array(centroids).reshape(-1, 2))
+    regions = [Region(part, offsets) for part in parts]
+    found = []
+    for count in counts:
+        pieces = split_regions(regions, count)
+        masks = masks_of([region.pixels[group] for region, group in pieces], saliency.shape)
+        centroids = [region.points[:, group].mean(1) for region, group in pieces]
+        found.append(Clusters(masks, np.array(centroids).reshape(-1, 2)))
+    return found

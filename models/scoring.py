@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from models.fusion_config import FusionConfig
-from models.grouping import Clusters, group_by_count
+from models.grouping import Clusters, group_by_counts
 
 
 class CountHypothesis(NamedTuple):
@@ -34,7 +34,8 @@ def count_hypotheses(
     if not settings.count_aware_scores:
         return []
     probable = [(number, float(probability)) for number, probability in enumerate(count_probs, 1) if probability > 0.01]
-    return [CountHypothesis(*each, group_by_count(saliency, offsets, each[0], settings)) for each in probable]
+    clusters = group_by_counts(saliency, offsets, [number for number, _ in probable], settings)
+    return [CountHypothesis(*each, found) for each, found in zip(probable, clusters, strict=True)]
 
 
 def on_grid(mask: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
@@ -55,6 +56,14 @@ def uploaded(pages, source=SAMPLE, name=None):
 
 def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def bytes_in(folder):
+    total = 0
+    for path in files_in(folder):
+        with suppress(FileNotFoundError):  # deleted since it was listed
+            total += path.stat().st_size
+    return total
 
 
 def count_calls(monkeypatch, predictor):
@@ -345,9 +354,9 @@ def test_the_page_in_a_browser(server, browser, predictor, tmp_path):
         page.screenshot(path=os.environ["WSID_SCREENSHOT"], type="jpeg", quality=75, full_page=True)
 
     assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
-    assert sum(path.stat().st_size for path in files_in(folder)) > 0
+    assert bytes_in(folder) > 0
     page.close()
     end = time.monotonic() + SECONDS
-    while sum(path.stat().st_size for path in files_in(folder)) and time.monotonic() < end:
+    while bytes_in(folder) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not sum(path.stat().st_size for path in files_in(folder)), "all contents are deleted when the page is left"
+    assert not bytes_in(folder), "all contents are deleted when the page is left"

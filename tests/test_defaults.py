@@ -136,7 +136,7 @@ def test_the_best_preset_has_what_its_figures_were_measured_with():
     student = BEST.student
     assert student.schedule == Schedule(3, 16, 8e-4, "adamw", 0.25, 3, 100, 0.998)
     assert (student.backbone, student.size, student.pyramid_channels) == ("tf_efficientnet_lite2", 384, 96)
-    assert (student.rounds, student.freeze_depthwise) == (3, True)
+    assert (student.rounds, student.freeze_depthwise, student.resolution) == (4, True, 0.4)
     assert (student.crop, student.copy_paste, student.exposure) == (0.6, 0.7, 3)
 
 

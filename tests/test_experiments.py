@@ -217,7 +217,7 @@ def test_rows_of_parts_put_one_setting_of_ours_to_the_other_value(recipe):
         assert all(getattr(other, name) == getattr(getattr(expected, part), name) for name in settings)
         if part != "fusion":
             assert getattr(override(preset, row.changes), part) == other
-    assert all(row.name.startswith("with " if recipe == "paper" else "w/o ") for row in rows[:6])
+    assert all(row.name.startswith("with " if recipe.startswith("paper") else "w/o ") for row in rows[:6])
 
 
 def train(table, args, *rows, seed=0):

@@ -184,7 +184,7 @@ def test_clusters_of_a_hypothesis_are_not_computed_twice(monkeypatch):
     hypotheses = count_hypotheses(saliency.numpy(), offsets.numpy(), [0.3, 0.7], FusionConfig())
     calls = []
     plain = fuse(saliency, boundary, offsets, FusionConfig(), count=2)
-    monkeypatch.setattr(fusion, "group_by_count", lambda *args: calls.append(args) or grouping.group_by_count(*args))
+    monkeypatch.setattr(fusion, "group_by_counts", lambda *args: calls.append(args) or grouping.group_by_counts(*args))
     reused = fuse(saliency, boundary, offsets, FusionConfig(), count=2, hypotheses=hypotheses)
     assert not calls and torch.equal(plain.maps, reused.maps) and np.array_equal(plain.centroids, reused.centroids)
     fuse(saliency, boundary, offsets, FusionConfig(), count=3, hypotheses=hypotheses)

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import environment, make_data, python
+from conftest import ROOT, environment, make_data, python
 from torch import nn
 
 from datasets.loader import ResumableSampler
@@ -382,9 +383,60 @@ def test_two_processes_label_and_infer_what_one_does(alone_and_together, tmp_pat
         arguments = ("--img", data / "images", "--weights", alone / "weights.pt", "--out", tmp_path / out)
         done = python("infer.py", *arguments, before=before)
         assert done.returncode == 0, done.stderr
-        # The journal's lines stand in the order in which photographs were finished.
-        found.append({path.name: sorted(path.read_bytes().splitlines()) for path in (tmp_path / out).iterdir()})
-    assert found[0] == found[1] and len(found[0]) == 14
+        found.append({path.name: path.read_bytes() for path in (tmp_path / out).iterdir() if path.suffix != ".jsonl"})
+    assert found[0] == found[1] and len(found[0]) == 13
+
+
+def start_machine(number, port, *arguments):
+    """A process that does what torchrun does on machine ``number`` of two."""
+    where = ("--nnodes", "2", "--node_rank", number, "--master_addr", "127.0.0.1", "--master_port", port)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "1", *where)
+    command = [sys.executable, *map(str, (*launcher, *arguments))]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def lines_of(journals):
+    return [path.read_bytes().count(b"\n") for path in journals]
+
+
+def test_a_run_on_two_machines_continues_after_one_is_lost(alone_and_together, tmp_path):
+    alone, _, data = alone_and_together
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    source = next((data / "images").iterdir())
+    for number in range(120):
+        (photographs / f"p{number:03}{source.suffix}").symlink_to(source)
+    arguments = ("--img", photographs, "--weights", alone / "weights.pt", "--gpu", "-1", "--out", tmp_path / "out")
+    port = free_port()
+    machines = [start_machine(number, port, ROOT / "infer.py", *arguments) for number in (0, 1)]
+    while not any(path.stat().st_size for path in (tmp_path / "out").glob("finished-*-1.jsonl")):
+        time.sleep(0.01)
+        assert all(machine.poll() is None for machine in machines)
+    children = subprocess.run(["pgrep", "-P", str(machines[1].pid)], capture_output=True, text=True).stdout.split()
+    for pid in (machines[1].pid, *map(int, children)):
+        os.kill(pid, signal.SIGKILL)
+    said = machines[0].communicate(timeout=120)[1]
+    machines[1].communicate()
+    assert machines[0].returncode == 1 and "error: another process of this run, or its machine, is gone" in said
+    journals = sorted((tmp_path / "out").glob("finished-*.jsonl"))
+    assert sorted(lines_of(journals))[0] < 60, "photographs are left"
+
+    port = free_port()
+    machines = [start_machine(number, port, ROOT / "infer.py", *arguments) for number in (0, 1)]
+    for machine in machines:
+        machine.communicate(timeout=120)
+        assert machine.returncode == 0
+    names = {path.name for path in (tmp_path / "out").glob("*_instances.png")}
+    assert names == {f"p{number:03}_instances.png" for number in range(120)}
+    assert sum(lines_of(journals)) == 120, "none was computed twice"
+    python("infer.py", *arguments[:2], "--weights", alone / "weights.pt", "--gpu", "-1", "--out", tmp_path / "one")
+    assert (tmp_path / "out" / "predictions.json").read_bytes() == (tmp_path / "one" / "predictions.json").read_bytes()
 
 
 def test_one_process_that_fails_ends_all(photographs, tmp_path):

@@ -323,11 +323,11 @@ def test_photographs_with_another_number_of_instances_than_counted_are_left_out(
     monkeypatch.setattr(PostProcessor, "__call__", post_process)
     trained = []
     started, initialize = [], student.initialize
-    monkeypatch.setattr(student, "train", lambda model, dataset, *args, **options: trained.append(dataset.samples))
+    monkeypatch.setattr(student, "train", lambda model, dataset, *args, **options: trained.append(dataset))
     monkeypatch.setattr(student, "initialize", lambda run, *_: started.append(run.init) or initialize(run, *_))
     args = ("--data", data, "--teacher", teacher, "--out", tmp_path / "run", "--init", teacher, *NET)
     assert call(train_student.main, *args) == 0
-    assert counts == [1, 2, 1, 2] and [sample.stem for sample in trained[0]] == ["photo0", "photo2"]
+    assert counts == [1, 2, 1, 2] and [sample.stem for sample in trained[0].samples] == ["photo0", "photo2"]
     assert "in 2 of 4 photographs" in capsys.readouterr().out
     assert read_label_map(tmp_path / "run/r1/labels/instances/photo1.png").max() == 1
     assert call(train_student.main, *args, "--rounds", 2) == 0, "a round is added"
@@ -335,6 +335,9 @@ def test_photographs_with_another_number_of_instances_than_counted_are_left_out(
     assert started[1:] == [str(teacher), "teacher"], "a round continues from the weights of the one before"
     assert call(train_student.main, *args, "--crop", 0.5) == 2
     assert "crop 0.6 -> 0.5" in capsys.readouterr().err
+    args = ("--data", data, "--teacher", teacher, "--out", tmp_path / "low", *NET)
+    assert call(train_student.main, *args, "--rounds", 2, "--resolution", 0.5) == 0
+    assert [dataset.resolution for dataset in trained[2:]] == [1, 0.5], "the labels of a round come from the one before"
 
 
 def test_it_learns_two_photographs_and_is_evaluated(tmp_path, labelled, teacher, monkeypatch, capsys):

@@ -151,8 +151,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     An InputError prints its sentence and exits with 2; Ctrl-C exits with 130, and SIGTERM, within the contexts above,
     with 143; any other exception is a bug and keeps its traceback. With several processes (utils.distributed) only the
-    first that fails prints: the others fail of the same error, or because that one has ended. A closed standard output
-    is no error.
+    first that fails prints: the others fail of the same error, or because that one has ended. Where one was killed, or
+    its machine is lost, another says so and exits with 1. A closed standard output is no error.
     """
     make_output_robust()
     try:
@@ -165,9 +165,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if _first_to_fail():
             print("stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(143 if isinstance(error, Stopped) else 130)
-    except Exception:
+    except Exception as error:
         if _first_to_fail():
-            raise
+            if not _is_lost_connection(error):
+                raise
+            sentence = "another process of this run, or its machine, is gone; the same commands continue where it was"
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -189,6 +192,14 @@ def _first_to_fail() -> bool:
     from utils.distributed import first_to_fail  # here, because it needs this module, and torch
 
     return first_to_fail()
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    if "WORLD_SIZE" not in os.environ:
+        return False
+    from utils.distributed import is_lost_connection
+
+    return is_lost_connection(error)
 
 
 def make_output_robust() -> None:

@@ -92,6 +92,11 @@ def first_to_fail() -> bool:
         return True
 
 
+def is_lost_connection(error: Exception) -> bool:
+    """Whether an exception of a collective says that another process, or its machine, is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
 def rank() -> int:
     """The number of this process; 0 writes the files."""
     return dist.get_rank() if dist.is_initialized() else 0
