@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -401,6 +403,15 @@ def free_port():
         return found.getsockname()[1]
 
 
+def children_of(parent):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+    return found
+
+
 def lines_of(journals):
     return [path.read_bytes().count(b"\n") for path in journals]
 
@@ -418,8 +429,7 @@ def test_a_run_on_two_machines_continues_after_one_is_lost(alone_and_together, t
     while not any(path.stat().st_size for path in (tmp_path / "out").glob("finished-*-1.jsonl")):
         time.sleep(0.01)
         assert all(machine.poll() is None for machine in machines)
-    children = subprocess.run(["pgrep", "-P", str(machines[1].pid)], capture_output=True, text=True).stdout.split()
-    for pid in (machines[1].pid, *map(int, children)):
+    for pid in (machines[1].pid, *children_of(machines[1].pid)):
         os.kill(pid, signal.SIGKILL)
     said = machines[0].communicate(timeout=120)[1]
     machines[1].communicate()
