@@ -274,7 +274,7 @@ def test_results_do_not_depend_on_batches_and_processes(tmp_path, capsys):
     for name in ("batches", "all"):
         others, other_pictures = results(tmp_path / name)
         assert [record["image_id"] for record in records] == [record["image_id"] for record in others]
-        # The last digits of V decide which points k-means samples, and so how groups that are rejected are divided.
+        # Scores depend on the groups of every probable number, and k-means samples points in an order by V.
         assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-3)
         assert pictures.keys() == other_pictures.keys()
         for key, picture in pictures.items():
