@@ -63,11 +63,10 @@ class Region:
 
     def _k_means(self, count: int) -> np.ndarray:
         """The group of each pixel [M]: at most ten iterations, from starts at even steps along the principal axis, on
-        every n-th point along that axis, about SAMPLED."""
-        ordered = self._along_axis
-        total = ordered.shape[1]
-        centres = ordered[:, ((np.arange(count) + 0.5) / count * total).astype(int)]
-        sample = ordered[:, :: max(1, total // SAMPLED)].copy()
+        every n-th point, about SAMPLED."""
+        total = self.points.shape[1]
+        centres = self._along_axis[:, ((np.arange(count) + 0.5) / count * total).astype(int)]
+        sample = self.points[:, :: max(1, total // SAMPLED)].copy()
         group = np.zeros(0, np.int64)
         for _ in range(10):
             before, group = group, _nearest(sample, centres)

@@ -274,8 +274,7 @@ def test_results_do_not_depend_on_batches_and_processes(tmp_path, capsys):
     for name in ("batches", "all"):
         others, other_pictures = results(tmp_path / name)
         assert [record["image_id"] for record in records] == [record["image_id"] for record in others]
-        # Scores depend on the groups of every probable number, and k-means samples points in an order by V.
-        assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-3)
+        assert np.allclose([record["score"] for record in records], [record["score"] for record in others], atol=1e-4)
         assert pictures.keys() == other_pictures.keys()
         for key, picture in pictures.items():
             assert (picture != other_pictures[key]).mean() < 0.01, key
