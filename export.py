@@ -97,7 +97,10 @@ def run_onnx(data: bytes) -> Callable[..., Sequence[Tensor]]:
     """The network in an ONNX file, from tensors to tensors, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Else its threads keep the cores busy for a while after each call, which would slow down what is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
     def call(*inputs: Tensor) -> Sequence[Tensor]:

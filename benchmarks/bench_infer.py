@@ -130,7 +130,7 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
     onnxruntime, where that is installed."""
     config, device = predictor.net.config, predictor.device
     inputs = [predictor.prepare(image) for image in islice(cycle(images), size)]
-    batch = [torch.cat(part).to(device) for part in zip(*inputs)]
+    batch = [torch.cat(part).to(device=device, memory_format=torch.channels_last) for part in zip(*inputs)]
 
     @torch.no_grad()
     def run(bf16: bool) -> None:

@@ -158,7 +158,8 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
     """
     heading = f"## {title}: {device_name(device)}"
     on_gpu = device.type == "cuda"
-    lines = [heading, "", f"PyTorch {torch.__version__.partition('+')[0]}, {time.strftime('%B %Y')}.", ""]
+    version = torch.__version__.partition("+")[0]
+    lines = [heading, "", f"PyTorch {version}, {time.strftime('%B %Y')}; memory is that of one process.", ""]
     lines += ["| | | time | MiB |" + " ms | photographs/s |" * on_gpu, "|---|---|---:|---:|" + "---:|---:|" * on_gpu]
     case = ""
     for row in rows:
@@ -168,7 +169,7 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
             cells += [f"{row['median_ms']:.3g}", f"{row['per_second'] or 0:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
         case = row["case"]
-    lines += ["", f"![Growth of time and memory]({plot})", ""] if plot else [""]
+    lines += ["", f"![Growth of time (blue) and memory (orange), relative to the first value]({plot})", ""] if plot else [""]
     page = path.read_text() if path.exists() else ""
     start = page.find(heading)
     end = page.find("\n## ", start + 1) + 1 if start >= 0 else 0
