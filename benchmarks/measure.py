@@ -169,7 +169,8 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
             cells += [f"{row['median_ms']:.3g}", f"{row['per_second'] or 0:.3g}"]
         lines.append(f"| {' | '.join(cells)} |")
         case = row["case"]
-    lines += ["", f"![Growth of time (blue) and memory (orange), relative to the first value]({plot})", ""] if plot else [""]
+    growth = "Growth of time (blue) and memory (orange), relative to the first value"
+    lines += ["", f"![{growth}]({plot})", ""] if plot else [""]
     page = path.read_text() if path.exists() else ""
     start = page.find(heading)
     end = page.find("\n## ", start + 1) + 1 if start >= 0 else 0
