@@ -140,7 +140,9 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
     precisions = [True, False] if predictor.bf16 else [False]
     contenders: dict[str, Call] = {"bfloat16" if bf16 else "float32": partial(run, bf16) for bf16 in precisions}
     if size == 1 and device == CPU and find_spec("onnxruntime"):
-        call = run_onnx(to_onnx(load_network(predictor.weights)))
+        net = load_network(predictor.weights)
+        net.config = config  # with another --size
+        call = run_onnx(to_onnx(net))
         contenders["onnxruntime, float32"] = lambda: call(*batch)
     title = f"Network, {config.backbone} {config.size}x{config.size}, batch of {size}"
     return compare(title, contenders, args.repeats, device, count=size)
@@ -198,14 +200,16 @@ def bench_stages(args: argparse.Namespace, predictor: Predictor, paths: Sequence
     return rows
 
 
+def write_whole(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path, workers: int) -> None:
+    """What infer.py does with photographs, from files to files of a new folder in ``out``."""
+    results = Results(Path(tempfile.mkdtemp(dir=out)), "benchmark")
+    for result in write_all(paths, predictor, results, args.batch_size, workers):
+        assert isinstance(result, list)
+
+
 def bench_whole(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path], out: Path) -> list[Row]:
     """infer.py from files to files in one process and in several, whose start counts, without loading the weights."""
-
-    def run(workers: int) -> None:
-        results = Results(Path(tempfile.mkdtemp(dir=out)), "benchmark")
-        for result in write_all(paths, predictor, results, args.batch_size, workers):
-            assert isinstance(result, list)
-
+    run = partial(write_whole, args, predictor, paths, out)
     contenders: dict[str, Call] = {
         "one process": partial(run, 1),
         f"{args.workers} processes": partial(run, args.workers),
@@ -229,17 +233,12 @@ def growth(args: argparse.Namespace, predictor: Predictor, paths: Sequence[Path]
         rows.append(record(what, value, times, memory=memory, count=count))
         print(f"  {what:34}{value:8}{rows[-1]['median_ms']:11.2f} ms{memory:10.1f} MiB")
 
-    def write_some(count: int, workers: int) -> None:
-        results = Results(Path(tempfile.mkdtemp(dir=out)), "benchmark")
-        for _ in write_all(list(islice(cycle(paths), count)), predictor, results, args.batch_size, workers):
-            pass
-
     print("\nGrowth")
     most = len(paths)
     for count in sorted({max(1, most // part) for part in (1, 2, 4, 8)}):
-        measure("infer.py, photographs", count, partial(write_some, count, 1), count)
+        measure("infer.py, photographs", count, partial(write_whole, args, predictor, paths[:count], out, 1), count)
     for workers in sorted({1, args.workers}):
-        measure("infer.py, processes", workers, partial(write_some, most, workers), most)
+        measure("infer.py, processes", workers, partial(write_whole, args, predictor, paths, out, workers), most)
     image = read_image(paths[0])
     for side in (250, 500, 1000, 2000, 4000):
         resized = cv2.resize(image, (side, side * 3 // 4), interpolation=cv2.INTER_AREA)

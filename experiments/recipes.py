@@ -33,9 +33,9 @@ from utils import checkpoint, distributed
 from utils.cli import InputError, Parser, path_of, run
 
 # The paper's method with a small backbone and input, and a PTS of 2 x 2 epochs in place of 6 x 8.
-PAPER_SMALL = replace(override(PAPER, {"backbone": "tf_efficientnet_lite0", "size": 256}), name="paper_small")
 PAPER_SMALL = replace(
-    PAPER_SMALL,
+    override(PAPER, {"backbone": "tf_efficientnet_lite0", "size": 256}),
+    name="paper_small",
     pts=replace(PAPER.pts, schedule=replace(PAPER.pts.schedule, epochs=2), iterations=2),
 )
 
