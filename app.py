@@ -10,18 +10,9 @@ import importlib.util
 from collections.abc import Sequence
 from contextlib import suppress
 
-from utils.cli import (
-    InputError,
-    Parser,
-    Stopped,
-    add_gpu_option,
-    integer,
-    path_of,
-    raise_on_sigterm,
-    run,
-    select_device,
-)
+from utils.cli import InputError, Parser, add_gpu_option, integer, path_of, select_device
 from utils.lazy import gc_disabled
+from utils.script import Stopped, raise_on_sigterm, run
 
 
 def get_args_parser() -> Parser:

@@ -38,7 +38,8 @@ from engine.predictions import coco_ids
 from engine.report import format_page, format_table
 from models import METHODS
 from utils import files
-from utils.cli import InputError, Parser, add_gpu_option, number, path_of, report_problems, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, number, path_of, select_device
+from utils.script import report_problems, run
 
 LISTED = 20  # the images that could not be measured are printed one by one up to so many
 

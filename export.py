@@ -33,7 +33,8 @@ from engine.predictor import BUNDLED_WSID_NET, default_weights
 from models.mask_rcnn import Detections, MaskRCNN
 from models.wsid_net import NetOutput, WSIDNet, load_network
 from utils import files
-from utils.cli import InputError, Parser, path_of, run
+from utils.cli import InputError, Parser, path_of
+from utils.script import run
 
 # On the difference between the exported network and the network; onnxruntime has other kernels than torch.
 BOUND, ONNX_BOUND = 1e-4, 1e-3

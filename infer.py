@@ -39,8 +39,9 @@ for name in ("datasets", "engine", "models", "ops", "utils"):
 
 # Only what checking the arguments needs: importing torch takes longer than a photograph.
 from models import AMP, MAX_INSTANCES, METHODS  # noqa: E402
-from utils.cli import InputError, Parser, add_gpu_option, integer, make_folder, path_of, raise_on_sigterm, run  # noqa: E402
+from utils.cli import InputError, Parser, add_gpu_option, integer, make_folder, path_of  # noqa: E402
 from utils.lazy import gc_disabled  # noqa: E402
+from utils.script import raise_on_sigterm, run  # noqa: E402
 
 if TYPE_CHECKING:
     from engine.predictor import (  # noqa: F401

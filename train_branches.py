@@ -23,7 +23,8 @@ from engine.trainer import prepare_machine
 from models.attention import MutualAttention
 from models.fusion_config import FusionConfig
 from models.wsid_net import WSIDNet, load_weights
-from utils.cli import InputError, Parser, path_of, run
+from utils.cli import InputError, Parser, path_of
+from utils.script import run
 
 
 def get_args_parser() -> Parser:

@@ -20,7 +20,8 @@ from engine.pts import progressive_training
 from engine.run import Run
 from engine.trainer import prepare_machine
 from models.fusion_config import FusionConfig
-from utils.cli import Parser, path_of, run
+from utils.cli import Parser, path_of
+from utils.script import run
 
 
 def get_args_parser() -> Parser:

@@ -17,7 +17,8 @@ from engine.predictor import BUNDLED_WSID_NET, default_weights
 from engine.student import StudentRun, train_student
 from engine.trainer import prepare_machine
 from utils import distributed
-from utils.cli import Parser, path_of, run
+from utils.cli import Parser, path_of
+from utils.script import run
 
 
 def get_args_parser() -> Parser:

@@ -18,8 +18,9 @@ from datasets.images import image_size, read_image
 from datasets.labels import VOC_CLASSES, Sample
 from datasets.masks import MaskFile
 from datasets.sources import find_source, merge, read_source
-from utils.cli import InputError, Parser, run
+from utils.cli import InputError, Parser
 from utils.progress import tqdm
+from utils.script import run
 
 
 def get_args_parser() -> Parser:

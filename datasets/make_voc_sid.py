@@ -20,8 +20,9 @@ from datasets.labels import MIN_AREA, VOC_CLASSES
 from datasets.masks import VOID, read_instance_mask, read_saliency_mask
 from datasets.voc import Box, parse_annotation, read_box
 from utils import files
-from utils.cli import InputError, Parser, make_folder, path_of, run
+from utils.cli import InputError, Parser, make_folder, path_of
 from utils.progress import tqdm
+from utils.script import run
 
 LISTS = Path(__file__).parent / "splits"
 SPLITS = ("train", "voc2012_animals", "voc2012_animals2", "val", "val2", "test")

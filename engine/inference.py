@@ -16,9 +16,10 @@ from engine.predictions import coco_ids
 from engine.predictor import Predictor, default_batch_size, default_threads, process
 from engine.results import Results
 from utils import digest, distributed
-from utils.cli import InputError, make_folder, report_problems
+from utils.cli import InputError, make_folder
 from utils.lazy import gc_disabled
 from utils.parallel import WorkerPool
+from utils.script import report_problems
 
 LISTED = 10  # the files written are printed one by one up to so many photographs
 MOST_ON_GPU = 8  # processes that share a GPU, each of which needs half a gigabyte of its memory for CUDA alone

@@ -80,13 +80,12 @@ def instance_label(
     saliency = F.adaptive_avg_pool2d(torch.from_numpy(label)[None], grid)[0]
     region, least = saliency.numpy() > settings.saliency_thresh, settings.min_area * saliency.numel()
     offsets = maps.offsets.numpy()
-    pieces = split_regions([Region(part, offsets) for part in components(region, least)], count)
-    parts = [whole.pixels[group] for whole, group in pieces]
-    if len(parts) != count:
+    pieces = split_regions([Region.at(part, offsets) for part in components(region, least)], count)
+    if len(pieces) != count:
         return None
     # The label fixes the region, so the walk only divides it, by responses relative to each part's own peak.
     peaks = replace(settings, mask_rule="peak")
-    responses = walk(masks_of(parts, grid), saliency, maps.boundary, peaks)
+    responses = walk(masks_of([piece.pixels for piece in pieces], grid), saliency, maps.boundary, peaks)
     responses = F.interpolate(responses[None], label.shape, mode="bilinear")[0]
     nearest = responses.argmax(0).numpy().astype(np.uint8) + 1
     result = np.where(label > FG_THRESH, nearest, np.where(label < BG_THRESH, 0, IGNORE)).astype(np.uint8)

@@ -18,8 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.loader import ResumableSampler, training_loader
 from engine.config import Machine, Schedule
 from utils import checkpoint, distributed
-from utils.cli import InputError, Stopped, sigterm_event
+from utils.cli import InputError
 from utils.progress import tqdm
+from utils.script import Stopped, sigterm_event
 
 try:
     import resource

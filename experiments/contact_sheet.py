@@ -12,8 +12,9 @@ import cv2
 import numpy as np
 
 from datasets.images import read_image
-from utils.cli import InputError, run
+from utils.cli import InputError
 from utils.files import write_atomically
+from utils.script import run
 
 HEIGHT, WIDTH, GAP = 220, 1400, 6  # of a row, of the whole and between pictures, in pixels
 

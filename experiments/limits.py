@@ -21,8 +21,9 @@ from datasets.sources import read_ground_truth, read_source
 from engine.metrics import mask_ious
 from engine.predictions import check_size
 from engine.predictor import Predictor
-from utils.cli import InputError, Parser, add_gpu_option, path_of, report_problems, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, path_of, select_device
 from utils.progress import tqdm
+from utils.script import report_problems, run
 
 # Of the photograph's area, and of the number of its objects: upper limits, the last of which is reached.
 AREAS = ((0.02, "below 2 %"), (0.05, "2 to 5 %"), (0.15, "5 to 15 %"), (0.4, "15 to 40 %"), (1.0, "40 % and more"))

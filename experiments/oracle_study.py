@@ -25,8 +25,9 @@ from engine.predictor import BUNDLED_WSID_NET, Maps, Predictor, default_weights
 from engine.report import format_table
 from models.count_head import one_hot_count
 from models.wsid_net import WSIDNet
-from utils.cli import InputError, Parser, add_gpu_option, path_of, report_problems, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, path_of, select_device
 from utils.progress import tqdm
+from utils.script import report_problems, run
 
 BASELINE = "predicted"
 REPLACED = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")

@@ -30,8 +30,9 @@ from models.classifier import Classifier
 from models.fusion import instance_masks
 from models.fusion_config import FusionConfig
 from utils import checkpoint, files
-from utils.cli import InputError, Parser, add_gpu_option, make_folder, path_of, report_problems, run, select_device
+from utils.cli import InputError, Parser, add_gpu_option, make_folder, path_of, select_device
 from utils.progress import tqdm
+from utils.script import report_problems, run
 
 PEAK_THRESH, FOREGROUND_THRESH = 0.5, 0.3  # fractions of the maximal response: of a peak [PRM], of the foreground [IRN]
 BLUR = 2.0  # standard deviation of the smoothing of the noisy gradients, pixels of the stride-4 grid

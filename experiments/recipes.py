@@ -30,7 +30,8 @@ from engine.trainer import prepare_machine
 from models.fusion_config import FusionConfig
 from train_pts import with_unlabelled
 from utils import checkpoint, distributed
-from utils.cli import InputError, Parser, path_of, run
+from utils.cli import InputError, Parser, path_of
+from utils.script import run
 
 # The paper's method with a small backbone and input, and a PTS of 2 x 2 epochs in place of 6 x 8.
 PAPER_SMALL = replace(

@@ -54,7 +54,8 @@ from models.branches import SaliencyNet
 from models.fusion_config import FusionConfig
 from models.wsid_net import load_weights, save_weights
 from utils import checkpoint, digest, distributed, files
-from utils.cli import InputError, Parser, make_folder, run, select_device
+from utils.cli import InputError, Parser, make_folder, select_device
+from utils.script import run
 
 Summary = dict[str, Any]  # of engine.evaluation.summarize_methods
 

@@ -26,8 +26,9 @@ from engine.metrics import ImageResult, match_ious, pooled_ap
 from engine.predictor import Prediction, Predictor
 from engine.tracking import Tracked, Tracker, TrackingConfig, track_score
 from experiments.made_clips import MadeClip, clip_of_photographs
-from utils.cli import InputError, Parser, integer, path_of, report_problems, run, select_device
+from utils.cli import InputError, Parser, integer, path_of, select_device
 from utils.progress import tqdm
+from utils.script import report_problems, run
 
 FULL = TrackingConfig()
 ALONE = TrackingConfig(flow=False, appearance=0, wait=0, window=1, min_frames=1)

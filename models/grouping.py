@@ -37,21 +37,26 @@ def components(region: np.ndarray, min_size: float) -> list[np.ndarray]:
 class Region:
     """Pixels, which k-means divides into any number of groups, each number once.
 
-    pixels: int [M,2], (y, x). points: float [2,M], by which they are grouped: their positions p or, given V as
-    ``offsets`` [2,H,W], p + V(p).
+    pixels: int [M,2], (y, x). points: float [2,M], by which they are grouped.
     """
 
-    def __init__(self, pixels: np.ndarray, offsets: np.ndarray | None = None) -> None:
+    def __init__(self, pixels: np.ndarray, points: np.ndarray) -> None:
         self.pixels = pixels
-        y, x = pixels.T
-        self.points = np.ascontiguousarray(pixels.T, float) if offsets is None else pixels.T + offsets[:, y, x]
-        self._groups: dict[int, list[np.ndarray]] = {}
+        self.points = points
+        self._groups = {1: [self]}
 
-    def groups(self, count: int) -> list[np.ndarray]:
-        """Up to ``count`` groups, none of them empty, as the indices of their pixels, int [M_k]."""
+    @classmethod
+    def at(cls, pixels: np.ndarray, offsets: np.ndarray | None = None) -> "Region":
+        """Grouped by the positions p of the pixels or, given V as ``offsets`` [2,H,W], by p + V(p)."""
+        y, x = pixels.T
+        return cls(pixels, np.ascontiguousarray(pixels.T, float) if offsets is None else pixels.T + offsets[:, y, x])
+
+    def groups(self, count: int) -> list["Region"]:
+        """Up to ``count`` groups, none of them empty."""
         if count not in self._groups:
-            group = self._k_means(count) if count > 1 else np.zeros(len(self.pixels), np.int8)
-            self._groups[count] = [index for k in range(count) if len(index := np.flatnonzero(group == k))]
+            group = self._k_means(count)
+            indices = (np.flatnonzero(group == k) for k in range(count))
+            self._groups[count] = [Region(self.pixels[i], self.points[:, i]) for i in indices if len(i)]
         return self._groups[count]
 
     @cached_property
@@ -84,16 +89,15 @@ def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return (np.square(y - cy) + np.square(x - cx)).argmin(0)
 
 
-def split_regions(regions: Sequence[Region], count: int) -> list[tuple[Region, np.ndarray]]:
-    """Divide the largest of ``regions`` until there are ``count`` pieces; regions are never merged.
+def split_regions(regions: Sequence[Region], count: int) -> list[Region]:
+    """The largest of ``regions`` divided until there are ``count`` pieces; regions are never merged.
 
-    Each new piece goes to the region with the most pixels per piece. Returns for every piece its region and the indices
-    of its pixels there, int [M_n].
+    Each new piece goes to the region with the most pixels per piece.
     """
     pieces = [1] * len(regions)
     while regions and sum(pieces) < count:
         pieces[max(range(len(regions)), key=lambda k: len(regions[k].pixels) / pieces[k])] += 1
-    return [(region, group) for region, k in zip(regions, pieces, strict=True) for group in region.groups(k)]
+    return [group for region, k in zip(regions, pieces, strict=True) for group in region.groups(k)]
 
 
 def split_labels_by_count(classes: np.ndarray, count: int, min_area: float = 0.005) -> np.ndarray:
@@ -111,8 +115,8 @@ def split_labels_by_count(classes: np.ndarray, count: int, min_area: float = 0.0
         parts += components(classes == name, min_area * classes.size)
     parts = sorted(parts, key=len, reverse=True)[:count]
     instances = np.zeros(classes.shape, np.int64)
-    for number, (region, group) in enumerate(split_regions([Region(part) for part in parts], count), 1):
-        instances[tuple(region.pixels[group].T)] = number
+    for number, piece in enumerate(split_regions([Region.at(part) for part in parts], count), 1):
+        instances[tuple(piece.pixels.T)] = number
     return instances
 
 
@@ -199,11 +203,11 @@ def group_by_counts(
     of the points of its group.
     """
     parts = components(saliency > settings.saliency_thresh, settings.min_area * saliency.size)
-    regions = [Region(part, offsets) for part in parts]
+    regions = [Region.at(part, offsets) for part in parts]
     found = []
     for count in counts:
         pieces = split_regions(regions, count)
-        masks = masks_of([region.pixels[group] for region, group in pieces], saliency.shape)
-        centroids = [region.points[:, group].mean(1) for region, group in pieces]
+        masks = masks_of([piece.pixels for piece in pieces], saliency.shape)
+        centroids = [piece.points.mean(1) for piece in pieces]
         found.append(Clusters(masks, np.array(centroids).reshape(-1, 2)))
     return found

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils import files
-from utils.cli import run
+from utils.script import run
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("WSID_TEST_THREADS", "2")))

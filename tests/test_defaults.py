@@ -30,6 +30,7 @@ from models.fusion_config import FusionConfig
 from models.wsid_net import NetConfig
 from utils import cli
 from utils.cli import InputError
+from utils.script import report_problems
 
 # Every value of the preset PAPER, and where it comes from: a section of the paper, IRN (Ahn et al., CVPR 2019) where
 # that is silent, or "ours" where both are. A setting that is missing here fails the test.
@@ -438,10 +439,10 @@ def test_the_first_gpu_is_the_default(monkeypatch, capsys):
 
 def test_problems_of_single_files_are_printed_and_choose_the_exit_code(capsys):
     problems = [InputError(f"{name} is broken") for name in "abc"]
-    assert cli.report_problems([]) == 0 and not capsys.readouterr().err
-    assert cli.report_problems(problems) == 1
+    assert report_problems([]) == 0 and not capsys.readouterr().err
+    assert report_problems(problems) == 1
     assert capsys.readouterr().err == "error: a is broken\nerror: b is broken\nerror: c is broken\n"
-    assert cli.report_problems(problems, 1) == 1
+    assert report_problems(problems, 1) == 1
     assert capsys.readouterr().err == "error: a is broken\nerror: 2 more such\n"
 
 

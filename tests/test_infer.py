@@ -518,7 +518,7 @@ def test_another_package_of_the_same_name_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("closed", ["reader", "before", "full"])
 def test_a_closed_output_is_no_failure(tmp_path, closed):
-    script = "from utils.cli import run; run(lambda: [print('b\\udcff\\u7167', flush=True) for _ in range(9)] and 7)"
+    script = "from utils.script import run; run(lambda: [print('b\\udcff\\u7167', flush=True) for _ in range(9)] and 7)"
     command = f"{sys.executable} -c {json.dumps(script)}"
     command += {"reader": " | head -1; exit ${PIPESTATUS[0]}", "before": " >&-", "full": " >/dev/full"}[closed]
     done = subprocess.run(

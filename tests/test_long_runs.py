@@ -25,8 +25,9 @@ from engine.cam_labels import SPREAD, write_pseudo_labels
 from engine.config import Machine, Schedule
 from engine.trainer import prepare_machine, train
 from utils import checkpoint, distributed, files, progress
-from utils.cli import InputError, Stopped
+from utils.cli import InputError
 from utils.parallel import WorkerPool
+from utils.script import Stopped
 
 
 class Tiny(nn.Module):
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_the_same_call_continues(samples, tmp_path):
 def test_sigterm_of_a_script_is_exit_code_143(photographs, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = ['train']\n"
-        "from utils.cli import Stopped, run, sigterm_event\n"
+        "from utils.script import Stopped, run, sigterm_event\n"
         "def main():\n"
         "    with sigterm_event() as stopped:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

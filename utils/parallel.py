@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from utils.cli import InputError, raise_on_sigterm
+from utils.cli import InputError
+from utils.script import raise_on_sigterm
 
 T = TypeVar("T")
 R = TypeVar("R")
