@@ -74,6 +74,7 @@ def get_args_parser() -> Parser:
     add_gpu_option(model)
     model.add_argument("--method", choices=METHODS, help="as for infer.py; default: wsid")
     model.add_argument("--fusion", nargs="+", metavar="NAME=VALUE", help="as for infer.py")
+    model.add_argument("--no-refine", action="store_const", const=True, help="as for infer.py")
     model.add_argument("--saliency-dir", type=path_of, metavar="DIR", help="<stem>.png maps that replace S (Table 6)")
     model.add_argument(
         "--perturb",
@@ -156,7 +157,8 @@ def _measure_weights(
 
     ids = coco_ids(args.coco_ids, gt_masks) if args.coco_ids else {stem: stem for stem in gt_masks}
     device = select_device(args.gpu)
-    predictor = Predictor(args.weights, device, method=args.method or "wsid", settings=args.fusion, ranked=True)
+    method, refine = args.method or "wsid", not args.no_refine
+    predictor = Predictor(args.weights, device, method=method, settings=args.fusion, ranked=True, refine=refine)
     perturbations = PERTURBATIONS[args.perturb] if args.perturb else ()
     methods = measure_predictor(predictor, gt_masks, photographs, report, args.saliency_dir, perturbations)
     if args.save_pred and methods:
@@ -195,7 +197,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise InputError("give either --pred PATH with --gt DIR, or --data DIR (with --weights FILE)")
     if args.pred and args.gt is None:
         raise InputError("--pred needs --gt, the folder of the instance masks")
-    of_weights = ("weights", "saliency_dir", "save_pred", "coco_ids", "method", "fusion", "perturb", "log")
+    of_weights = ("weights", "saliency_dir", "save_pred", "coco_ids", "method", "fusion", "no_refine", "perturb", "log")
     for name in of_weights if args.pred else ("gt", "saliency_pred", "images"):
         if getattr(args, name) is not None:
             flag, mode = "--" + name.replace("_", "-"), "--pred" if args.pred else "--data"

@@ -87,7 +87,7 @@ def to_onnx(net: Network) -> bytes:
             program = torch.onnx.export(export_network(net), dynamo=True, verbose=False, **names)
             program.save(path)  # type: ignore[union-attr]
         else:  # by tracing: torch.export refuses the code of torchvision's detectors, whose flow depends on values
-            names = {"input_names": ["image"], "output_names": list(Detections._fields)}
+            names = {"input_names": ["image"], "output_names": list(Detections._fields[:4])}
             any_number = {name: {0: "n"} for name in ("boxes", "scores", "masks")}
             outputs = Outputs(net)
             torch.onnx.export(outputs, outputs.inputs(1), path, dynamo=False, dynamic_axes=any_number, **names)

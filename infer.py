@@ -127,6 +127,12 @@ def get_args_parser() -> Parser:
         help="the number of objects, where it is known: salient pixels are divided into N instances; 0: it is not",
     )
     method.add_argument(
+        "--no-refine",
+        dest="refine",
+        action="store_false",
+        help="masks of a student network as they are, not aligned with the photograph by a CRF",
+    )
+    method.add_argument(
         "--fusion",
         nargs="+",
         default=[],

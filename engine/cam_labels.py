@@ -19,11 +19,11 @@ from datasets.training import TrainingImages, select_cam_samples, supports_cam
 from datasets.transforms import load_square, resize, to_tensor
 from engine import tensorboard
 from engine.config import settings_of
-from engine.crf import refine_labels, refine_saliency
 from engine.run import START, Run, run_stage
 from engine.trainer import Batch
 from models.backbones import load_pretrained
 from models.classifier import CAM_SIZE, Classifier, activations
+from models.crf import refine_labels, refine_saliency
 from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder
 from utils.parallel import WorkerPool, batches_ahead

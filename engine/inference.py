@@ -48,9 +48,8 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         raise InputError(f"only clips are given, for which {', '.join(unused)} writes nothing; leave it out")
     with gc_disabled():  # the network imports much
         device = distributed.init(args.gpu)
-        predictor = Predictor(
-            args.weights, device, method=args.method, settings=args.fusion, count=args.count, amp=args.amp
-        )
+        options = {name: getattr(args, name) for name in ("method", "count", "amp", "refine")}
+        predictor = Predictor(args.weights, device, settings=args.fusion, **options)
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
     identity = [predictor.identity(), args.coco_ids and digest.of_file(args.coco_ids)]
     kinds = ["instances"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.labels import IGNORE
-from engine.crf import refine_saliency
+from models.crf import refine_saliency
 from models.fusion import fuse, instance_masks, walk
 from models.fusion_config import FusionConfig
 from models.grouping import Region, components, masks_of, split_regions

@@ -184,9 +184,9 @@ def _detections() -> ModuleType:
 
 def to_arrays(output: "Maps | Detections") -> Any:
     """The same with NumPy arrays in place of tensors, which pass to another process without shared memory."""
-    values: Iterable[Tensor] = output[:4] if isinstance(output, Maps) else output
+    values: Iterable[Tensor | None] = output[:4] if isinstance(output, Maps) else output
     kind: Callable[..., Any] = type(output)
-    return kind(*(value.cpu().numpy() for value in values))
+    return kind(*(value.cpu().numpy() for value in values if value is not None))
 
 
 class Predictor:
@@ -202,6 +202,7 @@ class Predictor:
     where it is not.
     amp: precision of the network: "auto" (bfloat16 where ``bfloat16_pays``), "bf16" or "off" (float32).
     ranked: whether a Prediction of a student network has all hypotheses beside its disjoint instances.
+    refine: whether a dense CRF aligns the masks of a student network with the photograph.
     Raises InputError when the weights cannot be used, or for an argument that is none of these.
 
     ``predict`` and ``predict_batch`` are all most callers need. Their three steps, ``prepare``, ``network`` and
@@ -219,6 +220,7 @@ class Predictor:
         count: int = 0,
         amp: str = "auto",
         ranked: bool = False,
+        refine: bool = True,
     ) -> None:
         for name, value, known in (("method", method, METHODS), ("amp", amp, AMP)):
             if value not in known:
@@ -231,7 +233,8 @@ class Predictor:
                 "NAME=VALUE strings"
             )
         self.weights = Path(weights) if weights else default_weights()
-        self.device, self.method, self.count, self.ranked = _usable(device), method, int(count), ranked
+        self.device, self.method, self.count = _usable(device), method, int(count)
+        self.ranked, self.refine = ranked, refine
         self.net = load_network(self.weights, self.device)
         for module in list(self.net.modules()):
             if isinstance(module, Backbone):
@@ -256,7 +259,8 @@ class Predictor:
 
     def __reduce__(self) -> tuple[Callable[[], "Predictor"], tuple[()]]:
         """Pickled as the path of its weights and its options, because a pipe does not hold all of its tensors."""
-        options: dict[str, Any] = {"count": self.count, "amp": "bf16" if self.bf16 else "off", "ranked": self.ranked}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("count", "ranked", "refine")}
+        options["amp"] = "bf16" if self.bf16 else "off"
         if self.method != STUDENT:
             options |= {"method": self.method, "settings": self.settings}
         return partial(Predictor, self.weights.resolve(), self.device, **options), ()
@@ -278,6 +282,7 @@ class Predictor:
             "weights": digest.of_file(self.weights),
             "method": self.method,
             "count": self.count,
+            "refine": self.refine,
             "settings": asdict(self.settings),
             "bf16": self.bf16,
             "device": self.device.type,
@@ -325,7 +330,8 @@ class Predictor:
         with self.autocast():
             output = self.net(*batch)
         if self.method == STUDENT:
-            return output
+            images = [image[0] if self.refine else None for image, *_ in inputs]
+            return [found._replace(image=image) for found, image in zip(output, images, strict=True)]
         ready = torch.cuda.current_stream(self.device).record_event() if self.stream else None
         return [Maps(s, b, v, p, ready) for s, b, v, p in zip(*(part.float() for part in output), strict=True)]
 

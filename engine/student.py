@@ -98,7 +98,7 @@ def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], fol
     make_folder(labels)
     todo = [sample for sample in distributed.shard(samples) if not (labels / f"{sample.stem}.png").exists()]
     if todo:
-        predictor = Predictor(teacher, run.device)
+        predictor = Predictor(teacher, run.device, refine=False)
         with WorkerPool(run.machine.workers) as pool:
             outputs = network_outputs(predictor, todo)
             for sample, size, output in tqdm(outputs, "labels", total=len(todo), mininterval=2):

@@ -53,13 +53,15 @@ class Detections(NamedTuple):
 
     boxes: float32 [n,4], (x0, y0, x1, y1) in pixels of the input square. scores: float32 [n] in 0..1. masks: float32
     [n,28,28], mask probabilities inside the boxes. count_probs: float32 [MAX_COUNT + 1], the probabilities of 0, 1, ...
-    objects, the last one of MAX_COUNT or more.
+    objects, the last one of MAX_COUNT or more. image: the photograph as the network saw it, RGB [3,size,size] in 0..1,
+    where ``models.detections`` is to refine the masks by it; else None.
     """
 
     boxes: Tensor
     scores: Tensor
     masks: Tensor
     count_probs: Tensor
+    image: Tensor | None = None
 
 
 class _Float32(nn.Module):

@@ -165,7 +165,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("engine/cam_labels.py", "test_fusion.py", "maximum_over_classes"): [
         ("cams.max(0)", "cams.mean(0)"),
     ],
-    ("engine/crf.py", "test_defaults.py", "the_crf_has"): [
+    ("models/crf.py", "test_defaults.py", "the_crf_has"): [
         ("= 4.0, 49.0, 5.0", "= 4.0, 49.0, 50.0"),
         ("= 3.0, 3.0", "= 1.0, 3.0"),
         ("ITERATIONS = 10", "ITERATIONS = 1"),

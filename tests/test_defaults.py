@@ -17,13 +17,14 @@ import train_branches
 import train_pts
 import train_student
 from datasets.transforms import canny_edges
-from engine import crf, options
+from engine import options
 from engine.cam_labels import PLAIN, SPREAD, class_labels, saliency_mask
 from engine.config import Machine, Schedule, as_recorded, override, settings_of
 from engine.instance_labels import Maps, instance_label
 from engine.presets import BEST, PAPER
 from engine.trainer import train
 from experiments import oracle_study, prm, tables
+from models import crf
 from models.backbones import BACKBONES, Backbone
 from models.classifier import CAM_SIZE
 from models.fusion_config import FusionConfig
@@ -239,6 +240,8 @@ def test_the_crf_has_the_numbers_of_the_paper(monkeypatch, size):
     assert calls["gaussian"] == (3 * share, 3) and calls["bilateral"] == (49 * share, 5, 4)
     assert calls["iterations"] == 10
     assert calls["unary"] == pytest.approx([-math.log(0.8), -math.log(0.2)], rel=1e-5)
+    crf.refine_mask(image, np.full((size, size), 0.2))
+    assert calls["bilateral"] == (0.4 * size, 10, 8) and calls["iterations"] == 1
     crf.refine_labels(image, np.ones((size, size), int), 3)
     assert calls["unary"] == pytest.approx([-math.log(0.15), -math.log(0.7), -math.log(0.15)], rel=1e-5), "IRN's .7"
 

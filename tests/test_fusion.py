@@ -9,8 +9,8 @@ import torch
 
 import ops
 from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
-from engine.crf import crf, refine_labels, refine_saliency
 from models import fusion, grouping
+from models.crf import crf, refine_labels, refine_saliency
 from models.fusion import fuse, instance_masks, walk
 from models.fusion_config import FusionConfig
 from models.grouping import Clusters, connected_components, find_clusters

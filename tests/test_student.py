@@ -22,14 +22,14 @@ from datasets.masks import centroids_of
 from datasets.training import read_label_map, read_samples
 from engine import student
 from engine.config import Machine, Schedule
-from engine.predictor import PostProcessor, Prediction, Predictor
+from engine.predictor import BUNDLED_STUDENT, PostProcessor, Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
-from models.detections import GRID, best_set, disjoint, pasted, ranked, saliency_of
+from models.detections import GRID, best_set, disjoint, pasted, ranked, refined, saliency_of
 from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, _scored, save_student, targets_of
 from models.wsid_net import load_network
 from utils import digest, files, provenance
-from utils.cli import InputError
+from utils.cli import InputError, make_folder
 
 NET = ("--backbone", "mobilenetv2_100", "--size", "64", "--channels", "32", "--gpu", "-1", "--workers", "0")
 CONFIG = StudentConfig("mobilenetv2_100", 64, 32, 32, 32, 1)
@@ -121,7 +121,7 @@ def test_shapes_of_losses_and_detections():
     assert all(term.dim() == 0 and term.isfinite() for term in terms.values())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         found = net.eval()(torch.rand(2, 3, 64, 64))
-    assert all(part.dtype == torch.float32 for one in found for part in one)
+    assert all(part.dtype == torch.float32 for one in found for part in one[:4])
     for one in found:
         n = len(one.scores)
         assert one.boxes.shape == (n, 4) and one.masks.shape == (n, 28, 28) and n <= 12
@@ -254,6 +254,33 @@ def test_the_best_set_follows_scores_and_count_head():
     assert chosen([], masks=masks[:0]) == []
 
 
+def test_refined_masks_follow_the_contours_in_the_photograph():
+    truth = disc((30, 34), 14)
+    image = np.where(truth[..., None], np.uint8((220, 60, 40)), np.uint8((40, 90, 60)))
+    plain = detections(square(20, 16, 45, 44, 0.9), square(0, 0, 6, 6, 0.1))  # the disc is 28 pixels wide
+    plain = plain._replace(masks=0.75 * plain.masks)
+    found = plain._replace(image=torch.from_numpy(image).permute(2, 0, 1) / 255)
+    before, after = (ranked(one, 64, (64, 64)).masks[0] for one in (plain, found))
+    assert iou(before, truth) < 0.75 and iou(after, truth) > 0.85, "a square, too narrow by three pixels"
+    (instance,), _ = disjoint(found, grid_of(found), 64, (128, 128), 1)
+    assert iou(instance, disc((60.5, 68.5), 28, 128)) > 0.85
+    assert torch.equal(refined(plain, 64).masks, plain.masks), "without the photograph"
+
+
+def test_refined_masks_at_the_rim_and_below_a_pixel():
+    truth = disc((2, 30), 16)
+    image = torch.from_numpy(coloured(truth, (220, 220, 40))).permute(2, 0, 1) / 255
+    found = detections(square(13, 0, 46, 18, 0.9), square(10.2, 10.2, 10.6, 10.6, 0.5), square(63.9, 0, 64, 64, 0.4))
+    found = found._replace(image=image, masks=0.75 * found.masks)
+    masks, _ = ranked(found, 64, (64, 64))
+    assert masks.shape == (3, 64, 64) and iou(masks[0], truth) > 0.88 and masks[0, 0, 20:40].all()
+    assert refined(detections()._replace(image=image), 64).masks.shape == (0, 28, 28)
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
 def test_uncertain_masks_have_lower_scores():
     masks = torch.zeros(3, 1, 28, 28)
     masks[0, 0, :14], masks[1, 0, 4:9], masks[1, 0, 9:14] = 0.6, 1.0, 0.4
@@ -286,6 +313,23 @@ def test_a_predictor_takes_the_weights_file(teacher):
     assert masks.shape == (len(scores), 50, 70) and len(scores) >= len(prediction.scores)
 
 
+def test_masks_are_refined_unless_told_otherwise(tmp_path, teacher):
+    default, plain = Predictor(teacher), pickle.loads(pickle.dumps(Predictor(teacher, refine=False)))
+    inputs = [default.prepare(IMAGE)]
+    assert torch.equal(default.network(inputs)[0].image, inputs[0][0][0]) and plain.network(inputs)[0].image is None
+    assert default.identity() != plain.identity()
+    data, image, written = make_data(tmp_path / "data", count=1), tmp_path / "data/images/photo0.png", []
+    make_folder(data / "instance_masks")
+    files.save_png((cv2.imread(str(image))[..., 2] == 200).astype(np.uint8), data / "instance_masks/photo0.png")
+    for option in ((), ("--no-refine",)):
+        args, predicted = ("--weights", BUNDLED_STUDENT, "--gpu", -1, *option), tmp_path / "predictions.json"
+        assert call(infer.main, "--img", image, "--out", tmp_path / "out", *args) == 0
+        assert call(evaluate.main, "--data", data, "--save-pred", predicted, *args) == 0
+        label_map = cv2.imread(str(tmp_path / "out/photo0_instances.png"), cv2.IMREAD_UNCHANGED)
+        written.append((label_map.tobytes(), predicted.read_text()))
+    assert all(with_crf != without for with_crf, without in zip(*written, strict=True))
+
+
 def test_what_does_not_apply_to_a_student_network(tmp_path, teacher, capsys):
     for options, named in (({"method": "components"}, "method"), ({"settings": ["power=3"]}, "fusion")):
         with pytest.raises(InputError, match=f"a student network, which has no choice of {named}"):
@@ -316,6 +360,7 @@ def test_photographs_with_another_number_of_instances_than_counted_are_left_out(
 
     def post_process(self, output, size, count=0, saliency=None):
         counts.append(count)
+        assert output.image is None, "training labels are not refined"
         masks = np.zeros((1, *size), bool)  # one, whatever the count
         masks[0, 20:40, 20:40] = True
         return Prediction(masks, np.ones(1), np.zeros((1, 2)), masks[0].astype(np.float32))
