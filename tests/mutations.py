@@ -169,7 +169,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("= 4.0, 49.0, 5.0", "= 4.0, 49.0, 50.0"),
         ("= 3.0, 3.0", "= 1.0, 3.0"),
         ("ITERATIONS = 10", "ITERATIONS = 1"),
-        ("SIGMA_ALPHA * scale", "SIGMA_ALPHA"),
+        ("SIGMA_ALPHA * scale, SIGMA_BETA), (W2", "SIGMA_ALPHA, SIGMA_BETA), (W2"),
     ],
     ("datasets/training.py", "test_training.py", "move_with"): [
         ("window(read_label_map(", "(read_label_map("),
@@ -186,13 +186,19 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(scores - INSTANCE_COST)", "scores"),
         ("min(count, numbers.max())", "count"),
     ],
+    ("models/detections.py", "test_student.py", "refined_masks"): [
+        ("WINDOW, MARGIN = 56, 0.1", "WINDOW, MARGIN = 56, 0.0"),
+        ("part[y0:y1, x0:x1]", "part"),
+        ("max(x0, 0), max(y0, 0)", "x0, y0"),
+        ("masks=found.masks[kept]), side)", "masks=found.masks[kept], image=None), side)"),
+    ],
     ("models/mask_rcnn.py", "test_student.py", "uncertain_masks"): [
         ('found["scores"].float() * quality', 'found["scores"].float()'),
     ],
     ("models/mask_rcnn.py", "test_student.py", "targets_are_boxes"): [
-        ("boxes[:, 2:] += 1", "boxes[:, 2:] += 0"),
+        ("present.shape[2] - last, 0)", "present.shape[2] - last - 1, 0)"),
         ("MIN_SIDE = 4", "MIN_SIDE = 1"),
-        ("(numbers > 0) & (numbers < VOID)", "numbers > 0"),
+        ("labels.masked_fill(labels == VOID, 0)", "labels"),
     ],
     ("datasets/copy_paste.py", "test_student.py", "cut_out or pasted"): [
         ("AREA = (0.02, 0.25)", "AREA = (0.1, 0.11)"),

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from unittest.mock import patch
 
+import mutations
 import pytest
 
 from models.fusion import FusionConfig
@@ -190,3 +191,8 @@ def test_targets_of_make_exist():
 def test_plain_words(page):
     found = re.findall(rf"(?<![\w-])(?:{WORDS})(?![\w-])", prose(read(page)), re.I)
     assert not found, f"{page}: {', '.join(sorted(set(found)))}"
+
+
+def test_the_lines_that_make_mutants_changes_are_there():
+    chosen = [mutations.Mutation(*where, *pair) for where, pairs in mutations.MUTATIONS.items() for pair in pairs]
+    assert len(chosen) > 100 and not list(mutations.outdated(chosen))
