@@ -678,7 +678,7 @@ def model(monkeypatch):
     calls = types.SimpleNamespace(created=[], maps={}, batches=[])
 
     class Predictor:
-        def __init__(self, weights, device, method="wsid", settings=None, ranked=False):
+        def __init__(self, weights, device, method="wsid", settings=None, ranked=False, refine=True):
             calls.created.append((weights, device.type, method))
             self.weights, self.device, self.method = weights or Path("bundled.pt"), device, method
 
