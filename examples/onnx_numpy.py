@@ -1,6 +1,6 @@
 """Salient instances with an exported student network, without torch: numpy, opencv-python-headless and onnxruntime.
 
-python export.py --onnx && python examples/onnx_numpy.py student.onnx x.jpg      # x_instances.png, as of infer.py
+python export.py --onnx && python examples/onnx_numpy.py student.onnx x.jpg  # as infer.py --no-refine: x_instances.png
 """
 
 import os
@@ -51,7 +51,11 @@ if __name__ == "__main__":
     picture = cv2.imread(path)
     if picture is None:
         sys.exit(f"error: {path} cannot be read; give a JPEG or PNG file")
-    labels = instances(onnxruntime.InferenceSession(network), picture[..., ::-1].copy())
+    try:
+        session = onnxruntime.InferenceSession(network)
+    except Exception as error:  # of a file that is no ONNX file, any of onnxruntime's errors
+        sys.exit(f"error: {network} cannot be read ({error}); give the file that python export.py --onnx writes")
+    labels = instances(session, picture[..., ::-1].copy())
     if not cv2.imwrite(out := os.path.splitext(path)[0] + "_instances.png", labels):
         sys.exit(f"error: cannot write {out}; copy the photograph to a folder that can be written to")
     print(f"{labels.max()} instances")

@@ -157,8 +157,7 @@ def _restore(build: Callable[[Any], Network], saved: Any, path: Path, device: to
     """The network that ``build`` makes of a weights file's content, in evaluation mode; InputError as above."""
     try:
         net = build(saved)
-        # Of sums, which are the quickest way to read every value.
-        finite = all(value.sum(dtype=torch.float32).isfinite() for value in saved["state"].values())
+        finite = checkpoint.is_finite(saved["state"])
     except Exception as error:  # a file of another kind raises almost anything
         raise InputError(f"{path} does not hold the weights of a whole WSID-Net; give a weights.pt of a run") from error
     if not finite:

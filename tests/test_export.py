@@ -79,7 +79,10 @@ def test_the_example_finds_the_instances_of_no_refine_in_an_onnx_file(tmp_path, 
         assert labels.max() == expected.max() == 2 and (labels == expected).mean() > 0.9999
 
 
-@pytest.mark.parametrize("arguments", [(), ("missing.onnx", "samples/cat.jpg"), ("README.md", "missing.jpg")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("missing.onnx", "samples/cat.jpg"), ("README.md", "missing.jpg"), ("README.md", "samples/cat.jpg")],
+)
 def test_the_example_refuses_in_one_sentence(arguments):
     command = [sys.executable, "examples/onnx_numpy.py", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
