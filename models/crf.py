@@ -5,7 +5,6 @@ import numpy as np
 import pydensecrf.densecrf as dcrf
 
 # Of pseudo labels (Sec. 4.1).
-
 W1, SIGMA_ALPHA, SIGMA_BETA = 4.0, 49.0, 5.0  # bilateral kernel: weight, pixels, grey levels
 W2, SIGMA_GAMMA = 3.0, 3.0  # smoothness kernel: weight, pixels
 ITERATIONS = 10

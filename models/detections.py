@@ -64,7 +64,9 @@ def refined(found: Detections, side: int) -> Detections:
         (x0, y0), (x1, y1) = np.floor(box[:2] - margin).astype(int), np.ceil(box[2:] + margin).astype(int)
         window = x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, side), min(y1, side)
         mask = _pasted_one(found, index, side, (side, side))
-        masks.append(refine_mask(*(_resized(part[y0:y1, x0:x1]) for part in (image, mask))))
+        colours, probability = (_resized(part[y0:y1, x0:x1]) for part in (image, mask))
+        aligned = refine_mask(colours, probability)
+        masks.append(aligned if aligned.max() >= MASK_THRESH else probability)  # no instance is lost
         windows.append(window)
     return found._replace(boxes=found.boxes.new_tensor(windows), masks=torch.from_numpy(np.stack(masks)))
 

@@ -186,9 +186,10 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(scores - INSTANCE_COST)", "scores"),
         ("min(count, numbers.max())", "count"),
     ],
-    ("models/detections.py", "test_student.py", "refined_masks"): [
+    ("models/detections.py", "test_student.py", "refined_masks or not_lost"): [
         ("WINDOW, MARGIN = 56, 0.1", "WINDOW, MARGIN = 56, 0.0"),
         ("part[y0:y1, x0:x1]", "part"),
+        ("aligned if aligned.max() >= MASK_THRESH else probability", "aligned"),
         ("max(x0, 0), max(y0, 0)", "x0, y0"),
         ("masks=found.masks[kept]), side)", "masks=found.masks[kept], image=None), side)"),
     ],

@@ -277,6 +277,13 @@ def test_refined_masks_at_the_rim_and_below_a_pixel():
     assert refined(detections()._replace(image=image), 64).masks.shape == (0, 28, 28)
 
 
+def test_an_uncertain_mask_without_contours_is_not_lost():
+    found = detections(square(20, 16, 45, 44, 0.3))._replace(image=torch.full((3, 64, 64), 0.5))
+    found = found._replace(masks=0.55 * found.masks)
+    (mask,), _ = disjoint(found, grid_of(found), 64, (64, 64))
+    assert 300 < mask.sum() < 750
+
+
 def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
