@@ -43,7 +43,7 @@ class Region:
     def __init__(self, pixels: np.ndarray, points: np.ndarray) -> None:
         self.pixels = pixels
         self.points = points
-        self._groups = {1: [self]}
+        self._groups: dict[int, list[Region]] = {}
 
     @classmethod
     def at(cls, pixels: np.ndarray, offsets: np.ndarray | None = None) -> "Region":
@@ -53,6 +53,8 @@ class Region:
 
     def groups(self, count: int) -> list["Region"]:
         """Up to ``count`` groups, none of them empty."""
+        if count == 1:
+            return [self]
         if count not in self._groups:
             group = self._k_means(count)
             indices = (np.flatnonzero(group == k) for k in range(count))
