@@ -334,6 +334,10 @@ class Mutation(NamedTuple):
         return f"{self.file}: {self.before}  ->  {self.after or 'nothing'}"
 
 
+def all_mutations() -> list[Mutation]:
+    return [Mutation(*where, *pair) for where, pairs in MUTATIONS.items() for pair in pairs]
+
+
 def copy_code(folder: Path) -> None:
     """Copy into ``folder`` what the tests need; compiled operators and DATA are linked."""
 
@@ -414,8 +418,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutations tested at the same time")
     args = parser.parse_args()
-    chosen = [Mutation(*where, *pair) for where, pairs in MUTATIONS.items() for pair in pairs]
-    chosen = [mutation for mutation in chosen if args.k in str(mutation)]
+    chosen = [mutation for mutation in all_mutations() if args.k in str(mutation)]
     if args.list or not chosen:
         print("\n".join(map(str, chosen)) or f"no mutation contains {args.k!r}")
         return 0 if chosen else 2

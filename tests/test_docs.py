@@ -194,5 +194,5 @@ def test_plain_words(page):
 
 
 def test_the_lines_that_make_mutants_changes_are_there():
-    chosen = [mutations.Mutation(*where, *pair) for where, pairs in mutations.MUTATIONS.items() for pair in pairs]
+    chosen = mutations.all_mutations()
     assert len(chosen) > 100 and not list(mutations.outdated(chosen))
