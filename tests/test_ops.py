@@ -684,6 +684,19 @@ def test_compiled_equals_reference(device, dtype):
                 assert (result - expected).abs().max() < (3e-5 if dtype == torch.float32 else 1e-11)
 
 
+@only_compiled
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n, maps, side", [(1, 2, 12), (9, 4, 128), (2, 9, 97), (1, 1, 400), (40, 3, 33)])
+def test_walks_of_many_photographs_and_sizes_equal_those_of_each(device, n, maps, side):
+    """On a GPU of few large or many photographs, which fit on it in one go or not."""
+    x, boundary = rand(n, maps, side, side + 3, dtype=torch.float32), rand(n, side, side + 3, dtype=torch.float32)
+    affinity = ops.boundary_affinity(boundary, 5)
+    together = ops.random_walk(x.to(device), affinity.to(device), 5, 6, 100).cpu()
+    for one in {0, n // 2, n - 1}:
+        alone = ops.random_walk(x[one, None].double(), affinity[one, None].double(), 5, 6, 100)
+        assert (together[one] - alone[0]).abs().max() < 1e-4
+
+
 def everything(boundary, labels, field, x, radius):
     """The results of all operators and their gradients, by name."""
     leaf, leaf_field = boundary.clone().requires_grad_(), field.clone().requires_grad_()

@@ -1,10 +1,9 @@
 // The random walk on CUDA; see ../cpu/walk.cpp for what it computes.
 //
 // A step is a stencil with different weights at every pixel. The values of C maps are interleaved, so that one aligned
-// load fetches all of a neighbour's values; zeros around every map replace bounds checks. The weights of both
-// directions of a pair are stored, 4 of a pixel per load: twice the memory, but every read is coalesced. A step of a
-// few maps takes about as long as the launch of the next one. From compute capability 9.0 on, the next step is launched
-// during this one and loads its weights, which no step changes, before it waits.
+// load fetches all of a neighbour's values. The weights of both directions of a pair are stored, 4 of a pixel per load:
+// twice the memory, but every read is coalesced. On the grids of the networks a step takes less time than its launch:
+// all steps are then one kernel, whose blocks wait for each other. On other grids each step is a kernel.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -12,6 +11,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "../checks.h"
@@ -120,39 +120,15 @@ __global__ void symmetric_weights_kernel(const T* __restrict__ affinity,   // [N
 
 // ---- steps ----
 
-constexpr int pair_count(int radius) {
-  int count = radius - 1;
-  for (int dy = 1; dy < radius; ++dy)
-    for (int dx = 1 - radius; dx < radius; ++dx) count += dy * dy + dx * dx < radius * radius;
-  return count;
-}
-
-// Loads 4 weights at this point; the compiler would move a plain load behind the wait.
-template <typename T>
-__device__ Pack<T, 4> fetch(const Pack<T, 4>* p) {
-#ifdef __CUDA_ARCH__
-  if constexpr (sizeof(T) == 4) {
-    Pack<T, 4> w;
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(w.v[0]), "=f"(w.v[1]), "=f"(w.v[2]), "=f"(w.v[3])
-                 : "l"(p));
-    return w;
-  }
-#endif
-  return *p;
-}
-
 // before <- alpha S now - beta before and, with a total, total += coefficient before. `before` is not read for beta 0.
-// kRadius is the radius, or 0 for any: loops over known pairs are unrolled and a pixel's weights kept in registers.
-// One block computes a tile of one group of maps. The previous step may still write the maps while this kernel starts,
-// so they are not __restrict__: no load of them may move before the wait or use the read-only cache.
-template <typename T, int C, int kRadius>
-__global__ void __launch_bounds__(kTile, 3)
+// One block computes a tile of one group of maps.
+template <typename T, int C>
+__global__ void __launch_bounds__(kTile)
     walk_step_kernel(const Pack<T, 4>* __restrict__ weights,  // [N, K / 2, H, W] x 4
                      const T* __restrict__ centre,            // [N, H, W]
-                     const Pack<T, C>* now,                   // [N, groups, plane] x C
-                     Pack<T, C>* before,                      // [N, groups, plane] x C
-                     Pack<T, C>* total,                       // [N, groups, plane] x C or nullptr
+                     const Pack<T, C>* __restrict__ now,      // [N, groups, plane] x C
+                     Pack<T, C>* __restrict__ before,         // [N, groups, plane] x C
+                     Pack<T, C>* __restrict__ total,          // [N, groups, plane] x C or nullptr
                      Layout layout, int k_count,
                      const Pair* __restrict__ pairs,  // [K + 1]
                      T alpha, T beta, T coefficient) {
@@ -163,56 +139,33 @@ __global__ void __launch_bounds__(kTile, 3)
   if (y >= layout.height || x >= layout.width) return;
   const int64_t size = int64_t(layout.height) * layout.width, image = group / layout.groups;
   const int64_t p = int64_t(y) * layout.width + x, i = layout.at(group, y, x), stride = layout.stride;
-  constexpr int kPacks = pair_count(kRadius) / 2;
-  const Pack<T, 4>* w = weights + image * (kRadius ? kPacks : k_count / 2) * size + p;
-  const T own = centre[image * size + p];
-  [[maybe_unused]] Pack<T, 4> kept[kPacks > 0 ? kPacks : 1];
-#pragma unroll
-  for (int g = 0; g < kPacks; ++g) kept[g] = fetch(w + g * size);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;");  // after the wait: two steps in flight are faster than more
-#endif
+  const Pack<T, 4>* w = weights + image * (k_count / 2) * size + p;
   const Pack<T, C>* const here = now + i;
-  const Pack<T, C> self = *here;
-  Pack<T, C> last = {}, sum_before = {}, sum = {}, behind = {};  // two partial sums: one long sum rounds more
-  if (beta != T(0)) last = before[i];
-  if (total) sum_before = total[i];
+  Pack<T, C> sum = {}, behind = {};  // two partial sums: one long sum rounds more
   const auto add = [](T weight, Pack<T, C> value, Pack<T, C>& to) {
 #pragma unroll
     for (int c = 0; c < C; ++c) to.v[c] = fma(weight, value.v[c], to.v[c]);
   };
-  if constexpr (kRadius > 0) {
-    int k = 0;
-#pragma unroll
-    for (int dy = 0; dy < kRadius; ++dy)
-#pragma unroll
-      for (int dx = 1 - kRadius; dx < kRadius; ++dx)
-        if ((dy || dx > 0) && dy * dy + dx * dx < kRadius * kRadius) {
-          add(kept[k / 2].v[k % 2 * 2], here[dy * stride + dx], sum);
-          add(kept[k / 2].v[k % 2 * 2 + 1], here[-dy * stride - dx], behind);
-          ++k;
-        }
-  } else {
 #pragma unroll 4
-    for (int k = 0; k < k_count; k += 2, w += size) {
-      const Pack<T, 4> four = *w;
-      const int64_t one = pairs[k].dy * stride + pairs[k].dx, two = pairs[k + 1].dy * stride + pairs[k + 1].dx;
-      add(four.v[0], here[one], sum);
-      add(four.v[1], here[-one], behind);
-      add(four.v[2], here[two], sum);
-      add(four.v[3], here[-two], behind);
-    }
+  for (int k = 0; k < k_count; k += 2, w += size) {
+    const Pack<T, 4> four = *w;
+    const int64_t one = pairs[k].dy * stride + pairs[k].dx, two = pairs[k + 1].dy * stride + pairs[k + 1].dx;
+    add(four.v[0], here[one], sum);
+    add(four.v[1], here[-one], behind);
+    add(four.v[2], here[two], sum);
+    add(four.v[3], here[-two], behind);
   }
   // The diagonal, often close to 1, is added last: small terms added to it one by one would be lost.
   add(T(1), behind, sum);
-  add(own, self, sum);
+  add(centre[image * size + p], *here, sum);
+  const Pack<T, C> last = beta != T(0) ? before[i] : Pack<T, C>{};
 #pragma unroll
-  for (int c = 0; c < C; ++c) sum.v[c] = alpha * sum.v[c] - (beta != T(0) ? beta * last.v[c] : T(0));
+  for (int c = 0; c < C; ++c) sum.v[c] = alpha * sum.v[c] - beta * last.v[c];
   before[i] = sum;
   if (total) {
-    add(coefficient, sum, sum_before);
-    total[i] = sum_before;
+    Pack<T, C> with_it = total[i];
+    add(coefficient, sum, with_it);
+    total[i] = with_it;
   }
 }
 
@@ -241,6 +194,227 @@ __global__ void collect_kernel(const T* __restrict__ last,       // [N, groups, 
   result[at.thread] = T(double(last[layout.value<C>(at)]) / root[at.map / layout.maps * at.size + at.p]);
 }
 
+// ---- all terms in one launch ----
+//
+// A term of a small grid takes less time than a launch, and its weights, which stay the same, most of its reads. So
+// every block keeps one tile of one group of maps for all terms: the weights of its pixels and their last two values
+// in registers, the values of the tile and of a rim around it in shared memory. After each term it writes its values
+// and then the number of the term; it waits until the tiles around it have done so too.
+
+constexpr int kRadius = 5, kRim = kRadius - 1;
+constexpr int kTileColumns = 16, kTileRows = 8, kPitch = kTileColumns + 2 * kRim;
+constexpr int P = 2;  // pixels of a thread, one below the other: most of their neighbours are the same
+constexpr int kTileThreads = kTileColumns * kTileRows / P;
+constexpr size_t kMostTerms = 512;  // they are passed by value
+
+// Number of a pair by its offset, in the order of half_plane(kRadius); -1 outside the disc.
+struct Disc {
+  int number[kRadius][2 * kRadius - 1], count;
+
+  constexpr Disc() : number(), count(0) {
+    for (int dy = 0; dy < kRadius; ++dy)
+      for (int dx = -kRim; dx <= kRim; ++dx)
+        number[dy][dx + kRim] = (dy || dx > 0) && dy * dy + dx * dx < kRadius * kRadius ? count++ : -1;
+  }
+};
+
+struct Terms {
+  int last;     // number of steps, or of the last coefficient
+  bool series;  // whether there are coefficients
+  float coefficients[kMostTerms];
+};
+
+// A value that another block has written: not from the cache of this multiprocessor.
+template <typename T, int C>
+__device__ Pack<T, C> from_l2(const Pack<T, C>* p) {
+  Pack<T, C> value;
+  if constexpr (C == 4) {
+    const float4 four = __ldcg(reinterpret_cast<const float4*>(p));
+    value.v[0] = four.x, value.v[1] = four.y, value.v[2] = four.z, value.v[3] = four.w;
+  } else if constexpr (C == 2) {
+    const float2 two = __ldcg(reinterpret_cast<const float2*>(p));
+    value.v[0] = two.x, value.v[1] = two.y;
+  } else {
+    value.v[0] = __ldcg(reinterpret_cast<const float*>(p));
+  }
+  return value;
+}
+
+__device__ int acquire(const int* at) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+  return value;
+}
+
+__device__ void release(int* at, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(at), "r"(value) : "memory");
+}
+
+template <int C>
+__global__ void __launch_bounds__(kTileThreads)
+    terms_kernel(const Pack<float, 4>* __restrict__ weights,  // [N, K / 2, H, W] x 4
+                 const float* __restrict__ centre,            // [N, H, W]
+                 const double* __restrict__ root,             // [N, H, W]
+                 const float* __restrict__ x,                 // [N, maps, H, W]
+                 int maps, int groups, int units, int height, int width, const __grid_constant__ Terms terms,
+                 Pack<float, C>* values,        // [units, 2, H, W] x C
+                 int* written,                  // [units, tiles]: 1 + the last term of each tile
+                 float* __restrict__ result) {  // [N, maps, H, W]
+  constexpr Disc disc;
+  constexpr int kCells = kPitch * (kTileRows + 2 * kRim);
+  __shared__ Pack<float, C> tile[kCells];
+  const int across = (width + kTileColumns - 1) / kTileColumns, down = (height + kTileRows - 1) / kTileRows;
+  const int own = int(blockIdx.x) % (across * down), left = own % across, top = own / across;
+  const int size = height * width, column = int(threadIdx.x) % kTileColumns, row = int(threadIdx.x) / kTileColumns * P;
+  const int px = left * kTileColumns + column, py = top * kTileRows + row;
+  const int slots = int(gridDim.x) / (across * down);
+  for (int unit = int(blockIdx.x) / (across * down); unit < units; unit += slots) {
+    const int image = unit / groups, first = unit % groups * C;
+    Pack<float, 4> kept[P][disc.count / 2];
+    Pack<float, C> now[P], before[P], total[P];
+    float diagonal[P];
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      const bool exists = px < width && py + p < height;
+      const int at = exists ? (py + p) * width + px : 0;
+      diagonal[p] = exists ? centre[int64_t(image) * size + at] : 0;
+#pragma unroll
+      for (int g = 0; g < disc.count / 2; ++g) {
+        kept[p][g] = {};
+        if (exists) kept[p][g] = weights[(int64_t(image) * (disc.count / 2) + g) * size + at];
+      }
+      now[p] = before[p] = total[p] = {};
+      if (exists)
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+          if (first + c < maps)
+            now[p].v[c] =
+                float(double(x[(int64_t(image) * maps + first + c) * size + at]) * root[int64_t(image) * size + at]);
+    }
+    int* const done = written + int64_t(unit) * across * down;
+    Pack<float, C>* const planes = values + int64_t(unit) * 2 * size;
+    for (int term = 0;; ++term) {
+      const float coefficient = terms.series ? terms.coefficients[term] : 0.f;
+      if (coefficient != 0)
+#pragma unroll
+        for (int p = 0; p < P; ++p)
+#pragma unroll
+          for (int c = 0; c < C; ++c) total[p].v[c] = fma(coefficient, now[p].v[c], total[p].v[c]);
+      if (term == terms.last) break;
+      Pack<float, C>* const plane = planes + term % 2 * size;
+#pragma unroll
+      for (int p = 0; p < P; ++p)
+        if (px < width && py + p < height) plane[(py + p) * width + px] = now[p];
+      __syncthreads();
+      if (threadIdx.x == 0) release(done + own, term + 1);
+      if (threadIdx.x < 9) {
+        const int y = top + int(threadIdx.x) / 3 - 1, x = left + int(threadIdx.x) % 3 - 1;
+        if (y >= 0 && x >= 0 && y < down && x < across)
+          while (acquire(done + y * across + x) <= term) {
+          }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = int(threadIdx.x); i < kCells; i += kTileThreads) {
+        const int y = top * kTileRows + i / kPitch - kRim, x = left * kTileColumns + i % kPitch - kRim;
+        Pack<float, C> value = {};
+        if (y >= 0 && x >= 0 && y < height && x < width) value = from_l2(plane + y * width + x);
+        tile[i] = value;
+      }
+      __syncthreads();
+      Pack<float, C> sum[P] = {}, behind[P] = {};  // two partial sums: one long sum rounds more
+      const Pack<float, C>* const here = tile + (row + kRim) * kPitch + column + kRim;
+#pragma unroll
+      for (int dy = -kRim; dy < kRadius - 1 + P; ++dy)
+#pragma unroll
+        for (int dx = -kRim; dx <= kRim; ++dx) {
+          bool used = false;
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            const int d = dy - p;
+            used |= d > -kRadius && d < kRadius && (d || dx) && d * d + dx * dx < kRadius * kRadius;
+          }
+          if (!used) continue;
+          const Pack<float, C> value = here[dy * kPitch + dx];
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            const int d = dy - p;
+            if (d <= -kRadius || d >= kRadius) continue;
+            const bool ahead = d > 0 || (d == 0 && dx > 0);
+            const int k = ahead ? disc.number[d][dx + kRim] : disc.number[-d][kRim - dx];
+            if (k < 0) continue;
+            const float weight = kept[p][k / 2].v[k % 2 * 2 + !ahead];
+#pragma unroll
+            for (int c = 0; c < C; ++c) {
+              float& to = ahead ? sum[p].v[c] : behind[p].v[c];
+              to = fma(weight, value.v[c], to);
+            }
+          }
+        }
+      const float alpha = term && terms.series ? 2 : 1, beta = term && terms.series ? 1 : 0;
+#pragma unroll
+      for (int p = 0; p < P; ++p)
+#pragma unroll
+        for (int c = 0; c < C; ++c) {
+          // The diagonal, often close to 1, is added last: small terms added to it one by one would be lost.
+          const float next = fma(diagonal[p], now[p].v[c], sum[p].v[c] + behind[p].v[c]);
+          const float last = before[p].v[c];
+          before[p].v[c] = now[p].v[c];
+          now[p].v[c] = alpha * next - beta * last;
+        }
+    }
+#pragma unroll
+    for (int p = 0; p < P; ++p)
+      if (px < width && py + p < height)
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+          if (first + c < maps) {
+            const int at = (py + p) * width + px;
+            result[(int64_t(image) * maps + first + c) * size + at] =
+                float(double(terms.series ? total[p].v[c] : now[p].v[c]) / root[int64_t(image) * size + at]);
+          }
+  }
+}
+
+// Whether all terms were computed, to `result`, in one launch; false where the blocks of one group of maps do not all
+// fit on the device at once, or for another radius or precision.
+template <typename T, int C>
+bool walk_in_one_launch(const at::Tensor& x, const Pack<T, 4>* weights, const T* centre, const double* root,
+                        int64_t radius, int64_t steps, at::ArrayRef<double> coefficients, at::Tensor& result) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t maps = x.size(1), height = x.size(2), width = x.size(3), groups = (maps + C - 1) / C;
+    const int64_t units = x.size(0) * groups;
+    const int64_t tiles = (width + kTileColumns - 1) / kTileColumns * ((height + kTileRows - 1) / kTileRows);
+    if (radius != kRadius || coefficients.size() > kMostTerms) return false;
+    int blocks_each = 0, processors = 0, cooperative = 0;
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_each, terms_kernel<C>, kTileThreads, 0));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.device().index()));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, x.device().index()));
+    const int64_t slots = std::min(units, int64_t(blocks_each) * processors / tiles);
+    if (!slots || !cooperative) return false;
+    Terms terms = {int(steps), !coefficients.empty(), {}};
+    std::copy(coefficients.begin(), coefficients.end(), terms.coefficients);
+    const at::Tensor values = at::empty({units * 2 * height * width * C}, x.options());
+    const at::Tensor written = at::zeros({units * tiles}, x.options().dtype(at::kInt));
+    cudaLaunchAttribute together = {};  // an error, instead of endless waiting, where they do not fit
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(slots * tiles));
+    config.blockDim = dim3(kTileThreads);
+    config.stream = c10::cuda::getCurrentCUDAStream();
+    config.attrs = &together;
+    config.numAttrs = 1;
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, terms_kernel<C>, weights, centre, root, x.const_data_ptr<T>(), int(maps),
+                                      int(groups), int(units), int(height), int(width), terms,
+                                      reinterpret_cast<Pack<T, C>*>(values.mutable_data_ptr<T>()),
+                                      written.mutable_data_ptr<int>(), result.mutable_data_ptr<T>()));
+    return true;
+  } else {
+    return false;
+  }
+}
+
 template <typename T, int C>
 void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, double power, int64_t steps,
           at::ArrayRef<double> coefficients, at::Tensor& result) {
@@ -248,10 +422,6 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   const int64_t k_count = affinity.size(1), pixels = n * height * width;
   const int whole = power == std::floor(power) && power <= 1024 ? int(power) : -1;
   const Pair* const pairs = wsid::tables(radius, x.device()).pairs;
-  Layout layout = {int(height), int(width), int(maps), int((maps + C - 1) / C)};
-  layout.stride = width + radius - 1;
-  layout.guard = (radius - 1) * (layout.stride + 1);
-  layout.plane = height * layout.stride + 2 * layout.guard;
 
   const at::Tensor root = at::empty({pixels}, x.options().dtype(at::kDouble));
   const at::Tensor packed = at::empty({2 * affinity.numel()}, x.options()), centre = at::empty({pixels}, x.options());
@@ -265,6 +435,12 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
 
   const bool series = !coefficients.empty();
   if (series) steps = int64_t(coefficients.size()) - 1;
+  if (walk_in_one_launch<T, C>(x, weights, centre_data, root_data, radius, steps, coefficients, result)) return;
+
+  Layout layout = {int(height), int(width), int(maps), int((maps + C - 1) / C)};
+  layout.stride = width + radius - 1;
+  layout.guard = (radius - 1) * (layout.stride + 1);
+  layout.plane = height * layout.stride + 2 * layout.guard;
   const int64_t values = n * layout.groups * layout.plane * C;
   const at::Tensor both = at::zeros({2, values}, x.options());
   const at::Tensor total = at::empty({series ? values : 0}, x.options());
@@ -272,29 +448,14 @@ void walk(const at::Tensor& x, const at::Tensor& affinity, int64_t radius, doubl
   T* const total_data = series ? total.mutable_data_ptr<T>() : nullptr;
   launch(arrange_kernel<T, C>, blocks(x.numel()), x.const_data_ptr<T>(), root_data, n, layout,
          series ? T(coefficients[0]) : T(0), data[0], total_data);
-
-  auto* step = walk_step_kernel<T, C, 0>;
-  if constexpr (sizeof(T) == 4)
-    if (radius == 5) step = walk_step_kernel<T, C, 5>;
-  cudaFuncAttributes compiled;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, step));
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((width + kColumns - 1) / kColumns * ((height + kRows - 1) / kRows) * n * layout.groups);
-  config.blockDim = dim3(kTile);
-  config.stream = c10::cuda::getCurrentCUDAStream();
-  config.attrs = &early;
+  const dim3 grid((width + kColumns - 1) / kColumns * ((height + kRows - 1) / kRows) * n * layout.groups);
   for (int64_t k = 1; k <= steps; ++k) {
-    // Only after another step, and only if this kernel was compiled with the wait.
-    config.numAttrs = k > 1 && compiled.ptxVersion >= 90;
     T* const sum = series && coefficients[k] != 0 ? total_data : nullptr;
-    C10_CUDA_CHECK(cudaLaunchKernelEx(
-        &config, step, static_cast<const Pack<T, 4>*>(weights), static_cast<const T*>(centre_data),
-        reinterpret_cast<const Pack<T, C>*>(data[(k - 1) % 2]), reinterpret_cast<Pack<T, C>*>(data[k % 2]),
-        reinterpret_cast<Pack<T, C>*>(sum), layout, int(k_count), pairs, T(k == 1 || !series ? 1 : 2),
-        T(k == 1 || !series ? 0 : 1), series ? T(coefficients[k]) : T(0)));
+    walk_step_kernel<T, C><<<grid, kTile, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        weights, centre_data, reinterpret_cast<const Pack<T, C>*>(data[(k - 1) % 2]),
+        reinterpret_cast<Pack<T, C>*>(data[k % 2]), reinterpret_cast<Pack<T, C>*>(sum), layout, int(k_count), pairs,
+        T(k == 1 || !series ? 1 : 2), T(k == 1 || !series ? 0 : 1), series ? T(coefficients[k]) : T(0));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
   launch(collect_kernel<T, C>, blocks(x.numel()), series ? total_data : data[steps % 2], root_data, n, layout,
          result.mutable_data_ptr<T>());
