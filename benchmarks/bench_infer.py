@@ -129,8 +129,7 @@ def bench_network(args: argparse.Namespace, predictor: Predictor, images: Sequen
     """The network alone, on a batch of ``size`` that is already on its device; a single photograph on the CPU also in
     onnxruntime, where that is installed."""
     config, device = predictor.net.config, predictor.device
-    inputs = [predictor.prepare(image) for image in islice(cycle(images), size)]
-    batch = [torch.cat(part).to(device=device, memory_format=torch.channels_last) for part in zip(*inputs)]
+    batch = predictor.batch([predictor.prepare(image) for image in islice(cycle(images), size)])
 
     @torch.no_grad()
     def run(bf16: bool) -> None:

@@ -57,7 +57,7 @@ def refined(found: Detections, side: int) -> Detections:
     """
     if found.image is None or not len(found.boxes):
         return found
-    image = (found.image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    image = found.image.permute(1, 2, 0).contiguous().numpy()
     windows, masks = [], []
     for index, box in enumerate(found.boxes.cpu().numpy()):
         margin = MARGIN * (box[2:] - box[:2])

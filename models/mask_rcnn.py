@@ -17,8 +17,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from datasets.masks import VOID
@@ -53,7 +53,7 @@ class Detections(NamedTuple):
 
     boxes: float32 [n,4], (x0, y0, x1, y1) in pixels of the input square. scores: float32 [n] in 0..1. masks: float32
     [n,28,28], mask probabilities inside the boxes. count_probs: float32 [MAX_COUNT + 1], the probabilities of 0, 1, ...
-    objects, the last one of MAX_COUNT or more. image: the photograph as the network saw it, RGB [3,size,size] in 0..1,
+    objects, the last one of MAX_COUNT or more. image: the photograph as the network saw it, uint8 RGB [3,size,size],
     where ``models.detections`` is to refine the masks by it; else None.
     """
 
@@ -62,6 +62,21 @@ class Detections(NamedTuple):
     masks: Tensor
     count_probs: Tensor
     image: Tensor | None = None
+
+
+class Candidates(NamedTuple):
+    """The K anchors of N images with the highest scores at each level, from which ``MaskRCNN.detect`` chooses regions.
+
+    pyramid: as of ``MaskRCNN.features``. count_probs: [N,MAX_COUNT + 1]. scores: logits [N,K]. deltas: [N,K,4], as of
+    torchvision's BoxCoder; anchors: [N,K,4], (x0, y0, x1, y1) in pixels of the input square. levels: float [K].
+    """
+
+    pyramid: dict[str, Tensor]
+    count_probs: Tensor
+    scores: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    levels: Tensor
 
 
 class _Float32(nn.Module):
@@ -132,11 +147,6 @@ class MaskRCNN(nn.Module):
         pyramid = self.pyramid({str(i): level for i, level in enumerate(levels[1:])})
         return {name: level.float() for name, level in pyramid.items()}, self.count(CountHead.pool(levels)).float()
 
-    def _propose(self, image, pyramid, targets=None):  # type: ignore[no-untyped-def]
-        images = ImageList(image, [tuple(image.shape[-2:])] * len(image))
-        coarse = {name: level for name, level in pyramid.items() if name != "0"}
-        return self.rpn(images, coarse, targets), images.image_sizes
-
     def losses(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The losses of Mask R-CNN and 0.2 times the cross entropy of the count, each a scalar.
 
@@ -144,28 +154,126 @@ class MaskRCNN(nn.Module):
         """
         targets = targets_of(labels)
         pyramid, count = self.features(image)
-        (proposals, terms), sizes = self._propose(image, pyramid, targets)
-        _, of_regions = self.roi_heads(pyramid, proposals, sizes, targets)
+        images = ImageList(image, [tuple(image.shape[-2:])] * len(image))
+        coarse = {name: level for name, level in pyramid.items() if name != "0"}
+        proposals, terms = self.rpn(images, coarse, targets)
+        _, of_regions = self.roi_heads(pyramid, proposals, images.image_sizes, targets)
         numbers = torch.tensor([len(target["boxes"]) for target in targets]).to(image.device, non_blocking=True)
         of_count = 0.2 * F.cross_entropy(count, numbers.clamp(max=MAX_COUNT))
         return {name.removeprefix("loss_"): term for name, term in (terms | of_regions | {"count": of_count}).items()}
 
     def forward(self, image: Tensor) -> list[Detections]:
-        """RGB [N,3,size,size] in 0..1 -> the Detections of each image."""
+        """RGB [N,3,size,size] in 0..1 -> the Detections of each image, on the CPU.
+
+        It computes what torchvision's Mask R-CNN does, for all images at once: a GPU then does not wait for the launch
+        of many small kernels.
+        """
+        return self.detect(self.candidates(image))
+
+    def candidates(self, image: Tensor) -> Candidates:
+        """RGB [N,3,size,size] in 0..1 -> the boxes from which the regions are chosen. All shapes depend on those of the
+        input alone, and nothing is copied from the CPU, so that this part can be a CUDA graph."""
         pyramid, count = self.features(image)
-        (proposals, _), sizes = self._propose(image, pyramid)
-        found, _ = self.roi_heads(pyramid, proposals, sizes)
-        return [_scored(one, probs) for one, probs in zip(found, count.softmax(1), strict=True)]
+        coarse = [level for name, level in pyramid.items() if name != "0"]
+        of_levels, of_deltas = self.rpn.head(coarse)
+        numbers = [one[0].numel() for one in of_levels]
+        objectness, deltas = concat_box_prediction_layers(of_levels, of_deltas)
+        by_level = zip(
+            objectness.view(len(image), -1).split(numbers, 1),
+            deltas.view(len(image), -1, 4).split(numbers, 1),
+            self.rpn.anchor_generator(ImageList(image, [tuple(image.shape[-2:])]), coarse)[0].split(numbers),
+            strict=True,
+        )
+        best = []
+        for level, (of_level, delta, anchors) in enumerate(by_level):
+            scores, index = of_level.topk(min(self.rpn.pre_nms_top_n(), of_level.shape[1]), 1)
+            best.append((scores, _rows(delta, index), anchors[index], torch.full_like(scores[:1], level)))
+        scores, deltas, anchors, levels = (torch.cat(part, 1) for part in zip(*best, strict=True))
+        return Candidates(pyramid, count.softmax(1), scores, deltas, anchors, levels[0])
+
+    def detect(self, candidates: Candidates) -> list[Detections]:
+        """The Detections of each image, on the CPU."""
+        pyramid, count_probs, scores, deltas, anchors, levels = candidates
+        number, heads = len(scores), self.roi_heads
+        sizes = [(self.config.size, self.config.size)] * number
+        boxes = self.rpn.box_coder.decode(deltas.flatten(0, 1), list(anchors)).view_as(deltas)
+        boxes = clip_boxes_to_image(boxes, sizes[0])
+        scores = scores.masked_fill(~_larger(boxes, self.rpn.min_size), -torch.inf)
+        scores = scores.masked_fill(~_not_suppressed(boxes, scores, levels, self.rpn.nms_thresh), -torch.inf)
+        scores, boxes = _top(scores, boxes, self.rpn.post_nms_top_n())
+        proposed = scores > -torch.inf
+
+        regions = list(boxes)
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(pyramid, regions, sizes)))
+        boxes = heads.box_coder.decode(deltas, regions)[:, 1].view(number, -1, 4)
+        boxes = clip_boxes_to_image(boxes, sizes[0])
+        scores = logits.softmax(1)[:, 1].view(number, -1)
+        usable = proposed & (scores > heads.score_thresh) & _larger(boxes, 1e-2)
+        scores = scores.masked_fill(~usable, -torch.inf)
+        one_class = torch.zeros_like(scores[0])
+        scores = scores.masked_fill(~_not_suppressed(boxes, scores, one_class, heads.nms_thresh), -torch.inf)
+        scores, boxes = _top(scores, boxes, heads.detections_per_img)
+
+        # The same number of boxes for each image up to here; the mask head, whose cost counts, sees the real ones.
+        pooled = heads.mask_roi_pool(pyramid, list(boxes), sizes)
+        found = (scores.flatten() > -torch.inf).nonzero()[:, 0]
+        masks = heads.mask_predictor(heads.mask_head(pooled[found])).sigmoid()[:, 1].float()
+        scores, order = mask_scores(scores.flatten()[found], masks).sort(descending=True)
+        boxes, masks, image = boxes.flatten(0, 1)[found][order], masks[order], found[order] // heads.detections_per_img
+        boxes, scores, masks, image, count_probs = (v.cpu() for v in (boxes, scores, masks, image, count_probs))
+        rows = (image == index for index in range(number))
+        return [Detections(boxes[row], scores[row], masks[row], count_probs[i]) for i, row in enumerate(rows)]
 
 
-def _scored(found: Mapping[str, Tensor], count_probs: Tensor) -> Detections:
-    """The Detections of torchvision's result for one image: scores are multiplied by the mean probability inside each
-    mask, as in SOLO (Wang et al., ECCV 2020), so that hypotheses with uncertain contours rank lower."""
-    masks = found["masks"][:, 0].float()
+def _top(scores: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The ``most`` highest scores [N,K] of each image, descending, and their boxes [N,K,4]."""
+    scores, index = scores.topk(min(most, scores.shape[1]), 1)
+    return scores, _rows(boxes, index)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """The rows ``index`` [N,M] of values [N,K,4], those of each image: [N,M,4]."""
+    return values.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+def _larger(boxes: Tensor, side: float) -> Tensor:
+    """Whether boxes [N,K,4] are at least ``side`` wide and high: bool [N,K]."""
+    return (boxes[..., 2:] - boxes[..., :2] >= side).all(-1)
+
+
+def _not_suppressed(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    """Non-maximum suppression within the groups of each image: which boxes stay, bool [N,K].
+
+    boxes: [N,K,4], not negative; scores: [N,K], -inf where there is no box; groups: the group of each place, [K].
+    """
+    suppression = _nms_by_image if boxes.device.type == "cpu" else _nms_in_one_call
+    return suppression(boxes, scores, groups, iou)
+
+
+def _nms_by_image(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    kept = []
+    for of_image, score in zip(boxes, scores, strict=True):
+        rows = (score > -torch.inf).nonzero()[:, 0]
+        rows = rows[batched_nms(of_image[rows], score[rows], groups[rows], iou)]
+        kept.append(torch.zeros_like(score).scatter(0, rows, 1) > 0)
+    return torch.stack(kept)
+
+
+def _nms_in_one_call(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float) -> Tensor:
+    """On a GPU, which waits for every call. The groups are moved so far apart that none overlaps another; in double
+    precision that leaves the IoUs as they are. Places without a box come last, so they suppress none that has one."""
+    group = groups + (groups.max() + 1) * torch.arange(len(boxes), device=boxes.device)[:, None]
+    apart = boxes.double() + (group * (boxes.max() + 1)).double()[..., None]
+    rows = nms(apart.flatten(0, 1), scores.double().flatten(), iou)
+    kept = torch.zeros_like(scores.flatten()).scatter(0, rows, 1)
+    return (kept.view_as(scores) > 0) & (scores > -torch.inf)
+
+
+def mask_scores(scores: Tensor, masks: Tensor) -> Tensor:
+    """Scores [M] multiplied by the mean probability inside each mask [M,28,28], as in SOLO (Wang et al., ECCV 2020), so
+    that hypotheses with uncertain contours rank lower."""
     inside = masks > 0.5
-    quality = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-    scores, order = (found["scores"].float() * quality).sort(descending=True)
-    return Detections(found["boxes"].float()[order], scores, masks[order], count_probs)
+    return scores * (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
 
 
 def targets_of(labels: Tensor) -> list[dict[str, Tensor]]:

@@ -31,6 +31,7 @@ import infer
 from datasets.images import read_image
 from datasets.masks import decode_polygons, decode_rle, encode_polygons, read_instance_mask
 from engine import annotations, inference, visualize
+from engine.cuda_graph import Graphed
 from engine.predictor import (
     BUNDLED_STUDENT,
     BUNDLED_WSID_NET,
@@ -43,7 +44,7 @@ from engine.predictor import (
 )
 from engine.results import Results
 from models.fusion_config import FusionConfig
-from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, save_weights
+from models.wsid_net import NetConfig, WSIDNet, digest_of_weights, load_network, save_weights
 from utils import checkpoint, files, lazy
 from utils.cli import InputError, path_of
 from utils.parallel import map_ahead
@@ -334,6 +335,27 @@ def test_map_ahead_keeps_order_and_stops_at_an_error():
         assert values == list(range(7))
     assert list(map_ahead(slow, range(3), 2, 10)) == [0, 1, 2] and list(map_ahead(slow, [], 2, 1)) == []
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_network_as_a_cuda_graph_gives_what_it_gives_without(weights):
+    inputs = [Predictor(weights).prepare(noise(50 + row, 50)) for row in range(5)]
+    graphed, plain = Predictor(weights, "cuda", amp="off"), load_network(weights, "cuda")
+    for batch in (inputs[:2], inputs[2:4], inputs[:1], inputs[1:3], inputs[3:5], inputs[:2], inputs[4:]):
+        with torch.no_grad():
+            expected = plain(*graphed.batch(batch))
+        for i, maps in enumerate(graphed.network(batch)):
+            for one, other in zip(maps[:4], expected):
+                assert torch.allclose(one, other[i], rtol=1e-3, atol=1e-3)
+    assert [graph is not None for graph in graphed.net.forward.graphs.values()] == [True]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_what_waits_for_the_gpu_runs_without_a_cuda_graph():
+    waiting = Graphed(lambda x: x * float(x.sum()))
+    for number in range(1, 6):
+        assert waiting(torch.full((2,), float(number), device="cuda")).tolist() == [2 * number**2] * 2
+    assert list(waiting.graphs.values()) == [None]
 
 
 def test_bfloat16_is_near_float32(weights):

@@ -10,6 +10,10 @@ import pytest
 import torch
 from conftest import call, make_data
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models.detection.image_list import ImageList
 
 import evaluate
 import export
@@ -25,9 +29,10 @@ from engine.config import Machine, Schedule
 from engine.predictor import BUNDLED_STUDENT, PostProcessor, Prediction, Predictor
 from engine.trainer import train
 from experiments import oracle_study
+from models import mask_rcnn
 from models.detections import GRID, best_set, disjoint, pasted, ranked, refined, saliency_of
-from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, _scored, save_student, targets_of
-from models.wsid_net import load_network
+from models.mask_rcnn import Detections, MaskRCNN, StudentConfig, mask_scores, save_student, targets_of
+from models.wsid_net import NetConfig, WSIDNet, load_network
 from utils import digest, files, provenance
 from utils.cli import InputError, make_folder
 
@@ -259,7 +264,7 @@ def test_refined_masks_follow_the_contours_in_the_photograph():
     image = np.where(truth[..., None], np.uint8((220, 60, 40)), np.uint8((40, 90, 60)))
     plain = detections(square(20, 16, 45, 44, 0.9), square(0, 0, 6, 6, 0.1))  # the disc is 28 pixels wide
     plain = plain._replace(masks=0.75 * plain.masks)
-    found = plain._replace(image=torch.from_numpy(image).permute(2, 0, 1) / 255)
+    found = plain._replace(image=torch.from_numpy(image).permute(2, 0, 1))
     before, after = (ranked(one, 64, (64, 64)).masks[0] for one in (plain, found))
     assert iou(before, truth) < 0.75 and iou(after, truth) > 0.85, "a square, too narrow by three pixels"
     (instance,), _ = disjoint(found, grid_of(found), 64, (128, 128), 1)
@@ -269,7 +274,7 @@ def test_refined_masks_follow_the_contours_in_the_photograph():
 
 def test_refined_masks_at_the_rim_and_below_a_pixel():
     truth = disc((2, 30), 16)
-    image = torch.from_numpy(coloured(truth, (220, 220, 40))).permute(2, 0, 1) / 255
+    image = torch.from_numpy(coloured(truth, (220, 220, 40))).permute(2, 0, 1)
     found = detections(square(13, 0, 46, 18, 0.9), square(10.2, 10.2, 10.6, 10.6, 0.5), square(63.9, 0, 64, 64, 0.4))
     found = found._replace(image=image, masks=0.75 * found.masks)
     masks, _ = ranked(found, 64, (64, 64))
@@ -278,7 +283,7 @@ def test_refined_masks_at_the_rim_and_below_a_pixel():
 
 
 def test_an_uncertain_mask_without_contours_is_not_lost():
-    found = detections(square(20, 16, 45, 44, 0.3))._replace(image=torch.full((3, 64, 64), 0.5))
+    found = detections(square(20, 16, 45, 44, 0.3))._replace(image=torch.full((3, 64, 64), 128, dtype=torch.uint8))
     found = found._replace(masks=0.55 * found.masks)
     (mask,), _ = disjoint(found, grid_of(found), 64, (64, 64))
     assert 300 < mask.sum() < 750
@@ -289,12 +294,65 @@ def iou(a, b):
 
 
 def test_uncertain_masks_have_lower_scores():
-    masks = torch.zeros(3, 1, 28, 28)
-    masks[0, 0, :14], masks[1, 0, 4:9], masks[1, 0, 9:14] = 0.6, 1.0, 0.4
-    found = {"boxes": torch.arange(12.0).view(3, 4), "scores": torch.tensor([0.9, 0.8, 0.5]), "masks": masks}
-    scored = _scored(found, torch.ones(5))
-    assert scored.scores.tolist() == pytest.approx([0.8, 0.54, 0]), "the mean probability of pixels above .5"
-    assert scored.boxes[:, 0].tolist() == [4, 0, 8] and torch.equal(scored.masks[0], masks[1, 0])
+    masks = torch.zeros(3, 28, 28)
+    masks[0, :14], masks[1, 4:9], masks[1, 9:14] = 0.6, 1.0, 0.4
+    scores = mask_scores(torch.tensor([0.9, 0.8, 0.5]), masks)
+    assert scores.tolist() == pytest.approx([0.54, 0.8, 0]), "the mean probability of pixels above .5"
+
+
+def test_all_images_at_once_give_the_detections_of_torchvision():
+    torch.manual_seed(0)
+    net, images = MaskRCNN(CONFIG).eval(), torch.rand(3, 3, 64, 64)
+    torch.nn.init.normal_(net.roi_heads.box_predictor.module.cls_score.weight, std=0.5)  # else all scores are equal
+    with torch.no_grad():
+        pyramid, count = net.features(images)
+        coarse = {name: level for name, level in pyramid.items() if name != "0"}
+        listed = ImageList(images, [(64, 64)] * 3)
+        expected, _ = net.roi_heads(pyramid, net.rpn(listed, coarse)[0], listed.image_sizes)
+        found = net(images)
+    assert {len(one["boxes"]) for one in expected} == {12}
+    for ours, theirs, probs in zip(found, expected, count.softmax(1), strict=True):
+        masks = theirs["masks"][:, 0]
+        scores, order = mask_scores(theirs["scores"], masks).sort(descending=True)
+        for one, other in zip(ours, (theirs["boxes"][order], scores, masks[order], probs)):
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators with tensors on two devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {leaf.device for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
+        self.number += len(devices) > 1
+        return result
+
+
+def test_what_is_made_a_cuda_graph_copies_nothing_from_the_cpu():
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():  # computes shapes alone, without a GPU
+        images, edges = torch.rand(2, 3, 64, 64), torch.rand(2, 1, 64, 64)
+        net, wsid_net = MaskRCNN(CONFIG).eval(), WSIDNet(NetConfig("mobilenetv2_100", size=64, channels=16)).eval()
+        net.candidates(images)  # torchvision copies its anchors once
+        with Copies() as copies:
+            found = net.candidates(images)
+            wsid_net(images, edges)
+            assert copies.number == 0
+            net.rpn.box_coder.decode(found.deltas.flatten(0, 1), list(found.anchors))
+            assert copies.number > 0, "what detect does is found"
+
+
+def test_suppression_of_all_images_in_one_call_is_that_of_each():
+    corners = 50 * torch.rand(4, 80, 2, generator=torch.Generator().manual_seed(0))
+    boxes, scores = torch.cat([corners, corners + 12], 2), torch.linspace(1, 0, 80).repeat(4, 1)
+    scores[1, ::3], scores[2] = -torch.inf, -torch.inf
+    groups = torch.arange(80.0) % 3
+    kept = mask_rcnn._nms_by_image(boxes, scores, groups, 0.3)
+    assert torch.equal(kept, mask_rcnn._nms_in_one_call(boxes, scores, groups, 0.3))
+    assert not kept[2].any() and 0.2 < kept[0].float().mean() < 0.9 and not kept[1, ::3].any()
 
 
 def test_a_photograph_without_hypotheses():
