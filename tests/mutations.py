@@ -194,7 +194,21 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("masks=found.masks[kept]), side)", "masks=found.masks[kept], image=None), side)"),
     ],
     ("models/mask_rcnn.py", "test_student.py", "uncertain_masks"): [
-        ('found["scores"].float() * quality', 'found["scores"].float()'),
+        ("inside.sum((1, 2)).clamp(min=1)", "784"),
+    ],
+    ("models/mask_rcnn.py", "test_student.py", "detections_of_torchvision"): [
+        ("torch.full_like(scores[:1], level)", "torch.zeros_like(scores[:1])"),
+        ("one_class, heads.nms_thresh", "one_class, 0.9"),
+        ("_top(scores, boxes, self.rpn.post_nms_top_n())", "_top(scores, boxes, 20)"),
+        (
+            "image = boxes.flatten(0, 1)[found][order], masks[order], found[order]",
+            "image = boxes.flatten(0, 1)[found], masks[order], found[order]",
+        ),
+    ],
+    ("models/mask_rcnn.py", "test_student.py", "one_call"): [
+        ("(groups.max() + 1) * torch.arange", "0 * torch.arange"),
+        ("groups + (groups.max() + 1)", "0 * groups + (groups.max() + 1)"),
+        (".view_as(scores) > 0) & (scores > -torch.inf)", ".view_as(scores) > 0)"),
     ],
     ("models/mask_rcnn.py", "test_student.py", "targets_are_boxes"): [
         ("present.shape[2] - last, 0)", "present.shape[2] - last - 1, 0)"),
