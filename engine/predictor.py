@@ -24,9 +24,9 @@ from engine.cuda_graph import Graphed
 from models import AMP, MAX_INSTANCES, METHODS, STUDENT
 from models.backbones import Backbone
 from models.count_head import expected_count, one_hot_count
-from models.fusion import fuse, instance_masks
+from models.fusion import group, instance_masks, walks
 from models.fusion_config import FusionConfig
-from models.grouping import connected_components
+from models.grouping import Clusters, connected_components
 from models.scoring import CountHypothesis, count_hypotheses
 from models.wsid_net import WSIDNet, goes_on_from, load_network
 from ops import compiled
@@ -122,51 +122,79 @@ class PostProcessor:
     side: int
     ranked: bool = False
 
-    @torch.no_grad()
     def __call__(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        count: int = 0,
-        saliency: np.ndarray | None = None,
+        self, output: Any, size: tuple[int, int], count: int = 0, saliency: np.ndarray | None = None
     ) -> Prediction:
         """The Prediction of a photograph of ``size`` (H, W).
 
         output: Maps or Detections, tensors, or what ``to_arrays`` made of them. count: the number of objects, 0 where
         it is not known. saliency: float [H,W] in 0..1 that replaces S of a WSID-Net, or None.
         """
-        if isinstance(output.count_probs, np.ndarray):
-            output = type(output)(*(torch.from_numpy(value) for value in output if value is not None))
-        if isinstance(output, Maps):
-            return self._of_maps(output, size, count, saliency)
-        return self._of_detections(output, size, count)
+        return self.of_batch([output], [size], count, [saliency])[0]()
 
-    def _of_maps(self, maps: Maps, size: tuple[int, int], count: int, given: np.ndarray | None) -> Prediction:
-        s, b, v = maps[:3]
-        if given is not None:
-            replacement = torch.from_numpy(np.ascontiguousarray(given, np.float32))[None, None].to(s.device)
-            s = F.interpolate(replacement, s.shape, mode="bilinear", align_corners=False, antialias=True)
-            s = s[0, 0].clamp(0, 1)
-        saliency, boundary, offsets = (m.cpu().numpy() for m in (s, b, v))
-        soft: Tensor | np.ndarray
-        hypotheses: list[CountHypothesis] = []
+    @torch.no_grad()
+    def of_batch(
+        self,
+        outputs: Sequence[Any],
+        sizes: Sequence[tuple[int, int]],
+        count: int = 0,
+        saliencies: Sequence[np.ndarray | None] = (),
+    ) -> list[Callable[[], Prediction]]:
+        """The same for several photographs, whose random walks are computed in one call.
+
+        Returns functions that compute the Predictions, each for itself, as all of them may take much memory.
+        """
+        outputs = [_to_tensors(output) for output in outputs]
+        if self.method == STUDENT:
+            return [
+                partial(self._of_detections, found, size, count) for found, size in zip(outputs, sizes, strict=True)
+            ]
+        given = saliencies or [None] * len(outputs)
+        s = torch.stack([_saliency_of(maps, instead) for maps, instead in zip(outputs, given, strict=True)])
+        b, v, count_probs = (torch.stack(part) for part in zip(*(maps[1:4] for maps in outputs), strict=True))
+        arrays = list(zip(*(part.cpu().numpy() for part in (s, b, v)), strict=True))
+        hypotheses: list[list[CountHypothesis]] = [[]] * len(outputs)
+        soft: Sequence[Tensor | np.ndarray]
         if self.method == "components":
-            soft, centroids = connected_components(saliency, self.settings)
+            clusters = [connected_components(saliency, self.settings) for saliency, *_ in arrays]
+            soft = [found.masks for found in clusters]
         else:
-            count_probs = one_hot_count(count) if count else maps.count_probs.cpu()
+            count_probs = one_hot_count(count).expand(len(outputs), -1) if count else count_probs.cpu()
+            hypotheses = [
+                count_hypotheses(saliency, offsets, probs, self.settings)
+                for (saliency, _, offsets), probs in zip(arrays, count_probs, strict=True)
+            ]
             by_count = count or self.settings.grouping == "count"
-            hypotheses = count_hypotheses(saliency, offsets, count_probs, self.settings)
-            number = int(expected_count(count_probs)) if by_count else 0
-            soft, centroids = fuse(s, b, v, self.settings, number, hypotheses)
-        masks, scores, kept = instance_masks(soft, s, size, self.settings, hypotheses)
+            numbers = expected_count(count_probs).tolist() if by_count else [0] * len(outputs)
+            clusters = [
+                group(saliency, offsets, self.settings, int(number), known)
+                for (saliency, *_), offsets, number, known in zip(arrays, v, numbers, hypotheses, strict=True)
+            ]
+            soft = walks([found.masks for found in clusters], s, b, self.settings)
+        parts = zip(arrays, s, clusters, soft, hypotheses, sizes, strict=True)
+        return [partial(self._of_soft_maps, *part) for part in parts]
+
+    @torch.no_grad()
+    def _of_soft_maps(
+        self,
+        arrays: Sequence[np.ndarray],
+        on_device: Tensor,
+        clusters: Clusters,
+        soft: Tensor | np.ndarray,
+        hypotheses: Sequence[CountHypothesis],
+        size: tuple[int, int],
+    ) -> Prediction:
+        saliency, boundary, offsets = arrays
+        masks, scores, kept = instance_masks(soft, on_device, size, self.settings, hypotheses)
         height, width = size
         # Pixel centres of the grid to pixel centres of the photograph.
-        centroids = (centroids[kept] + 0.5) * (np.array(size) / saliency.shape) - 0.5
+        centroids = (clusters.centroids[kept] + 0.5) * (np.array(size) / saliency.shape) - 0.5
         saliency, boundary = (
             cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in (saliency, boundary)
         )
         return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
 
+    @torch.no_grad()
     def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
         detections = _detections()
         small = detections.pasted(found, self.side, (detections.GRID, detections.GRID))
@@ -174,6 +202,22 @@ class PostProcessor:
         ranked = detections.ranked(found, self.side, size) if self.ranked else None
         saliency = detections.saliency_of(found, small, size)
         return Prediction(masks, scores, centroids_of(masks), saliency, ranked=ranked)
+
+
+def _saliency_of(maps: Maps, instead: np.ndarray | None) -> Tensor:
+    """S [h,w] of the network, or a map of any size that replaces it on its grid."""
+    if instead is None:
+        return maps.saliency
+    replacement = torch.from_numpy(np.ascontiguousarray(instead, np.float32))[None, None].to(maps.saliency.device)
+    small = F.interpolate(replacement, maps.saliency.shape, mode="bilinear", align_corners=False, antialias=True)
+    return small[0, 0].clamp(0, 1)
+
+
+def _to_tensors(output: Any) -> Any:
+    """The inverse of ``to_arrays``."""
+    if isinstance(output.count_probs, Tensor):
+        return output
+    return type(output)(*(torch.from_numpy(value) for value in output if value is not None))
 
 
 @cache
@@ -311,7 +355,7 @@ class Predictor:
         if len(given) != len(images):
             raise InputError(f"{len(images)} images came with {len(given)} saliency maps; give one for each, or None")
         maps = self.network([self.prepare(image) for image in images])
-        return [self.instances(m, image.shape[:2], s) for m, image, s in zip(maps, images, given, strict=True)]
+        return [finish() for finish in self.fuse_batch(maps, [image.shape[:2] for image in images], given)]
 
     def prepare(self, image: np.ndarray) -> Input:
         """A photograph uint8 RGB [H,W,3] as input of ``network``, on the CPU."""
@@ -367,7 +411,6 @@ class Predictor:
             self.stream.wait_event(ready)
             yield
 
-    @torch.no_grad()
     def instances(
         self,
         maps: "Maps | Detections",
@@ -380,18 +423,36 @@ class Predictor:
         saliency: as for ``predict``; InputError with a student network. count: the number of objects, 0 where it is
         not known; None takes that of the Predictor.
         """
+        return self.fuse_batch([maps], [size], [saliency], count)[0]()
+
+    def fuse_batch(
+        self,
+        outputs: "Sequence[Maps | Detections]",
+        sizes: Sequence[tuple[int, int]],
+        saliencies: Sequence[np.ndarray | None],
+        count: int | None = None,
+    ) -> list[Callable[[], Prediction]]:
+        """``instances`` for several photographs, which on a GPU is faster; as of ``PostProcessor.of_batch``."""
         self._limit_threads_after_fork()
-        if saliency is not None and self.method == STUDENT:
+        if self.method == STUDENT and any(saliency is not None for saliency in saliencies):
             raise InputError(
                 f"{self.weights} holds a student network, which takes no saliency map; leave it out, or name the "
                 f"weights of a WSID-Net, such as {BUNDLED_WSID_NET}"
             )
         count = self.count if count is None else count
-        if not isinstance(maps, Maps):
-            return self.post_process(to_arrays(maps), size, count)
-        with self._fusion_stream(maps.ready):
-            s, b, v = (m.to(self.fusion_device) for m in maps[:3])
-            return self.post_process(Maps(s, b, v, maps.count_probs), size, count, saliency)
+        if not outputs or self.method == STUDENT:
+            return self.post_process.of_batch(outputs, sizes, count) if outputs else []
+        ready = outputs[-1].ready  # type: ignore[union-attr]
+
+        def in_stream(function: Callable[..., T], *args: Any) -> T:
+            with self._fusion_stream(ready):
+                return function(*args)
+
+        def start() -> list[Callable[[], Prediction]]:
+            moved = [Maps(*(value.to(self.fusion_device) for value in maps[:4])) for maps in outputs]
+            return self.post_process.of_batch(moved, sizes, count, saliencies)
+
+        return [partial(in_stream, finish) for finish in in_stream(start)]
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -480,25 +541,36 @@ def process(
         except MemoryError:
             return _too_large(path)
 
-    def with_maps(loaded: Iterator[Any]) -> Iterator[Any]:
+    def with_maps(loaded: Iterator[Any]) -> Iterator[list[Any]]:
         while batch := list(islice(loaded, batch_size)):
             maps = iter(predictor.network([entry[-1] for entry in batch if not isinstance(entry, InputError)]))
-            for entry in batch:
-                yield entry if isinstance(entry, InputError) else (*entry[:-1], next(maps))
+            entries = [entry if isinstance(entry, InputError) else (*entry[:-1], next(maps)) for entry in batch]
+            yield from [entries] if whole_batches else ([entry] for entry in entries)
 
-    def conclude(entry: Any) -> T | InputError:
-        if isinstance(entry, InputError):
-            return entry
-        path, image, saliency, maps = entry
+    def conclude(entries: list[Any]) -> list[T | InputError]:
+        usable = [entry for entry in entries if not isinstance(entry, InputError)]
+        _, images, saliencies, maps = zip(*usable, strict=True) if usable else ((),) * 4
         try:
-            return finish(path, image, predictor.instances(maps, image.shape[:2], saliency))
+            fused = iter(predictor.fuse_batch(maps, [image.shape[:2] for image in images], saliencies))
+        except InputError as error:
+            return [entry if isinstance(entry, InputError) else error for entry in entries]
+        return [entry if isinstance(entry, InputError) else written(entry, next(fused)) for entry in entries]
+
+    def written(entry: Any, predict: Callable[[], Prediction]) -> T | InputError:
+        path, image, *_ = entry
+        try:
+            return finish(path, image, predict())
         except InputError as error:
             return error
         except MemoryError:
             return _too_large(path)
 
     ahead = batch_size + threads  # a whole batch is loaded while the network computes the one before
-    yield from map_ahead(conclude, with_maps(map_ahead(load, paths, threads, ahead)), threads, ahead)
+    # The operators take a whole batch on a GPU. On the CPU threads share the photographs.
+    whole_batches = predictor.device.type == "cuda" and predictor.method != STUDENT
+    loaded = map_ahead(load, paths, threads, ahead)
+    for results in map_ahead(conclude, with_maps(loaded), threads, 1 if whole_batches else ahead):
+        yield from results
 
 
 def _too_large(path: Any) -> InputError:

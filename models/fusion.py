@@ -10,7 +10,7 @@ from torch import Tensor
 
 import ops
 from models.fusion_config import FusionConfig
-from models.grouping import group_by_counts, group_by_sinks
+from models.grouping import Clusters, group_by_counts, group_by_sinks
 from models.scoring import CountHypothesis, expected_iou, on_grid, score_of
 
 
@@ -45,19 +45,32 @@ def fuse(
 ) -> SoftInstances:
     """One soft map per salient instance (Sec. 4.2): clusters of the salient region, and a random walk from each.
 
-    saliency: S [H,W] and boundary: B [H,W], both in 0..1; offsets: V [2,H,W]; all on the stride-4 grid. count: the
-    number of objects by which pixels are grouped (``group_by_counts``); with 0 they are grouped by the sinks of V, as
-    in the paper. hypotheses: of ``count_hypotheses`` for the same maps; the one of ``count`` is used where it is
-    there. n may be 0.
+    saliency: S [H,W] and boundary: B [H,W], both in 0..1; offsets: V [2,H,W]; all on the stride-4 grid. count,
+    hypotheses: as for ``group``. n may be 0.
+    """
+    clusters = group(saliency.cpu().numpy(), offsets, settings, count, hypotheses)
+    return SoftInstances(walk(clusters.masks, saliency, boundary, settings), clusters.centroids)
+
+
+def group(
+    saliency: np.ndarray,
+    offsets: Tensor,
+    settings: FusionConfig,
+    count: int = 0,
+    hypotheses: Sequence[CountHypothesis] = (),
+) -> Clusters:
+    """The clusters of the salient region, one for each instance (Sec. 3.1.1).
+
+    saliency: S [H,W] in 0..1; offsets: V [2,H,W], on the stride-4 grid. count: the number of objects by which pixels
+    are grouped (``group_by_counts``); with 0 they are grouped by the sinks of V, as in the paper. hypotheses: of
+    ``count_hypotheses`` for the same maps; the one of ``count`` is used where it is there.
     """
     precomputed = {hypothesis.number: hypothesis.clusters for hypothesis in hypotheses}
     if count in precomputed:
-        clusters = precomputed[count]
-    elif count:
-        (clusters,) = group_by_counts(saliency.cpu().numpy(), offsets.cpu().numpy(), [count], settings)
-    else:
-        clusters = group_by_sinks(saliency.cpu().numpy(), offsets, settings)
-    return SoftInstances(walk(clusters.masks, saliency, boundary, settings), clusters.centroids)
+        return precomputed[count]
+    if count:
+        return group_by_counts(saliency, offsets.cpu().numpy(), [count], settings)[0]
+    return group_by_sinks(saliency, offsets, settings)
 
 
 def walk(clusters: np.ndarray, saliency: Tensor, boundary: Tensor, settings: FusionConfig) -> Tensor:
@@ -73,19 +86,36 @@ def walk(clusters: np.ndarray, saliency: Tensor, boundary: Tensor, settings: Fus
     clusters: bool [n,H,W]; saliency: S [H,W] and boundary: B [H,W] in 0..1, on the stride-4 grid. Returns [n,H,W] in
     0..1 on the device of S.
     """
-    if not len(clusters):
-        return saliency.new_zeros(0, *saliency.shape)
-    inside = torch.from_numpy(clusters).to(saliency.device)
-    start = inside * saliency
+    return walks([clusters], saliency[None], boundary[None], settings)[0]
+
+
+def walks(clusters: Sequence[np.ndarray], saliency: Tensor, boundary: Tensor, settings: FusionConfig) -> list[Tensor]:
+    """``walk`` for N photographs in one call of the operators, for a GPU: saliency [N,H,W], boundary [N,H,W]."""
+    numbers = [len(masks) for masks in clusters]
+    if not any(numbers):
+        return [saliency.new_zeros(0, *saliency.shape[1:])] * len(numbers)
+    padded = np.zeros((len(numbers), max(numbers), *saliency.shape[1:]), bool)
+    for place, masks in zip(padded, clusters, strict=True):
+        place[: len(masks)] = masks
+    inside = torch.from_numpy(padded).to(saliency.device)
+    start = inside * saliency[:, None]
     if settings.mask_rule == "relative":
-        outside = ~(inside.any(0) & (saliency > settings.saliency_thresh))
-        start = torch.cat([start, (outside * (1 - saliency))[None]])
-    affinity = ops.boundary_affinity(boundary[None], settings.radius)
-    maps = ops.random_walk((start * (1 - boundary))[None], affinity, settings.radius, settings.power, settings.steps)[0]
-    if settings.mask_rule == "peak":
-        return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
-    maps = maps.clamp(min=1e-9)  # the Chebyshev series may be slightly negative
-    maps, background = maps[:-1], maps[-1]
+        outside = ~(inside.any(1) & (saliency > settings.saliency_thresh))
+        start = torch.cat([start, (outside * (1 - saliency))[:, None]], 1)
+    start *= 1 - boundary[:, None]
+    affinity = ops.boundary_affinity(boundary, settings.radius)
+    maps = ops.random_walk(start, affinity, settings.radius, settings.power, settings.steps)
+    normalise = _by_peaks if settings.mask_rule == "peak" else _against_others
+    found = zip(maps, numbers, strict=True)
+    return [normalise(of_one[:number], of_one[-1]) if number else of_one[:0] for of_one, number in found]
+
+
+def _by_peaks(maps: Tensor, _: Tensor) -> Tensor:
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
+
+
+def _against_others(maps: Tensor, background: Tensor) -> Tensor:
+    maps, background = maps.clamp(min=1e-9), background.clamp(min=1e-9)  # the series may be slightly negative
     parts = maps / maps.amax((1, 2), keepdim=True)
     first, second = torch.cat([parts, torch.zeros_like(background)[None]]).topk(2, 0).values
     strongest_other = torch.where(parts == first, second, first)

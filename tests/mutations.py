@@ -272,7 +272,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("inside > settings.theta * size", "inside > 0"),
     ],
     ("models/fusion.py", "test_fusion.py", ""): [
-        ("(start * (1 - boundary))[None]", "start[None]"),
+        ("start *= 1 - boundary[:, None]", "pass"),
         ("if count in precomputed:", "if False:"),
         ("score >= settings.min_score", "score >= 0"),
     ],

@@ -11,7 +11,7 @@ import ops
 from engine.cam_labels import PLAIN, SPREAD, class_labels, foreground_probability, saliency_mask
 from models import fusion, grouping
 from models.crf import crf, refine_labels, refine_saliency
-from models.fusion import fuse, instance_masks, walk
+from models.fusion import fuse, instance_masks, walk, walks
 from models.fusion_config import FusionConfig
 from models.grouping import Clusters, connected_components, find_clusters
 from models.scoring import CountHypothesis, count_hypotheses, expected_iou, on_grid, score_of
@@ -273,6 +273,18 @@ def test_relative_masks_are_fractions_of_the_responses_of_the_walk():
     assert np.allclose(peaks, parts, atol=1e-3)
     assert ((found > 0.5).sum(0) <= 1).all(), "no pixel belongs to two instances"
     assert walk(truth[:0], saliency, boundary, settings).shape == (0, 32, 48)
+
+
+@pytest.mark.parametrize("rule", ["relative", "peak"])
+def test_walks_of_several_photographs_equal_those_of_each(rule):
+    saliency, boundary, _, truth = scene()
+    settings = FusionConfig(steps=20, mask_rule=rule)
+    clusters = [truth, truth[:0], truth[1:], truth[::-1]]
+    maps = torch.stack([saliency, saliency, 0.7 * saliency, saliency.sqrt()]), torch.stack([boundary] * 4) * 0.9
+    together = walks(clusters, *maps, settings)
+    for found, masks, s, b in zip(together, clusters, *maps, strict=True):
+        assert len(found) == len(masks) and torch.allclose(found, walk(masks, s, b, settings), atol=1e-6)
+    assert [len(found) for found in walks([truth[:0]] * 2, *(m[:2] for m in maps), settings)] == [0, 0]
 
 
 def test_a_faint_object_does_not_spread_without_a_boundary():

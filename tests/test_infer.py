@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import cv2
@@ -279,6 +280,36 @@ def test_results_do_not_depend_on_batches_and_processes(tmp_path, capsys):
         assert pictures.keys() == other_pictures.keys()
         for key, picture in pictures.items():
             assert (picture != other_pictures[key]).mean() < 0.01, key
+
+
+def test_whole_batches_as_on_a_gpu_give_the_same(tmp_path):
+    for number, image in enumerate((cat(90, 120), noise(20, 30), cat(64, 64), cat(120, 90))):
+        files.save_png(image, tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{name}.png" for name in (0, "missing", 1, 2, 3, "gone")]
+    predictor, sizes = Predictor(BUNDLED_WSID_NET, amp="off"), []
+
+    def fuse_batch(outputs, *args):
+        sizes.append(len(outputs))
+        return predictor.fuse_batch(outputs, *args)
+
+    on_gpu = SimpleNamespace(
+        device=torch.device("cuda"),
+        method=predictor.method,
+        prepare=predictor.prepare,
+        network=predictor.network,
+        fuse_batch=fuse_batch,
+    )
+    one, other = (list(process(paths, each, lambda *result: result, 2)) for each in (predictor, on_gpu))
+    assert sizes == [1, 2, 1]
+    for path, expected, found in zip(paths, one, other, strict=True):
+        assert isinstance(expected, InputError) == (path.stem in ("missing", "gone"))
+        if isinstance(expected, InputError):
+            assert str(found) == str(expected)
+        else:
+            assert found[0] == path and np.array_equal(found[1], expected[1])
+            assert np.array_equal(found[2].masks, expected[2].masks)
+            assert np.allclose(found[2].scores, expected[2].scores, atol=1e-6)
+    assert sum(len(result[2].masks) for result in other if isinstance(result, tuple)) >= 3, "cats"
 
 
 def test_few_photographs_are_in_memory_at_once(weights, monkeypatch):
