@@ -47,7 +47,8 @@ import ops
 from datasets.images import read_image
 from datasets.listing import list_images
 from engine.inference import write_all
-from engine.predictor import ROOT, Prediction, Predictor, default_batch_size
+from engine.post_processing import Prediction
+from engine.predictor import ROOT, Predictor, default_batch_size
 from engine.results import PICTURES, Results, write_results
 from export import run_onnx, to_onnx
 from models import AMP

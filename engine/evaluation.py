@@ -17,7 +17,8 @@ from engine.predictions import Load, Scored, check_size, group_records, open_pre
 from utils.cli import InputError
 
 if TYPE_CHECKING:
-    from engine.predictor import Prediction, Predictor
+    from engine.post_processing import Prediction
+    from engine.predictor import Predictor
 
 GroundTruth = Mapping[str, Mask]  # {stem: mask}
 

@@ -21,7 +21,7 @@ from utils import digest, distributed, files
 from utils.cli import InputError
 
 if TYPE_CHECKING:
-    from engine.predictor import Prediction
+    from engine.post_processing import Prediction
 
 PICTURES = ("instances", "overlay")
 MAPS = ("saliency", "boundary", "offsets")

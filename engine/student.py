@@ -20,7 +20,8 @@ from datasets.labels import Sample
 from datasets.training import read_label_map
 from engine import tensorboard
 from engine.config import Machine, StudentTrainingConfig, settings_of
-from engine.predictor import PostProcessor, Predictor, to_arrays
+from engine.post_processing import PostProcessor, to_arrays
+from engine.predictor import Predictor
 from engine.results import label_map
 from engine.run import START
 from engine.trainer import Batch, train

@@ -14,7 +14,7 @@ from datasets.labels import Sample
 from datasets.masks import VOID, centroids_of
 from datasets.training import read_label_map
 from datasets.transforms import load_square, network_input, resize, to_tensor
-from engine.predictor import PostProcessor, to_arrays
+from engine.post_processing import PostProcessor, to_arrays
 from engine.visualize import colour_wheel, grey, heat, instance_colours, mark, overlay
 from models import STUDENT
 from models.branches import BoundaryCentroidNet, SaliencyNet

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from datasets.masks import centroids_of
 
 if TYPE_CHECKING:
-    from engine.predictor import Prediction
+    from engine.post_processing import Prediction
 
 BINS = (12, 6, 6)  # of hue, saturation and value
 NEVER = -1e6  # affinity of pairs that may not be assigned

@@ -20,7 +20,8 @@ import pycocotools.mask
 from datasets.clips import Clip, Frame
 from datasets.masks import centroids_of, decode_rle, encode_rle
 from engine import visualize
-from engine.predictor import Prediction, Predictor, process
+from engine.post_processing import Prediction
+from engine.predictor import Predictor, process
 from engine.tracking import Tracked, Tracker, TrackingConfig, track_score
 from models import MAX_INSTANCES
 from utils import digest, files

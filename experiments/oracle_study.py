@@ -20,8 +20,9 @@ from datasets.labels import collect_into
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
 from engine.metrics import ImageResult, match_instances, summarize
+from engine.post_processing import Maps
 from engine.predictions import check_size
-from engine.predictor import BUNDLED_WSID_NET, Maps, Predictor, default_weights
+from engine.predictor import BUNDLED_WSID_NET, Predictor, default_weights
 from engine.report import format_table
 from models.count_head import one_hot_count
 from models.wsid_net import WSIDNet

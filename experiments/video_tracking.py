@@ -23,7 +23,8 @@ from datasets.labels import collect_into
 from datasets.sources import read_ground_truth
 from engine.bootstrap import ap_of_draws, draw_images, standard_errors
 from engine.metrics import ImageResult, match_ious, pooled_ap
-from engine.predictor import Prediction, Predictor
+from engine.post_processing import Prediction
+from engine.predictor import Predictor
 from engine.tracking import Tracked, Tracker, TrackingConfig, track_score
 from experiments.made_clips import MadeClip, clip_of_photographs
 from utils.cli import InputError, Parser, integer, path_of, select_device

@@ -27,7 +27,8 @@ from datasets.images import read_image
 from datasets.masks import decode_rle
 from engine import open_pages
 from engine.open_pages import OpenPages
-from engine.predictor import Prediction, Predictor
+from engine.post_processing import Prediction
+from engine.predictor import Predictor
 from utils import cli
 from utils.cli import InputError
 

@@ -16,7 +16,7 @@ from conftest import call, make_data
 
 import evaluate
 from engine.config import LARGEST_SEED, Schedule, override
-from engine.predictor import Maps
+from engine.post_processing import Maps
 from engine.presets import BEST, PAPER
 from engine.run import Run
 from experiments import limits, oracle_study, prm, recipes, tables

@@ -26,7 +26,8 @@ from datasets.masks import centroids_of
 from datasets.training import read_label_map, read_samples
 from engine import student
 from engine.config import Machine, Schedule
-from engine.predictor import BUNDLED_STUDENT, PostProcessor, Prediction, Predictor
+from engine.post_processing import PostProcessor, Prediction
+from engine.predictor import BUNDLED_STUDENT, Predictor
 from engine.trainer import train
 from experiments import oracle_study
 from models import mask_rcnn

@@ -19,7 +19,7 @@ from datasets.copy_paste import CutOut
 from datasets.listing import CLIP_SUFFIXES, list_images
 from datasets.masks import decode_rle, read_instance_mask
 from engine import video, visualize
-from engine.predictor import Prediction
+from engine.post_processing import Prediction
 from engine.tracking import Tracker, TrackingConfig
 from experiments import video_tracking
 from experiments.made_clips import make_clip
