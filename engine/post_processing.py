@@ -148,6 +148,8 @@ class PostProcessor:
     def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
         detections = _detections()
         small = detections.pasted(found, self.side, (detections.GRID, detections.GRID))
+        if self.ranked:
+            found = detections.refined(found, self.side)  # once, for all and for the disjoint ones
         masks, scores = detections.disjoint(found, small, self.side, size, count)
         ranked = detections.ranked(found, self.side, size) if self.ranked else None
         saliency = detections.saliency_of(found, small, size)

@@ -50,7 +50,7 @@ def _pasted_one(found: Detections, index: int, side: int, size: tuple[int, int])
 
 def refined(found: Detections, side: int) -> Detections:
     """Detections with masks aligned with their image by a dense CRF, each on a grid of WINDOW x WINDOW that is a little
-    larger than its box; unchanged where they have no image [ours].
+    larger than its box; unchanged where they have no image, as those that are aligned [ours].
 
     The mask head decides in cells of a 28th of the box, and not beyond the box, whose sides are estimates themselves.
     side: of the input square of the network.
@@ -68,7 +68,7 @@ def refined(found: Detections, side: int) -> Detections:
         aligned = refine_mask(colours, probability)
         masks.append(aligned if aligned.max() >= MASK_THRESH else probability)  # no instance is lost
         windows.append(window)
-    return found._replace(boxes=found.boxes.new_tensor(windows), masks=torch.from_numpy(np.stack(masks)))
+    return found._replace(boxes=found.boxes.new_tensor(windows), masks=torch.from_numpy(np.stack(masks)), image=None)
 
 
 def _resized(part: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import types
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -689,6 +690,9 @@ def model(monkeypatch):
         def network(self, inputs):
             calls.batches.append(len(inputs))
             return inputs
+
+        def fuse_batch(self, outputs, sizes, saliencies):
+            return [partial(self.instances, *each) for each in zip(outputs, sizes, saliencies, strict=True)]
 
         def instances(self, red, size, saliency=None):
             assert size == red.shape

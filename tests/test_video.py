@@ -269,6 +269,9 @@ class Discs:
         self.calls += len(inputs)
         return list(inputs)
 
+    def fuse_batch(self, outputs, sizes, saliencies):
+        return [partial(self.instances, *each) for each in zip(outputs, sizes, saliencies, strict=True)]
+
     def instances(self, image, size, saliency=None):
         masks = [np.abs(image.astype(int) - colour).sum(2) < 150 for colour in COLOURS]
         masks = np.array([mask for mask in masks if mask.sum() > 20][:: (-1) ** self.calls]).reshape(-1, *size)

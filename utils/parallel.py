@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -21,6 +22,9 @@ from utils.script import raise_on_sigterm
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# Most of what a worker process imports, and most of the time that it takes to start.
+LIBRARIES = ["cv2", "numpy", "PIL.Image", "torch"]
 
 GPU_BATCH, GPU_LOADERS = 16, 6  # photographs in a pass of a network that is not trained; threads that load them
 
@@ -59,6 +63,16 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _processes() -> BaseContext:
+    """How processes are started: not by forking this one, since a process that has started torch's threads can then
+    deadlock, but, where the system can, by forking one that has only imported the libraries, once for all of them."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
 class WorkerPool:
     """A pool of processes whose queue is bounded to four tasks per worker, which bounds the memory.
 
@@ -72,10 +86,8 @@ class WorkerPool:
         self, workers: int, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
     ) -> None:
         self.limit = 4 * workers
-        # spawn: forking a process that has started torch's threads can deadlock.
-        context = multiprocessing.get_context("spawn")
         start = partial(_start_worker, initializer, initargs)
-        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start) if workers else None
+        self.pool = ProcessPoolExecutor(workers, mp_context=_processes(), initializer=start) if workers else None
         self.pending: set[Future] = set()
         self.others = set(multiprocessing.active_children())
 
