@@ -274,7 +274,16 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("models/fusion.py", "test_fusion.py", ""): [
         ("start *= 1 - boundary[:, None]", "pass"),
         ("if count in precomputed:", "if False:"),
+        ("of_one[:number], of_one[-1]", "of_one[:number], of_one[0]"),
+        ("place[: len(masks)] = masks", "place[:1] = masks[:1]"),
         ("score >= settings.min_score", "score >= 0"),
+    ],
+    ("engine/predictor.py", "test_infer.py", "whole_batches"): [
+        ("written(entry, next(fused))", "written(entry, list(fused)[0])"),
+        (
+            "if not isinstance(entry, InputError)]\n        _, images",
+            "if isinstance(entry, tuple)][:1]\n        _, images",
+        ),
     ],
     ("models/scoring.py", "test_fusion.py", ""): [
         ("(within - beside)", "within"),
