@@ -280,10 +280,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ],
     ("engine/predictor.py", "test_infer.py", "whole_batches"): [
         ("written(entry, next(fused))", "written(entry, list(fused)[0])"),
-        (
-            "if not isinstance(entry, InputError)]\n        _, images",
-            "if isinstance(entry, tuple)][:1]\n        _, images",
-        ),
+        ("saliencies, maps = zip(*usable, strict=True)", "saliencies, maps = zip(*usable[::-1], strict=True)"),
     ],
     ("models/scoring.py", "test_fusion.py", ""): [
         ("(within - beside)", "within"),
