@@ -362,7 +362,8 @@ def process(
     saliency_dir: a folder of <stem>.png maps that replace S, or None. transform: a change of the photograph, uint8 RGB
     to uint8 RGB, before the network; the prediction keeps the size of the photograph. Returns an iterator over what
     ``finish`` returns, in the order of ``paths``, with an InputError in place of each photograph that cannot be read or
-    finished. At most about 3 * batch_size + 2 * threads photographs are in memory at once.
+    finished. At most about 3 * batch_size + 2 * threads photographs are in memory at once, with a GPU 4 * batch_size +
+    2 * threads.
     """
 
     def load(path: Any) -> Any:
