@@ -277,16 +277,10 @@ class Predictor:
         if not outputs or self.method == STUDENT:
             return self.post_process.of_batch(outputs, sizes, count) if outputs else []
         ready = outputs[-1].ready  # type: ignore[union-attr]
-
-        def in_stream(function: Callable[..., T], *args: Any) -> T:
-            with self._fusion_stream(ready):
-                return function(*args)
-
-        def start() -> list[Callable[[], Prediction]]:
+        with self._fusion_stream(ready):
             moved = [Maps(*(value.to(self.fusion_device) for value in maps[:4])) for maps in outputs]
-            return self.post_process.of_batch(moved, sizes, count, saliencies)
-
-        return [partial(in_stream, finish) for finish in in_stream(start)]
+            fused = self.post_process.of_batch(moved, sizes, count, saliencies)
+        return [self._fusion_stream(ready)(finish) for finish in fused]
 
 
 def _usable(device: torch.device | str) -> torch.device:

@@ -186,8 +186,8 @@ class MaskRCNN(nn.Module):
         )
         best = []
         for level, (of_level, delta, anchors) in enumerate(by_level):
-            scores, index = of_level.topk(min(self.rpn.pre_nms_top_n(), of_level.shape[1]), 1)
-            best.append((scores, _rows(delta, index), anchors[index], torch.full_like(scores[:1], level)))
+            scores, *values = _top(of_level, self.rpn.pre_nms_top_n(), delta, anchors.expand_as(delta))
+            best.append((scores, *values, torch.full_like(scores[:1], level)))
         scores, deltas, anchors, levels = (torch.cat(part, 1) for part in zip(*best, strict=True))
         return Candidates(pyramid, count.softmax(1), scores, deltas, anchors, levels[0])
 
@@ -200,7 +200,7 @@ class MaskRCNN(nn.Module):
         boxes = clip_boxes_to_image(boxes, sizes[0])
         scores = scores.masked_fill(~_larger(boxes, self.rpn.min_size), -torch.inf)
         scores = scores.masked_fill(~_not_suppressed(boxes, scores, levels, self.rpn.nms_thresh), -torch.inf)
-        scores, boxes = _top(scores, boxes, self.rpn.post_nms_top_n())
+        scores, boxes = _top(scores, self.rpn.post_nms_top_n(), boxes)
         proposed = scores > -torch.inf
 
         regions = list(boxes)
@@ -212,7 +212,7 @@ class MaskRCNN(nn.Module):
         scores = scores.masked_fill(~usable, -torch.inf)
         one_class = torch.zeros_like(scores[0])
         scores = scores.masked_fill(~_not_suppressed(boxes, scores, one_class, heads.nms_thresh), -torch.inf)
-        scores, boxes = _top(scores, boxes, heads.detections_per_img)
+        scores, boxes = _top(scores, heads.detections_per_img, boxes)
 
         # The same number of boxes for each image up to here; the mask head, whose cost counts, sees the real ones.
         pooled = heads.mask_roi_pool(pyramid, list(boxes), sizes)
@@ -225,15 +225,11 @@ class MaskRCNN(nn.Module):
         return [Detections(boxes[row], scores[row], masks[row], count_probs[i]) for i, row in enumerate(rows)]
 
 
-def _top(scores: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The ``most`` highest scores [N,K] of each image, descending, and their boxes [N,K,4]."""
+def _top(scores: Tensor, most: int, *values: Tensor) -> tuple[Tensor, ...]:
+    """The ``most`` highest scores [N,K] of each image, descending, and the values [N,K,4] at their places."""
     scores, index = scores.topk(min(most, scores.shape[1]), 1)
-    return scores, _rows(boxes, index)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """The rows ``index`` [N,M] of values [N,K,4], those of each image: [N,M,4]."""
-    return values.gather(1, index[..., None].expand(-1, -1, 4))
+    places = index[..., None].expand(-1, -1, 4)
+    return scores, *(value.gather(1, places) for value in values)
 
 
 def _larger(boxes: Tensor, side: float) -> Tensor:

@@ -199,7 +199,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("models/mask_rcnn.py", "test_student.py", "detections_of_torchvision"): [
         ("torch.full_like(scores[:1], level)", "torch.zeros_like(scores[:1])"),
         ("one_class, heads.nms_thresh", "one_class, 0.9"),
-        ("_top(scores, boxes, self.rpn.post_nms_top_n())", "_top(scores, boxes, 20)"),
+        ("_top(scores, self.rpn.post_nms_top_n(), boxes)", "_top(scores, 20, boxes)"),
         (
             "image = boxes.flatten(0, 1)[found][order], masks[order], found[order]",
             "image = boxes.flatten(0, 1)[found], masks[order], found[order]",
