@@ -201,8 +201,12 @@ def areas_of(labels: np.ndarray) -> np.ndarray:
 
 def centroids_of(masks: Iterable[np.ndarray]) -> np.ndarray:
     """The centres of mass (y, x) of bool masks [H,W], in pixels: float [n,2]; (0, 0) of an empty mask."""
-    moments = [cv2.moments(mask.astype(np.uint8), binaryImage=True) for mask in masks]
-    return np.array([(m["m01"], m["m10"]) / np.maximum(m["m00"], 1) for m in moments]).reshape(-1, 2)
+    centroids = []
+    for mask in masks:
+        x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+        m = cv2.moments(mask[y : y + height, x : x + width].astype(np.uint8), binaryImage=True)
+        centroids.append((y, x) + np.array([m["m01"], m["m10"]]) / max(m["m00"], 1))
+    return np.array(centroids).reshape(-1, 2)
 
 
 def prediction_records(image_id: str, masks: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:

@@ -1,10 +1,9 @@
 """From the output of a network for photographs to their salient instances, without the network."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -13,15 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasets.masks import centroids_of
-from models import STUDENT
+from models import STUDENT, detections
 from models.count_head import expected_count, one_hot_count
+from models.detections import Detections
 from models.fusion import group, instance_masks, walks
 from models.fusion_config import FusionConfig
 from models.grouping import Clusters, connected_components
 from models.scoring import CountHypothesis, count_hypotheses
-
-if TYPE_CHECKING:
-    from models.mask_rcnn import Detections
 
 
 @dataclass
@@ -94,11 +91,12 @@ class PostProcessor:
 
         Returns functions that compute the Predictions, each for itself, as all of them may take much memory.
         """
-        outputs = [_to_tensors(output) for output in outputs]
         if self.method == STUDENT:
             return [
-                partial(self._of_detections, found, size, count) for found, size in zip(outputs, sizes, strict=True)
+                partial(self._of_detections, to_arrays(found), size, count)
+                for found, size in zip(outputs, sizes, strict=True)
             ]
+        outputs = [_to_tensors(maps) for maps in outputs]
         given = saliencies or [None] * len(outputs)
         s = torch.stack([_saliency_of(maps, instead) for maps, instead in zip(outputs, given, strict=True)])
         b, v, count_probs = (torch.stack(part) for part in zip(*(maps[1:4] for maps in outputs), strict=True))
@@ -144,9 +142,7 @@ class PostProcessor:
         )
         return Prediction(masks, scores, centroids, np.clip(saliency, 0, 1), boundary, offsets)
 
-    @torch.no_grad()
-    def _of_detections(self, found: "Detections", size: tuple[int, int], count: int) -> Prediction:
-        detections = _detections()
+    def _of_detections(self, found: Detections, size: tuple[int, int], count: int) -> Prediction:
         small = detections.pasted(found, self.side, (detections.GRID, detections.GRID))
         if self.ranked:
             found = detections.refined(found, self.side)  # once, for all and for the disjoint ones
@@ -165,22 +161,13 @@ def _saliency_of(maps: Maps, instead: np.ndarray | None) -> Tensor:
     return small[0, 0].clamp(0, 1)
 
 
-def _to_tensors(output: Any) -> Any:
+def to_arrays(output: Maps | Detections) -> Any:
+    """Maps or Detections with NumPy arrays in place of tensors, which pass to another process without shared memory."""
+    values = output[:4] if isinstance(output, Maps) else output
+    kind: Any = type(output)
+    return kind(*(value.cpu().numpy() if isinstance(value, Tensor) else value for value in values))
+
+
+def _to_tensors(maps: Maps) -> Maps:
     """The inverse of ``to_arrays``."""
-    if isinstance(output.count_probs, Tensor):
-        return output
-    return type(output)(*(torch.from_numpy(value) for value in output if value is not None))
-
-
-@cache
-def _detections() -> ModuleType:
-    from models import detections  # here, because torchvision's detectors take long to import
-
-    return detections
-
-
-def to_arrays(output: "Maps | Detections") -> Any:
-    """The same with NumPy arrays in place of tensors, which pass to another process without shared memory."""
-    values: Iterable[Tensor | None] = output[:4] if isinstance(output, Maps) else output
-    kind: Callable[..., Any] = type(output)
-    return kind(*(value.cpu().numpy() for value in values if value is not None))
+    return maps if isinstance(maps.count_probs, Tensor) else Maps(*map(torch.from_numpy, maps[:4]))

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +21,13 @@ from engine.cuda_graph import Graphed
 from engine.post_processing import Maps, PostProcessor, Prediction
 from models import AMP, MAX_INSTANCES, METHODS, STUDENT
 from models.backbones import Backbone
+from models.detections import Detections
 from models.fusion_config import FusionConfig
 from models.wsid_net import WSIDNet, goes_on_from, load_network
 from ops import compiled
 from utils import digest
 from utils.cli import InputError
 from utils.parallel import map_ahead
-
-if TYPE_CHECKING:
-    from models.mask_rcnn import Detections
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_WEIGHTS = Path("runs/default/weights_pts.pt"), Path("runs/default/weights.pt")
@@ -211,7 +209,7 @@ class Predictor:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
-    def network(self, inputs: Sequence[Input]) -> "Sequence[Maps | Detections]":
+    def network(self, inputs: Sequence[Input]) -> Sequence[Maps | Detections]:
         """The Maps of a batch of inputs, one for each, or the Detections of a student network. On a GPU it returns
         before Maps are computed."""
         if not inputs:
@@ -247,7 +245,7 @@ class Predictor:
 
     def instances(
         self,
-        maps: "Maps | Detections",
+        maps: Maps | Detections,
         size: tuple[int, int],
         saliency: np.ndarray | None = None,
         count: int | None = None,
@@ -261,7 +259,7 @@ class Predictor:
 
     def fuse_batch(
         self,
-        outputs: "Sequence[Maps | Detections]",
+        outputs: Sequence[Maps | Detections],
         sizes: Sequence[tuple[int, int]],
         saliencies: Sequence[np.ndarray | None],
         count: int | None = None,

@@ -133,7 +133,7 @@ class Results:
             for path in paths
             if path.stem not in done
             or done[path.stem]["made_from"] != self._made_from(path)
-            or not all(map(os.path.exists, self.files(path.stem, len(done[path.stem]["records"]))))
+            or not all(map(files.is_complete, self.files(path.stem, len(done[path.stem]["records"]))))
         ]
 
     def add(self, path: Path, image: np.ndarray, prediction: "Prediction") -> list[Path]:
@@ -178,7 +178,7 @@ class Results:
         def is_current(entry: dict[str, Any]) -> bool:
             stem = entry["image_id"]
             unchanged = made_from.get(stem, entry["made_from"]) == entry["made_from"]
-            return self.files(stem, 0)[0].exists() and unchanged
+            return files.is_complete(self.files(stem, 0)[0]) and unchanged
 
         def write(content: Callable[[list[dict[str, Any]]], Any], indent: int | None, file: BinaryIO) -> None:
             # The journals are read while the file is held, so the last of several runs writes all photographs.
@@ -282,23 +282,27 @@ def write_results(
     Raises InputError when a file cannot be written, or when a LabelMe file there was not written by infer.py, or was
     edited since.
     """
+    # A picture that a power failure leaves empty is made again, so none is waited for.
+    save_png, save_jpeg, save_label_png = (
+        partial(save, sync=False) for save in (files.save_png, files.save_jpeg, files.save_label_png)
+    )
     records = prediction_records(photograph.stem, prediction.masks, prediction.scores)
     for kind in kinds:
         paths = paths_of(folder, photograph.stem, kind, len(records))
         if kind == "instances":
-            files.save_label_png(label_map(prediction.masks), paths[0])
+            save_label_png(label_map(prediction.masks), paths[0])
         elif kind == "overlay":
-            files.save_jpeg(draw(kind, image, prediction), paths[0])
+            save_jpeg(draw(kind, image, prediction), paths[0])
         elif kind == LABELME:
             _write_labelme(photograph, paths[0], prediction)
         elif kind == CUTOUTS:
             for path, mask, record in zip(paths, prediction.masks, records, strict=True):
                 x, y, width, height = bounding_box(record["segmentation"], MARGIN)
                 place = np.s_[y : y + height, x : x + width]
-                files.save_png(visualize.cutout(image[place], mask[place]), path)
+                save_png(visualize.cutout(image[place], mask[place]), path)
             _remove_cutouts(folder, photograph.stem, len(records) + 1)
         else:
-            files.save_png(draw(kind, image, prediction), paths[0])
+            save_png(draw(kind, image, prediction), paths[0])
     return records
 
 

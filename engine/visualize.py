@@ -86,8 +86,8 @@ def overlay(
     for mask, colour in zip(binary, colours, strict=True):
         x, y, w, h = cv2.boundingRect(mask)
         place = np.s_[y : y + h, x : x + w]
-        tinted = cv2.addWeighted(image[place], 0.65, np.full((h, w, 3), np.rint(colour), np.uint8), 0.35, 0)
-        picture[place] = np.where(mask[place][..., None], tinted, picture[place])
+        tints = np.rint(0.65 * np.arange(256)[:, None] + 0.35 * colour).astype(np.uint8)
+        cv2.copyTo(cv2.LUT(image[place], tints[None]), mask[place], picture[place])
     for mask, colour in zip(binary, colours, strict=True):
         contours = cv2.findContours(mask, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
         cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness + 2, cv2.LINE_AA)

@@ -25,9 +25,9 @@ from datasets.masks import VOID
 from models import STUDENT
 from models.backbones import Backbone
 from models.count_head import MAX_COUNT, CountHead
+from models.detections import MAX_DETECTIONS, Detections
 from utils import checkpoint
 
-MAX_DETECTIONS = 12  # hypotheses for a photograph
 MIN_SIDE = 4  # pixels of the input square, of the box of a training instance
 
 
@@ -46,22 +46,6 @@ class StudentConfig:
     box_width: int = 256
     mask_width: int = 96
     mask_layers: int = 3
-
-
-class Detections(NamedTuple):
-    """The hypotheses of one photograph, by descending score; n is at most MAX_DETECTIONS.
-
-    boxes: float32 [n,4], (x0, y0, x1, y1) in pixels of the input square. scores: float32 [n] in 0..1. masks: float32
-    [n,28,28], mask probabilities inside the boxes. count_probs: float32 [MAX_COUNT + 1], the probabilities of 0, 1, ...
-    objects, the last one of MAX_COUNT or more. image: the photograph as the network saw it, uint8 RGB [3,size,size],
-    where ``models.detections`` is to refine the masks by it; else None.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    masks: Tensor
-    count_probs: Tensor
-    image: Tensor | None = None
 
 
 class Candidates(NamedTuple):

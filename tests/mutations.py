@@ -186,6 +186,11 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("(scores - INSTANCE_COST)", "scores"),
         ("min(count, numbers.max())", "count"),
     ],
+    ("models/detections.py", "test_student.py", "pasted_as_torchvision"): [
+        ("cv2.copyMakeBorder(found.masks[index], 1, 1, 1, 1, cv2.BORDER_CONSTANT)", "found.masks[index]"),
+        ("[top - y0 : bottom - y0, left - x0 : right - x0]", "[: bottom - top, : right - left]"),
+        ("min(x1 + 1, width)", "min(x1, width)"),
+    ],
     ("models/detections.py", "test_student.py", "refined_masks or not_lost"): [
         ("WINDOW, MARGIN = 56, 0.1", "WINDOW, MARGIN = 56, 0.0"),
         ("part[y0:y1, x0:x1]", "part"),
@@ -233,6 +238,10 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ("datasets/transforms.py", "test_defaults.py", "canny"): [
         ("np.array([0.67, 1.33])", "np.array([0.33, 1.33])"),
         ("np.array([0.67, 1.33])", "np.array([0.67, 1.5])"),
+    ],
+    ("datasets/transforms.py", "test_models.py", "median"): [
+        ("(up_to[-1] + 1) / 2", "up_to[-1] / 2"),
+        ("np.ceil(middle)", "np.floor(middle)"),
     ],
     ("models/attention.py", "test_models.py", "orders"): [
         ("(feature) + self.spatial_attention", "(feature) * self.spatial_attention"),

@@ -650,6 +650,8 @@ def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
     Image.fromarray(noise(50, 50)).save(photographs / "p01.png")
     (out / "p02_overlay.jpg").unlink()
     assert run_() == (0, ["p01", "p02"], ["p00", "p01", "p02"])
+    (out / "p01_overlay.jpg").write_bytes(b"")
+    assert run_() == (0, ["p01"], ["p00", "p01", "p02"]), "as a power failure leaves it"
     (out / "p00_instances.png").unlink()
     assert run_(img=photographs / "p01.png") == (0, [], ["p01", "p02"]), "records of pictures that are there"
     capsys.readouterr()
@@ -892,10 +894,10 @@ def test_pictures_are_listed_where_predictions_cannot_be_written(weights, tmp_pa
     photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
     replace_file = files.write_atomically
 
-    def full(path, write):
+    def full(path, write, *sync):
         if path.name == "predictions.json":
             raise files.write_error(path, OSError(28, "No space left on device"))
-        replace_file(path, write)
+        replace_file(path, write, *sync)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "write_atomically", full)

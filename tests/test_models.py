@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from datasets import transforms
 from datasets.transforms import canny_edges, parse_canny
 from engine.pts import refresh
 from models.attention import LEVELS, CrossLayerAttention, CrossLayerFeatureMixing, MutualAttention, average_to_grid
@@ -108,6 +109,13 @@ def test_canny_modes():
     assert parse_canny("30,200") == "30,200" and parse_canny("auto") == "auto"
     with pytest.raises(InputError, match="--canny loud"):
         parse_canny("loud")
+
+
+def test_the_median_is_that_of_numpy():
+    random = np.random.default_rng(0)
+    for number in range(200):
+        image = random.integers(0, (2, 40, 256)[number % 3], random.integers(1, 30, 2)).astype(np.uint8)
+        assert transforms._median(image) == np.median(image)
 
 
 @pytest.mark.parametrize("canny", ["auto", "none", "only", "30,200"])

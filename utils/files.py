@@ -29,12 +29,13 @@ REMEDIES = {
 }
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
     """Replace the file ``path`` by what ``write(file)`` writes; when that raises, the old file stays.
 
     The data go to a hidden file in the same folder, which is renamed at the end. A hidden file that a killed process
     left is overwritten; processes that write the same path at once wait for each other. To a device or a pipe the data
-    are written directly.
+    are written directly. sync: whether the data are on the disk before the file is renamed; without, which is faster,
+    the file may be empty after a power failure (``is_complete``).
 
     Raises InputError when the system refuses to write.
     """
@@ -49,7 +50,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             try:
                 write(file)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
                 os.replace(partial, path)
             except BaseException:
                 with suppress(OSError):
@@ -57,6 +59,14 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
                 raise
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether the file ``path``, of a kind that is never empty, was written."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
 
 
 def write_error(path: str | Path, error: OSError) -> InputError:
@@ -88,29 +98,30 @@ def save_json(value: Any, path: str | Path) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def save_png(array: np.ndarray, path: str | Path) -> None:
-    """Write uint8 [H,W], RGB [H,W,3] or RGBA [H,W,4] as a PNG to ``path`` atomically."""
+def save_png(array: np.ndarray, path: str | Path, sync: bool = True) -> None:
+    """Write uint8 [H,W], RGB [H,W,3] or RGBA [H,W,4] as a PNG to ``path``; sync: as of ``write_atomically``."""
     bgr = array if array.ndim == 2 else np.dstack([array[..., 2::-1], array[..., 3:]])
-    write_atomically(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()))
+    write_atomically(path, lambda file: file.write(cv2.imencode(".png", bgr)[1].tobytes()), sync)
 
 
-def save_jpeg(array: np.ndarray, path: str | Path) -> None:
-    """Write uint8 RGB [H,W,3] as a JPEG of quality 90 to ``path`` atomically, reduced to the 65,500 pixels a side that
-    the format can have."""
+def save_jpeg(array: np.ndarray, path: str | Path, sync: bool = True) -> None:
+    """Write uint8 RGB [H,W,3] as a JPEG of quality 90 to ``path``, reduced to the 65,500 pixels a side that the format
+    can have; sync: as of ``write_atomically``."""
     if (longest := max(array.shape)) > MAX_JPEG_SIDE:
         height, width = (max(1, side * MAX_JPEG_SIDE // longest) for side in array.shape[:2])
         array = cv2.resize(array, (width, height), interpolation=cv2.INTER_AREA)
-    encoded = cv2.imencode(".jpg", array[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    write_atomically(path, lambda file: file.write(encoded.tobytes()))
+    bgr = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    write_atomically(path, lambda file: file.write(encoded.tobytes()), sync)
 
 
-def save_label_png(labels: np.ndarray, path: str | Path) -> None:
+def save_label_png(labels: np.ndarray, path: str | Path, sync: bool = True) -> None:
     """Write a label map, uint8 [H,W], as a palette PNG: viewers show colours, readers of the indices get the labels
-    (Pillow, ``datasets.masks.read_instance_mask``)."""
+    (Pillow, ``datasets.masks.read_instance_mask``). sync: as of ``write_atomically``."""
     picture = Image.fromarray(labels)
     picture.putpalette(_voc_palette().tobytes())
     # Runs of equal labels: on label maps as fast as the default strategy of zlib, and files of half the size.
-    write_atomically(path, lambda file: picture.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE))
+    write_atomically(path, lambda file: picture.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE), sync)
 
 
 def _open_exclusively(partial: Path) -> BinaryIO:
