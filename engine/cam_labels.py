@@ -93,6 +93,7 @@ def make_labels(run: Run, samples: list[Sample]) -> None:
     model = finished_classifier(run)
     distributed.run_on_main(_bind_labels, run, samples)
     model.to(run.device).eval()
+    model.backbone.fold_batch_norms()
     for kind in ("saliency", "classes"):
         make_folder(folder / kind)
     samples = distributed.shard(samples)
@@ -114,7 +115,8 @@ def class_activations(run: Run, model: Classifier, samples: Sequence[Sample]) ->
 
     for batch in batches_ahead(load, samples, run.device):
         images = torch.stack([image for _, image in batch]).to(run.device)
-        cams = activations(model, images, range(len(VOC_CLASSES)), config.scales, size, config.spread)
+        with run.autocast():
+            cams = activations(model, images, range(len(VOC_CLASSES)), config.scales, size, config.spread)
         for (sample, _), of_one in zip(batch, cams, strict=True):
             yield sample, of_one[list(sample.classes or ())].cpu().numpy()
 

@@ -152,7 +152,9 @@ def network_outputs(
         return sample, square, network_input(square, net.config.canny, "cpu")
 
     for batch in batches_ahead(load, samples, run.device):
-        output = net(*(torch.cat(part).to(run.device) for part in zip(*(entry[-1] for entry in batch), strict=True)))
+        inputs = (torch.cat(part).to(run.device) for part in zip(*(entry[-1] for entry in batch), strict=True))
+        with run.autocast():
+            output = net(*inputs)
         maps = [m.float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
         numbers = expected_count(output.count_probs).tolist()
         for (sample, square, _), number, *of_one in zip(batch, numbers, *maps, strict=True):

@@ -1,6 +1,7 @@
 """What the stages of a training have in common: the ``Run``, and how one stage is trained and kept."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,10 @@ class Run:
     def labels(self) -> Path:
         """The folder of the pseudo labels, with saliency/ and classes/."""
         return self.pseudo_labels or self.out / "labels"
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of the network, as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.amp == "bf16")
 
 
 def samples_with_count(run: Run) -> list[Sample]:

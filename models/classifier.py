@@ -51,7 +51,7 @@ def class_activation_maps(
     for scale in scales:
         sides = [max(32, round(side * scale / 32) * 32) for side in (size or height, size or width)]
         scaled = F.interpolate(image, sides, mode="bilinear", align_corners=False, antialias=True)
-        both = classifier.class_maps(torch.cat([scaled, scaled.flip(3)]))
+        both = classifier.class_maps(torch.cat([scaled, scaled.flip(3)])).float()
         plain, flipped = F.interpolate(both.relu(), grid, mode="bilinear", align_corners=False).chunk(2)
         total += plain + flipped.flip(3)
     return _divided_by_peak(total)
@@ -98,10 +98,11 @@ def spread_activations(classifier: Classifier, image: Tensor, cams: Tensor, grid
     features = classifier.backbone(image)
     maps = F.interpolate(cams, (grid, grid), mode="bilinear", align_corners=False, antialias=True)
     maps = maps.square().flatten(2).transpose(1, 2)
-    for level, exponent in WALKS:
-        feature = F.interpolate(features[level], (grid, grid), mode="bilinear", align_corners=False).flatten(2)
-        feature = F.normalize(feature - feature.mean(2, keepdim=True), dim=1)
-        affinity = (feature.transpose(1, 2) @ feature).clamp(min=0) ** exponent
-        maps = affinity @ maps / affinity.sum(2, keepdim=True).clamp(min=1e-5)
+    with torch.autocast(cams.device.type, enabled=False):  # bfloat16 would round the affinities too
+        for level, exponent in WALKS:
+            feature = F.interpolate(features[level].float(), (grid, grid), mode="bilinear", align_corners=False)
+            feature = F.normalize(feature.flatten(2) - feature.mean((2, 3))[..., None], dim=1)
+            affinity = (feature.transpose(1, 2) @ feature).clamp(min=0) ** exponent
+            maps = affinity @ maps / affinity.sum(2, keepdim=True).clamp(min=1e-5)
     maps = maps.transpose(1, 2).unflatten(2, (grid, grid))
     return _divided_by_peak(F.interpolate(maps, cams.shape[-2:], mode="bilinear", align_corners=False))

@@ -104,6 +104,8 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("SPREAD if config.spread else PLAIN", "PLAIN"),
         ("size, thresholds, config.crf)", "size, thresholds, False)"),
     ],
+    ("engine/cam_labels.py", "test_stages.py", "bfloat16"): [("with run.autocast():", "if True:")],
+    ("engine/pts.py", "test_stages.py", "bfloat16"): [("with run.autocast():", "if True:")],
     ("engine/trainer.py", "test_defaults.py", "logs_its_rate"): [
         ("weights.get(key, 1.0) * term", "term"),
         ("{key: weights[key] * term for", "{key: term for"),

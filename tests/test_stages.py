@@ -16,8 +16,11 @@ import train_pts
 from datasets.training import TrainingImages, read_samples
 from datasets.transforms import load_square
 from engine import cam_labels, pts, run, stages
+from engine.config import Machine, override
+from engine.presets import BEST
 from models import wsid_net
 from models.branches import BranchOutput
+from models.classifier import Classifier
 from models.losses import boundary_loss, centroid_loss
 from utils import checkpoint
 
@@ -286,6 +289,22 @@ def test_progressive_training_is_algorithm_1(tmp_path, monkeypatch, photographs)
         model = checkpoint.load(tmp_path / "pts" / f"r{r}" / "weights.pt")["model"]
         assert (model["aspp.0.0.weight"] - before["aspp.0.0.weight"]).mean().item() == pytest.approx(way, abs=1e-4)
     assert (tmp_path / "weights_pts.pt").exists()
+
+
+def test_bfloat16_labels_differ_by_the_rounding_of_the_network_alone(photographs):
+    samples, found = read_samples([photographs])[:2], []
+    classifier = Classifier("mobilenetv2_100").eval()
+    net = wsid_net.WSIDNet(wsid_net.NetConfig(**NET)).eval()
+    preset = override(BEST, {"size": 64, "scales": (1.0,)})
+    for amp in ("off", "bf16"):
+        own = run.Run(photographs, samples, preset, Machine(amp=amp), torch.device("cpu"))
+        with torch.no_grad():
+            cams = [cams for _, cams in cam_labels.class_activations(own, classifier, samples)]
+        saliency = [maps[0] for _, _, maps, _ in pts.network_outputs(own, net, samples)]
+        assert cams[0].dtype == saliency[0].dtype == np.float32
+        found.append((np.stack(cams), np.stack(saliency)))
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < np.abs(exact - rounded).max() and np.abs(exact - rounded).mean() < 0.1
 
 
 def test_every_other_photograph_is_mirrored(photographs):
