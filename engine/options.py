@@ -95,7 +95,7 @@ def add_machine_options(parser: Parser, several_seeds: bool = False) -> None:
 
     add_gpu_option(group)
     add("--workers", "workers", "processes that load images and run the CRF and the fusion")
-    add("--amp", "amp", "bf16 computes the network in bfloat16", metavar="off|bf16")
+    add("--amp", "amp", "bf16 computes the networks in bfloat16, for labels too", metavar="off|bf16")
     add("--accumulate", "accumulate", "compute each batch in N parts, for a GPU that cannot hold it", metavar="N")
     group.add_argument("--compile", action="store_true", help="let torch.compile fuse the network")
     group.add_argument(
