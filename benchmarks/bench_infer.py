@@ -186,7 +186,7 @@ def bench_stages(args: argparse.Namespace, predictor: Predictor, paths: Sequence
     run_stages(predictor, paths[:2], out)
     runs = [run_stages(predictor, paths, out) for _ in range(args.repeats)]
     total = statistics.median(sum(run.values()) for run in runs)
-    title = f"Stages, one after another, ms per photograph ({len(paths)} photographs)"
+    title = f"Stages, one after another, fractions of the time ({len(paths)} photographs)"
     print(f"\n{title}\n{'':34}{'median ms':>11}{'best ms':>10}{'of total':>10}")
     rows: list[Row] = []
     fraction: dict[str, float] = {}

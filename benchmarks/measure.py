@@ -159,7 +159,8 @@ def write_section(rows: Sequence[Row], path: Path, title: str, device: torch.dev
     heading = f"## {title}: {device_name(device)}"
     on_gpu = device.type == "cuda"
     version = torch.__version__.partition("+")[0]
-    lines = [heading, "", f"PyTorch {version}, {time.strftime('%B %Y')}; memory is that of one process.", ""]
+    about = "times are relative to the first row of their block, memory is that of one process"
+    lines = [heading, "", f"PyTorch {version}, {time.strftime('%B %Y')}; {about}.", ""]
     lines += ["| | | time | MiB |" + " ms | photographs/s |" * on_gpu, "|---|---|---:|---:|" + "---:|---:|" * on_gpu]
     case = ""
     for row in rows:
