@@ -93,7 +93,7 @@ def canny_edges(image: np.ndarray, mode: str = "auto") -> np.ndarray:
 
 def _median(grey: np.ndarray) -> float:
     """The median of a uint8 array, by counting: ten times as fast as ``np.median``."""
-    up_to = np.cumsum(cv2.calcHist([grey], [0], None, [256], [0, 256]))
+    up_to = np.cumsum(cv2.calcHist([grey], [0], None, [256], [0, 256]), dtype=np.int64)
     middle = (up_to[-1] + 1) / 2
     return float(np.searchsorted(up_to, [np.floor(middle), np.ceil(middle)]).mean())
 

@@ -37,7 +37,10 @@ def assemble(run: Run) -> None:
         parts["saliency"] = _saliency_of_labels(run) or parts["saliency"]
     missing = [str(path) for path in parts.values() if not path.exists()]
     if missing:
-        print(f"the network will be in {run.out / 'weights.pt'} when {missing[0]} exists too")
+        path = run.out / "weights.pt"
+        print(f"the network will be in {path} when {missing[0]} exists too")
+        if path.exists():
+            print(f"until then {path} is the network of an earlier training")
         return
     saved = {name: checkpoint.load(path) for name, path in parts.items()}
     try:

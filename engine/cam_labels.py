@@ -147,6 +147,7 @@ def _bind_labels(run: Run, samples: list[Sample]) -> None:
     """Bind the folder of the pseudo labels to the classifier and, one by one, to the photographs."""
     cam = run.preset.cam
     settings = settings_of(run.preset.labels, backbone=cam.backbone, output_stride=cam.output_stride, size=cam.size)
+    settings |= run.machine.precision_of_labels
     photographs = provenance.describe_photographs(samples, "classes")  # noted one by one: more can be added
     finished = partial(is_done, run.labels)
     provenance.bind(run.labels, settings, _classifier_input(run), photographs, finished)

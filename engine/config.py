@@ -111,6 +111,11 @@ class Machine(_Checked):
     deterministic: bool = False
     save_seconds: float = 60.0
 
+    @property
+    def precision_of_labels(self) -> dict[str, str]:
+        """``amp`` as a setting that labels depend on; none for float32, so that records without it stay valid."""
+        return {} if self.amp == "off" else {"amp": self.amp}
+
 
 @dataclass(frozen=True)
 class Schedule(_Checked):

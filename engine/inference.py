@@ -48,6 +48,9 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
         raise InputError(f"only clips are given, for which {', '.join(unused)} writes nothing; leave it out")
     with gc_disabled():  # the network imports much
         device = distributed.init(args.gpu)
+        # One list for all processes, whose shares would overlap if a photograph was added between two listings.
+        paths, clips, failed = distributed.run_on_main(lambda: (paths, clips, failed))
+        requested = len(paths) + len(clips) + len(failed)
         options = {name: getattr(args, name) for name in ("method", "count", "amp", "refine")}
         predictor = Predictor(args.weights, device, settings=args.fusion, **options)
     ids = partial(coco_ids, args.coco_ids) if args.coco_ids else None
@@ -58,7 +61,7 @@ def infer(args: argparse.Namespace, paths: list[Path], failed: list[InputError])
     kinds += ["cutouts"] if args.cutouts else []
     kinds += ["labelme"] if args.labelme else []
     results = Results(make_folder(args.out), identity, kinds, args.saliency_dir, ids, args.coco, args.coco_polygons)
-    paths, clashes = results.without_clashes(paths)
+    paths, clashes = distributed.run_on_main(results.without_clashes, paths)
     failed += clashes
     if clips:
         from engine import video

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from models.backbones import Backbone
 from models.detections import Detections
 from models.fusion_config import FusionConfig
 from models.wsid_net import WSIDNet, goes_on_from, load_network
-from ops import compiled
+from ops import compiled, sources
 from utils import digest
 from utils.cli import InputError
 from utils.parallel import map_ahead
@@ -158,7 +159,6 @@ class Predictor:
 
     def identity(self) -> dict[str, Any]:
         """All that predictions depend on besides the photographs and the machine, as a plain value."""
-        code = [path for part in ("models", "ops", "datasets", "engine") for path in sorted((ROOT / part).glob("*.py"))]
         return {
             "weights": digest.of_file(self.weights),
             "method": self.method,
@@ -167,7 +167,7 @@ class Predictor:
             "settings": asdict(self.settings),
             "bf16": self.bf16,
             "device": self.device.type,
-            "code": digest.of_files(code),
+            "code": digest_of_code(),
         }
 
     def predict(self, image: Any, saliency: Any = None) -> Prediction:
@@ -281,6 +281,13 @@ class Predictor:
         return [self._fusion_stream(ready)(finish) for finish in fused]
 
 
+def digest_of_code() -> list[str | None]:
+    """Of all code that predictions depend on, that of the compiled operators included."""
+    folders = ("models", "ops", "datasets", "engine", "utils")
+    code = [path for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return [digest.of_value(digest.of_files(code)), sources.digest() if compiled.available else None]
+
+
 def _usable(device: torch.device | str) -> torch.device:
     """The torch.device that ``device`` names; InputError when this machine does not have it."""
     try:
@@ -359,14 +366,9 @@ def process(
     """
 
     def load(path: Any) -> Any:
-        try:
-            image = (read or read_image)(path)
-            saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
-            return path, image, saliency, predictor.prepare(transform(image) if transform else image)
-        except InputError as error:
-            return error
-        except MemoryError:
-            return _too_large(path)
+        image = (read or read_image)(path)
+        saliency = read_replacement(saliency_dir, path.stem) if saliency_dir else None
+        return path, image, saliency, predictor.prepare(transform(image) if transform else image)
 
     def with_maps(loaded: Iterator[Any]) -> Iterator[list[Any]]:
         while batch := list(islice(loaded, batch_size)):
@@ -385,23 +387,26 @@ def process(
 
     def written(entry: Any, predict: Callable[[], Prediction]) -> T | InputError:
         path, image, *_ = entry
-        try:
-            return finish(path, image, predict())
-        except InputError as error:
-            return error
-        except MemoryError:
-            return _too_large(path)
+        return _attempt(path, lambda: finish(path, image, predict()))
 
     ahead = batch_size + threads  # a whole batch is loaded while the network computes the one before
     # The operators take a whole batch on a GPU. On the CPU threads share the photographs.
     whole_batches = predictor.device.type == "cuda" and predictor.method != STUDENT
-    loaded = map_ahead(load, paths, threads, ahead)
+    loaded = map_ahead(lambda path: _attempt(path, lambda: load(path)), paths, threads, ahead)
     for results in map_ahead(conclude, with_maps(loaded), threads, 1 if whole_batches else ahead):
         yield from results
 
 
-def _too_large(path: Any) -> InputError:
-    return InputError(f"{path} needs more memory than there is; reduce it, or give fewer --workers")
+def _attempt(path: Any, compute: Callable[[], T]) -> T | InputError:
+    """What ``compute`` returns for the photograph ``path``, or why it cannot."""
+    try:
+        return compute()
+    except InputError as error:
+        return error
+    except (MemoryError, cv2.error) as error:
+        if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+            raise
+        return InputError(f"{path} needs more memory than there is; reduce it, or give fewer --workers")
 
 
 def read_replacement(folder: Path, stem: str) -> np.ndarray:

@@ -50,7 +50,7 @@ def progressive_training(run: Run) -> None:
             distributed.run_on_main(_bind, run, net, inputs, previous, folder)
             labelled = make_labels(run, net, folder)  # of a finished iteration too: labels that were deleted
             finished = folder / "weights.pt"
-            if finished.exists():
+            if distributed.run_on_main(finished.exists):  # else a process might see what the first one is writing
                 current = checkpoint.load(finished, run.device)["model"]
             else:
                 if config.schedule.epochs:
@@ -107,7 +107,8 @@ def _bind(run: Run, net: WSIDNet, inputs: dict[str, str], saliency: State, folde
     provenance.bind(folder, settings, inputs | start)
     photographs = provenance.describe_photographs(run.samples, "classes", "count")
     # The saliency branch that is trained on these labels, for a network whose branches are trained on them.
-    provenance.bind(make_folder(folder / "labels"), {"saliency_branch": "../weights.pt"}, photographs=photographs)
+    made_by = {"saliency_branch": "../weights.pt"} | run.machine.precision_of_labels
+    provenance.bind(make_folder(folder / "labels"), made_by, photographs=photographs)
 
 
 def make_labels(run: Run, net: WSIDNet, folder: Path) -> list[Sample]:
@@ -156,7 +157,7 @@ def network_outputs(
         with run.autocast():
             output = net(*inputs)
         maps = [m.float().cpu().numpy() for m in (output.saliency, output.boundary, output.offsets)]
-        numbers = expected_count(output.count_probs).tolist()
+        numbers = expected_count(output.count_probs.float()).tolist()
         for (sample, square, _), number, *of_one in zip(batch, numbers, *maps, strict=True):
             yield sample, square, of_one, int(number)
 
@@ -207,8 +208,8 @@ def write_label(
         mask,
         config.init_mask_weight,
     )
+    found = label is not None
     if label is None:
-        (labels / "saliency" / f"{sample.stem}.none").touch()
         label = mask
     elif sample.count and config.instance_labels:
         instances = instance_label(label, maps, sample.count, config.fusion, classes)
@@ -219,6 +220,12 @@ def write_label(
             files.save_png(classes, labels / "classes" / png)
         else:
             (labels / "classes" / f"{sample.stem}.none").touch()
+    # Last what ``is_tried`` looks for, so that a photograph is repeated after a kill in between.
+    without = labels / "saliency" / f"{sample.stem}.none"
+    if found:
+        without.unlink(missing_ok=True)
+    else:
+        without.touch()
     if label is not None:
         files.save_png(np.round(label * 255).astype(np.uint8), labels / "saliency" / png)
 

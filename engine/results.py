@@ -1,5 +1,6 @@
 """The output folder of infer.py: pictures, annotations, and the journal from which a stopped run continues."""
 
+import errno
 import json
 import os
 import threading
@@ -66,6 +67,7 @@ class Results:
         self.lock = threading.Lock()
         self.file: BinaryIO | None = None
         self.written = False  # whether this run, in any of its processes, has written a result
+        self.states: dict[Path, Any] = {}  # of photographs before they are read (``_made_from``)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lock": None, "file": None}  # another process opens the journal anew
@@ -126,25 +128,30 @@ class Results:
         return list(kept.values()), errors
 
     def unfinished(self, paths: Sequence[Path]) -> list[Path]:
-        """The ``paths`` that have no results, or results of a file that has changed since."""
+        """The ``paths`` that have no results, or results of a file that has changed since; to be called before they are
+        read."""
         done = _read(self._journals())
+        self.states = {path: self._made_from(path) for path in paths}
         return [
             path
             for path in paths
             if path.stem not in done
-            or done[path.stem]["made_from"] != self._made_from(path)
+            or done[path.stem]["made_from"] != self.states[path]
             or not all(map(files.is_complete, self.files(path.stem, len(done[path.stem]["records"]))))
         ]
 
     def add(self, path: Path, image: np.ndarray, prediction: "Prediction") -> list[Path]:
         """Write the results of the photograph ``path``, uint8 RGB [H,W,3]; returns its files.
 
-        Raises InputError when they cannot be written.
+        Raises InputError when they cannot be written, or when a run of another identity has written to the folder
+        meanwhile.
         """
         file = self._open()
+        if not self.journal.exists():
+            raise self._of_another_run()
         entry = {
             "image_id": path.stem,
-            "made_from": self._made_from(path),
+            "made_from": self.states[path] if path in self.states else self._made_from(path),
             "time": time.time(),
             "size": list(image.shape[:2]),
             "records": write_results(self.folder, path, self.kinds, image, prediction),
@@ -152,7 +159,9 @@ class Results:
         try:
             # A single write, so that lines of several processes do not mix. The newline comes first: it ends a line
             # that a killed process left incomplete.
-            file.write(b"\n" + json.dumps(entry).encode())
+            line = b"\n" + json.dumps(entry).encode()
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise files.write_error(self.journal, error) from error
         self.written = True
@@ -166,10 +175,7 @@ class Results:
         InputError when a file cannot be written, or when a run of another identity has written to the folder meanwhile.
         """
         if self.written and not self._journals():
-            raise InputError(
-                f"another run with other settings wrote to {self.folder} meanwhile; run the command "
-                "with an --out of its own"
-            )
+            raise self._of_another_run()
         if not _read(self._journals()):
             return []
         order = {path.stem: place for place, path in enumerate(paths)}
@@ -191,6 +197,12 @@ class Results:
         if self.coco:
             files.write_atomically(self.coco, partial(write, partial(self._data_set, paths), None))
         return self.lists + ([self.coco] if self.coco else [])
+
+    def _of_another_run(self) -> InputError:
+        return InputError(
+            f"another run with other settings wrote to {self.folder} meanwhile; run the command with an --out of its "
+            "own"
+        )
 
     def _records(self, entries: list[dict[str, Any]]) -> Records:
         """The content of predictions.json."""
@@ -350,14 +362,18 @@ def draw(kind: str, image: np.ndarray, prediction: "Prediction") -> np.ndarray:
 
 
 def _read(journals: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """{stem: entry} of journals, the latest entry of each stem; incomplete lines are skipped."""
+    """{stem: entry} of journals, the latest entry of each stem: the last one of a journal, and of those of several
+    journals by their time. Incomplete lines are skipped."""
     entries: dict[str, dict[str, Any]] = {}
     for journal in journals:
+        own: dict[str, dict[str, Any]] = {}
         with suppress(FileNotFoundError), open(journal, "rb") as file:
             for line in file:
                 with suppress(ValueError, KeyError, TypeError):
                     read = json.loads(line)
                     entry = {key: read[key] for key in ("image_id", "made_from", "time", "size", "records")}
-                    if entry["image_id"] not in entries or entries[entry["image_id"]]["time"] <= entry["time"]:
-                        entries[entry["image_id"]] = entry
+                    own[entry["image_id"]] = entry
+        for stem, entry in own.items():
+            if stem not in entries or entries[stem]["time"] <= entry["time"]:
+                entries[stem] = entry
     return entries

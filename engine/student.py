@@ -25,6 +25,7 @@ from engine.predictor import Predictor
 from engine.results import label_map
 from engine.run import START
 from engine.trainer import Batch, train
+from models import STUDENT
 from models.backbones import load_pretrained
 from models.mask_rcnn import MaskRCNN, StudentConfig, save_student
 from models.wsid_net import load_network
@@ -65,6 +66,8 @@ def train_student(run: StudentRun) -> Path:
     and where the teacher finds the number of objects that was counted in none.
     """
     samples, teacher = [sample for sample in run.samples if sample.count is not None], run.teacher
+    result = run.out / "weights.pt"
+    distributed.run_on_main(_require_place, result, teacher)
     if not any(sample.count for sample in samples):
         raise InputError("no photograph has a count above 0; name a source in --data that has them, as in labels.csv")
     with distributed.context_on_main(files.lock_folder, make_folder(run.out)):
@@ -81,9 +84,20 @@ def train_student(run: StudentRun) -> Path:
             init = run.init if r == 1 else "teacher"
             train_round(replace(run, config=config, init=init), teacher, complete, labels, folder)
             teacher = folder / "weights.pt"
-        result = run.out / "weights.pt"
         distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))
     return result
+
+
+def _require_place(path: Path, teacher: Path) -> None:
+    """InputError when the file ``path`` would be overwritten with a student, though it is the teacher or no student."""
+    if not path.exists():
+        return
+    try:
+        kind = checkpoint.load(path).get("kind")
+    except (InputError, AttributeError):  # a damaged file is no loss
+        return
+    if kind != STUDENT or path.samefile(teacher):
+        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
 
 
 def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], folder: Path) -> Path:
@@ -95,11 +109,14 @@ def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], fol
     labels, samples = folder / "instances", [sample for sample in samples if sample.count]
     inputs = {"the teacher": digest.of_file(teacher)}
     photographs = provenance.describe_photographs(samples, "count")
-    distributed.run_on_main(provenance.bind, folder, {}, inputs, photographs, lambda s: (labels / f"{s}.png").exists())
+    precision = run.machine.precision_of_labels
+    distributed.run_on_main(
+        provenance.bind, folder, precision, inputs, photographs, lambda s: (labels / f"{s}.png").exists()
+    )
     make_folder(labels)
     todo = [sample for sample in distributed.shard(samples) if not (labels / f"{sample.stem}.png").exists()]
     if todo:
-        predictor = Predictor(teacher, run.device, refine=False)
+        predictor = Predictor(teacher, run.device, amp=run.machine.amp, refine=False)
         with WorkerPool(run.machine.workers) as pool:
             outputs = network_outputs(predictor, todo)
             for sample, size, output in tqdm(outputs, "labels", total=len(todo), mininterval=2):
@@ -141,12 +158,12 @@ def train_round(run: StudentRun, teacher: Path, samples: list[Sample], labels: P
     torch.manual_seed(run.seed)  # new layers start the same in every round
     model = MaskRCNN(student_config(config))
     settings = settings_of(config, seed=run.seed)
-    del settings["rounds"]  # more rounds may be added
+    del settings["rounds"]  # more rounds may be added, where the last one does not reduce photographs
     maps = digest.of_files(labels / f"{sample.stem}.png" for sample in samples if sample.count)
     inputs = provenance.digest_inputs(samples, "count") | {"an instance label": digest.of_value(maps)}
     inputs[START] = initialize(run, model, teacher)
     distributed.run_on_main(provenance.bind, make_folder(folder / "train"), settings, inputs)
-    if (folder / "weights.pt").exists():
+    if distributed.run_on_main((folder / "weights.pt").exists):
         return
     freeze(model, config)
     # The mask head sees another number of regions in every batch: cuDNN would search for the fastest kernels each time.

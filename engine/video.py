@@ -85,7 +85,7 @@ def process_clip(
     status = os.stat(path)
     identity = digest.of_value([predictor.identity(), asdict(settings), status.st_size, status.st_mtime_ns])
     before = _info(tracks)
-    if before.get("identity") == identity and video.exists() and labels.is_dir():
+    if before.get("identity") == identity and files.is_complete(video) and labels.is_dir():
         print(f"{path} is finished and skipped; delete {tracks} to compute it anew")
         return [video, labels, tracks], [InputError(text) for text in before["problems"]]
     with suppress(OSError):

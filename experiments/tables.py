@@ -33,7 +33,7 @@ from engine import options
 from engine.config import Preset, as_recorded, override
 from engine.evaluation import maps_for, measure_files, measure_predictor, summarize_methods
 from engine.predictions import check_size
-from engine.predictor import Predictor, bfloat16_pays
+from engine.predictor import Predictor, bfloat16_pays, digest_of_code
 from engine.presets import BEST, PAPER
 from engine.trainer import prepare_machine
 from experiments import prm
@@ -314,7 +314,9 @@ def train_first(preset: Preset, setup: Setup, base: Path, labels: Path, row: Row
     if not row.pts:
         longer = replace(schedule, epochs=schedule.epochs + pts.iterations * pts.schedule.epochs)
         preset = replace(preset, saliency=replace(preset.saliency, schedule=longer))
-    made_of = (str(labels.resolve()), preset.network)
+    own, base_ = labels.resolve(), base.resolve()
+    # Relative, so that the folder can be moved.
+    made_of = (str(own.relative_to(base_) if own.is_relative_to(base_) else own), preset.network)
     words = " ".join(f"{name} {value}" for name, value in row.changes.items()) or "full"
     name = folder_name(words + ("" if row.pts else " no pts"), *made_of, preset.branches, preset.saliency, pts)
     out = make_folder(base / name)
@@ -363,6 +365,7 @@ def measure(row: Row, weights: Path, val: str, args: argparse.Namespace) -> Summ
         "maps": digest_of_maps(maps, stems) if maps else None,
         "classifier": as_recorded(cam) if row.method == "prm" else None,
         "device": [device.type, bfloat16_pays(device)],
+        "code": [digest_of_code(), digest.of_file(Path(prm.__file__))],
     }
     kept = weights.with_name(f"{weights.stem}_{digest.of_value(made_from)}.json")
     if kept.exists():

@@ -114,16 +114,19 @@ def save_weights(net: WSIDNet, path: Path, note: str = "", start: str | None = N
 
 
 def digest_of_weights(path: Path) -> str | None:
-    """The digest of the weights in a file of ``save_weights``; None for any other file."""
+    """The digest of the weights and the fusion settings in a file of ``save_weights``; None for any other file."""
     return _digest_of(checkpoint.load(path))
 
 
 def _digest_of(saved: Any) -> str | None:
-    return digest.of_state(saved["state"]) if isinstance(saved, dict) and isinstance(saved.get("state"), dict) else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        return None
+    return digest.of_value([digest.of_state(saved["state"]), saved.get("fusion")])
 
 
 def goes_on_from(path: Path, start: Path) -> bool:
-    """Whether the network in the file ``path`` was trained from the one in ``start``; True if that is not recorded."""
+    """Whether the network in the file ``path`` was trained from the one in ``start``, with its fusion settings; True if
+    that is not recorded."""
     saved = checkpoint.load(path)
     noted = saved.get("start") if isinstance(saved, dict) else None
     return noted is None or noted == digest_of_weights(start)

@@ -105,6 +105,23 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("size, thresholds, config.crf)", "size, thresholds, False)"),
     ],
     ("engine/cam_labels.py", "test_stages.py", "bfloat16"): [("with run.autocast():", "if True:")],
+    ("engine/cam_labels.py", "test_provenance.py", "two_precisions"): [
+        ("settings |= run.machine.precision_of_labels", "pass"),
+    ],
+    ("models/classifier.py", "test_classifier.py", "third_power"): [("enabled=False", "enabled=True")],
+    ("engine/student.py", "test_student.py", "no_other_network"): [
+        ("kind != STUDENT or", ""),
+        ("or path.samefile(teacher)", ""),
+    ],
+    ("engine/results.py", "test_infer.py", "while_it_is_computed or last_line or full_disk or two_settings"): [
+        ("self.states[path] if path in self.states else", ""),
+        ('own[entry["image_id"]] = entry', 'own.setdefault(entry["image_id"], entry)'),
+        ("if file.write(line) != len(line):", "file.write(line)\n            if False:"),
+        ("if not self.journal.exists():", "if False:"),
+    ],
+    ("utils/files.py", "test_infer.py", "computed_anew"): [
+        ("mark in end if mark else end", "end"),
+    ],
     ("engine/pts.py", "test_stages.py", "bfloat16"): [("with run.autocast():", "if True:")],
     ("engine/trainer.py", "test_defaults.py", "logs_its_rate"): [
         ("weights.get(key, 1.0) * term", "term"),

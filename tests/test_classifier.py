@@ -49,7 +49,8 @@ def test_activations_spread_by_the_third_power_of_f3_and_the_second_of_f4():
     generator = torch.Generator().manual_seed(0)
     levels = [torch.randn(1, channels, 4, 4, generator=generator) for channels in (2, 3, 6, 8, 5)]
     cams = torch.rand(1, 2, 4, 4, generator=generator)
-    found = spread_activations(SimpleNamespace(backbone=lambda image: levels), None, cams, grid=4)[0]
+    with torch.autocast("cpu", torch.bfloat16):  # is for the network alone
+        found = spread_activations(SimpleNamespace(backbone=lambda image: levels), None, cams, grid=4)[0]
     maps = cams[0].flatten(1).numpy().astype(float) ** 2
     for level, power in ((2, 3), (3, 2)):
         feature = levels[level][0].flatten(1).numpy().astype(float)

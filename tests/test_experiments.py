@@ -343,7 +343,7 @@ def measured(monkeypatch, val):
     return measure
 
 
-def test_a_row_is_measured_anew_when_what_it_depends_on_differs(measured, val):
+def test_a_row_is_measured_anew_when_what_it_depends_on_differs(measured, val, monkeypatch):
     assert measured() == measured() == 1
     assert measured(tables.COMPONENTS) == 2
     assert measured(tables.FULL, "--fusion", "power=2") == measured(tables.FULL, "--fusion", "power=2.0") == 3
@@ -361,6 +361,8 @@ def test_a_row_is_measured_anew_when_what_it_depends_on_differs(measured, val):
         path.rename(path.with_name("c.png"))
     assert measured(val=elsewhere) == 8 and measured() == 7
     assert measured(Row("true S", true_saliency=True)) == 9
+    monkeypatch.setattr(tables, "digest_of_code", lambda: "of another version")
+    assert measured() == 10
 
 
 def test_maps_of_two_folders_are_two_rows(measured, val):

@@ -650,8 +650,13 @@ def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
     Image.fromarray(noise(50, 50)).save(photographs / "p01.png")
     (out / "p02_overlay.jpg").unlink()
     assert run_() == (0, ["p01", "p02"], ["p00", "p01", "p02"])
-    (out / "p01_overlay.jpg").write_bytes(b"")
-    assert run_() == (0, ["p01"], ["p00", "p01", "p02"]), "as a power failure leaves it"
+    for end in (b"", b"half", b"half" + bytes(4096)):  # as a power failure may leave it
+        (out / "p01_overlay.jpg").write_bytes(end)
+        assert run_() == (0, ["p01"], ["p00", "p01", "p02"])
+    edited = out / "p01_overlay.jpg"
+    Image.open(edited).convert("L").save(edited)
+    kept = edited.read_bytes()
+    assert run_() == (0, [], ["p00", "p01", "p02"]) and edited.read_bytes() == kept, "what a user has changed stays"
     (out / "p00_instances.png").unlink()
     assert run_(img=photographs / "p01.png") == (0, [], ["p01", "p02"]), "records of pictures that are there"
     capsys.readouterr()
@@ -669,10 +674,62 @@ def test_which_photographs_are_computed_anew(weights, tmp_path, capsys, added):
 def test_runs_of_two_settings_at_once_are_an_error(weights, tmp_path, capsys, added):
     photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
     options = ("--img", photographs, "--weights", weights, "--out", out, "--fusion", "min_score=0")
-    added.after[1] = lambda: call(*options, "--count", 2)
+    pictures = []
+
+    def another():
+        call(*options, "--count", 2)
+        pictures.extend(path.read_bytes() for path in sorted(out.glob("*.png")))
+
+    added.after[1] = another
     assert call(*options, "--workers", 1) == 1
     assert "another run with other settings" in capsys.readouterr().err
+    assert [path.read_bytes() for path in sorted(out.glob("*.png"))] == pictures != [], "whose pictures stay"
     assert image_ids(out) and len(list(out.glob("finished-*.jsonl"))) == 1
+
+
+def test_a_photograph_that_is_replaced_while_it_is_computed_is_computed_anew(weights, tmp_path, added):
+    photographs, out = make_photographs(tmp_path / "in", 2), tmp_path / "out"
+    options = ("--img", photographs, "--weights", weights, "--out", out, "--workers", 1, "--batch-size", 2)
+    added.after[1] = lambda: Image.fromarray(noise(50, 50)).save(photographs / "p01.png")  # its pixels are read already
+    assert call(*options) == 0 and added.stems == ["p00", "p01"]
+    assert call(*options) == 0 and added.stems[2:] == ["p01"]
+    assert call(*options) == 0 and len(added.stems) == 3
+
+
+def test_the_last_line_of_a_journal_counts_whatever_the_clock_said(weights, tmp_path, added):
+    photographs, out = make_photographs(tmp_path / "in", 1), tmp_path / "out"
+    options = ("--img", photographs, "--weights", weights, "--out", out)
+    assert call(*options) == 0
+    (journal,) = out.glob("finished-*.jsonl")
+    entry = json.loads(journal.read_bytes())
+    journal.write_text("\n" + json.dumps(entry | {"time": time.time() + 1e6}))
+    Image.fromarray(noise(50, 50)).save(photographs / "p00.png")
+    assert call(*options) == 0 and call(*options) == 0 and len(added.stems) == 2
+
+
+def test_a_full_disk_is_noticed_by_a_line_of_the_journal_that_is_cut(weights, tmp_path, capsys, monkeypatch):
+    open_, cut = Results._open, SimpleNamespace(write=lambda line: len(line) - 1, close=lambda: None)
+    monkeypatch.setattr(Results, "_open", lambda self: (open_(self), cut)[1])
+    assert call("--img", make_photographs(tmp_path / "in", 1), "--weights", weights, "--out", tmp_path / "out") == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [10**15, "of OpenCV"])
+def test_a_photograph_that_needs_too_much_memory_is_named(weights, tmp_path, capsys, monkeypatch, size):
+    photographs = make_photographs(tmp_path / "in", 2)
+
+    def limited(path):
+        if path.stem == "p00" and size == "of OpenCV":
+            cv2.resize(np.zeros((1, 1), np.float64), (2**30, 2**20))
+        elif path.stem == "p00":
+            np.ones(size)
+        return read_image(path)
+
+    monkeypatch.setattr("engine.predictor.read_image", limited)
+    options = ("--weights", weights, "--out", tmp_path / "out", "--workers", 1, "--fusion", "min_score=0")
+    assert call("--img", photographs, *options) == 1
+    assert "p00.png needs more memory than there is" in capsys.readouterr().err
+    assert image_ids(tmp_path / "out")
 
 
 def test_an_error_leaves_no_empty_predictions(weights, tmp_path):

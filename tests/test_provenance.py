@@ -153,6 +153,12 @@ def test_a_stage_of_other_inputs_is_refused(trained, capsys, stage, change, word
     assert refused(capsys, words, "delete the folder to make it anew")
 
 
+def test_labels_of_two_precisions_are_not_mixed(trained, capsys):
+    (trained / "run" / "labels" / "saliency" / "photo1.png").unlink()
+    assert train(trained, "--no-crf", "--stage", "labels", "--amp", "bf16") == 2
+    assert refused(capsys, "labels was made with other settings or inputs (amp None -> bf16)")
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -271,6 +277,8 @@ def test_a_network_of_pts_says_what_it_was_trained_from(trained):
     path = trained / "run" / "weights.pt"
     assert goes_on_from(path.with_name("weights_pts.pt"), path)
     saved = checkpoint.load(path)
+    checkpoint.save(saved | {"fusion": saved["fusion"] | {"power": 3.0}}, path)
+    assert not goes_on_from(path.with_name("weights_pts.pt"), path)
     saved["state"]["saliency.aspp.0.2.bias"] += 1
     checkpoint.save(saved, path)
     assert not goes_on_from(path.with_name("weights_pts.pt"), path)

@@ -34,7 +34,7 @@ from experiments import oracle_study
 from models import mask_rcnn
 from models.detections import GRID, Detections, best_set, disjoint, pasted, ranked, refined, saliency_of
 from models.mask_rcnn import MaskRCNN, StudentConfig, mask_scores, save_student, targets_of
-from models.wsid_net import NetConfig, WSIDNet, load_network
+from models.wsid_net import NetConfig, WSIDNet, load_network, save_weights
 from utils import digest, files, provenance
 from utils.cli import InputError, make_folder
 
@@ -539,6 +539,24 @@ def test_the_result_is_the_moving_average_after_a_warmup(tmp_path):
 
 class Items(list):
     seed = epoch = 0
+
+
+@pytest.mark.parametrize("kind", ["the teacher", "a WSID-Net", "a student"])
+def test_no_other_network_is_overwritten(tmp_path, capsys, labelled, kind):
+    data, out = labelled[0], make_folder(tmp_path / "run")
+    if kind == "a WSID-Net":
+        save_weights(WSIDNet(NetConfig("mobilenetv2_100", size=64, channels=16)), out / "weights.pt")
+    else:
+        save_student(MaskRCNN(CONFIG), out / "weights.pt")
+    before, teacher = (out / "weights.pt").read_bytes(), out / "weights.pt"
+    if kind != "the teacher":
+        save_student(MaskRCNN(CONFIG), teacher := tmp_path / "teacher.pt")
+    if kind == "a student":  # of an earlier call of the same command
+        student._require_place(out / "weights.pt", teacher)
+    else:
+        assert call(train_student.main, "--data", data, "--teacher", teacher, "--out", out, *NET) == 2
+        assert (out / "weights.pt").read_bytes() == before
+        assert "weights.pt would be overwritten" in capsys.readouterr().err
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys, teacher):

@@ -21,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_JPEG_SIDE = 65_500
+ENDS = {".png": b"IEND", ".jpg": b"\xff\xd9"}
 REMEDIES = {
     errno.ENAMETOOLONG: "shorten the name it is made from",
     errno.ENOSPC: "free some space or choose another --out",
@@ -35,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], sync
     The data go to a hidden file in the same folder, which is renamed at the end. A hidden file that a killed process
     left is overwritten; processes that write the same path at once wait for each other. To a device or a pipe the data
     are written directly. sync: whether the data are on the disk before the file is renamed; without, which is faster,
-    the file may be empty after a power failure (``is_complete``).
+    the file may lack data after a power failure (``is_complete``).
 
     Raises InputError when the system refuses to write.
     """
@@ -52,6 +53,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], sync
                 file.flush()
                 if sync:
                     os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()  # Windows renames no open file
                 os.replace(partial, path)
             except BaseException:
                 with suppress(OSError):
@@ -62,11 +65,16 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], sync
 
 
 def is_complete(path: str | Path) -> bool:
-    """Whether the file ``path``, of a kind that is never empty, was written."""
+    """Whether the file ``path`` is there and has an end, which a power failure may take from one that was not synced:
+    that of its format for PNG and JPEG, else any byte but 0."""
     try:
-        return os.stat(path).st_size > 0
+        with open(path, "rb") as file:
+            file.seek(-min(64, os.stat(path).st_size), os.SEEK_END)
+            end = file.read()
     except OSError:
         return False
+    mark = ENDS.get(Path(path).suffix)
+    return mark in end if mark else end.strip(b"\0") != b""
 
 
 def write_error(path: str | Path, error: OSError) -> InputError:
