@@ -33,9 +33,9 @@ from utils import checkpoint, distributed
 from utils.cli import InputError, Parser, path_of
 from utils.script import run
 
-# The paper's method with a small backbone and networks of 256 px and 64 channels. Their schedules are those of BEST: with
-# the paper's, on some thousand photographs, V stays 0. The activation maps are those of the paper's 512 px: on val, the
-# masks made of maps of 256 px have an IoU of .39 with the objects, those of 512 px .48.
+# The paper's method with a small backbone and networks of 256 px and 64 channels. Their schedules are those of BEST:
+# with the paper's, on some thousand photographs, V stays 0. The activation maps are those of the paper's 512 px: on
+# val, masks made of maps of 256 px have an IoU of .39 with the objects, those of 512 px .48.
 _SMALL_PAPER = override(PAPER, {"backbone": "tf_efficientnet_lite0"})
 PAPER_SMALL = replace(
     _SMALL_PAPER,
