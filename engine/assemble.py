@@ -14,16 +14,8 @@ NOTE = "train_branches.py"  # in OUT/weights.pt, which names the program that ma
 def require_place(run: Run, stage: str) -> None:
     """InputError when the stage would overwrite an OUT/weights.pt that it has not made: the network of ``run.start``,
     a copy, or the network of other stages."""
-    path = run.out / "weights.pt"
-    if stage in ("cam", "labels") or not path.exists():
-        return
-    try:
-        saved = checkpoint.load(path)
-    except InputError:  # a damaged file is no loss
-        return
-    note = saved.get("note") if isinstance(saved, dict) else None
-    if note != NOTE or (run.start_path and path.samefile(run.start_path)):
-        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
+    if stage not in ("cam", "labels"):
+        checkpoint.require_own(run.out / "weights.pt", lambda saved: saved.get("note") == NOTE, run.start_path)
 
 
 def assemble(run: Run) -> None:

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from zipfile import ZipFile
 
 import cv2
@@ -17,11 +17,9 @@ from PIL import Image
 
 from datasets.images import MAX_PIXELS, read_image
 from engine import results
+from engine.predictor import Predictor, lacks_memory
 from utils import files
 from utils.cli import InputError
-
-if TYPE_CHECKING:
-    from engine.predictor import Predictor
 
 KEPT = 3600.0  # seconds after which a page that was not used, and any file, is removed
 MAX_PAGES = 100  # photographs in memory: so many, with as many pixels together as one photograph may have
@@ -63,7 +61,7 @@ class OpenPages:
     The methods may be called from several threads; one at a time computes.
     """
 
-    def __init__(self, predictor: "Predictor", folder: Path) -> None:
+    def __init__(self, predictor: Predictor, folder: Path) -> None:
         self.predictor, self.folder = predictor, folder
         self.held: OrderedDict[str, _Held] = OrderedDict()  # the page used last is the last
         self.lock = threading.Lock()
@@ -82,7 +80,9 @@ class OpenPages:
             except InputError as error:
                 self._remove_upload(path)
                 raise InputError(str(error).replace(str(path), path.name)) from error
-            except MemoryError as error:
+            except Exception as error:
+                if not lacks_memory(error):
+                    raise
                 self._remove_upload(path)
                 raise _too_large(path) from error
             self.held[page] = _Held(path, image, output, Path(tempfile.mkdtemp(dir=self.folder)), time.time())
@@ -127,7 +127,7 @@ class OpenPages:
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             self._close(page)
-            if isinstance(error, MemoryError):
+            if lacks_memory(error):
                 raise _too_large(held.upload) from error
             raise
         shutil.rmtree(held.folder, ignore_errors=True)

@@ -403,10 +403,15 @@ def _attempt(path: Any, compute: Callable[[], T]) -> T | InputError:
         return compute()
     except InputError as error:
         return error
-    except (MemoryError, cv2.error) as error:
-        if isinstance(error, cv2.error) and error.code != cv2.Error.StsNoMem:
+    except Exception as error:
+        if not lacks_memory(error):
             raise
         return InputError(f"{path} needs more memory than there is; reduce it, or give fewer --workers")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is Python's or OpenCV's for a lack of memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem)
 
 
 def read_replacement(folder: Path, stem: str) -> np.ndarray:

@@ -151,7 +151,7 @@ class Results:
             raise self._of_another_run()
         entry = {
             "image_id": path.stem,
-            "made_from": self.states[path] if path in self.states else self._made_from(path),
+            "made_from": self.states.get(path) or self._made_from(path),
             "time": time.time(),
             "size": list(image.shape[:2]),
             "records": write_results(self.folder, path, self.kinds, image, prediction),
@@ -294,27 +294,24 @@ def write_results(
     Raises InputError when a file cannot be written, or when a LabelMe file there was not written by infer.py, or was
     edited since.
     """
-    # A picture that a power failure leaves empty is made again, so none is waited for.
-    save_png, save_jpeg, save_label_png = (
-        partial(save, sync=False) for save in (files.save_png, files.save_jpeg, files.save_label_png)
-    )
+    # sync=False: a picture that a power failure cuts is made again (``Results.unfinished``).
     records = prediction_records(photograph.stem, prediction.masks, prediction.scores)
     for kind in kinds:
         paths = paths_of(folder, photograph.stem, kind, len(records))
         if kind == "instances":
-            save_label_png(label_map(prediction.masks), paths[0])
+            files.save_label_png(label_map(prediction.masks), paths[0], sync=False)
         elif kind == "overlay":
-            save_jpeg(draw(kind, image, prediction), paths[0])
+            files.save_jpeg(draw(kind, image, prediction), paths[0], sync=False)
         elif kind == LABELME:
             _write_labelme(photograph, paths[0], prediction)
         elif kind == CUTOUTS:
             for path, mask, record in zip(paths, prediction.masks, records, strict=True):
                 x, y, width, height = bounding_box(record["segmentation"], MARGIN)
                 place = np.s_[y : y + height, x : x + width]
-                save_png(visualize.cutout(image[place], mask[place]), path)
+                files.save_png(visualize.cutout(image[place], mask[place]), path, sync=False)
             _remove_cutouts(folder, photograph.stem, len(records) + 1)
         else:
-            save_png(draw(kind, image, prediction), paths[0])
+            files.save_png(draw(kind, image, prediction), paths[0], sync=False)
     return records
 
 

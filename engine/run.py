@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from datasets.labels import Sample
 from engine.config import Machine, Preset, Schedule, settings_of
-from engine.trainer import Losses, Show, train
+from engine.trainer import Losses, Show, autocast, train
 from models.wsid_net import WSIDNet
 from utils import checkpoint, distributed, provenance
 from utils.cli import InputError, make_folder
@@ -49,7 +49,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager:
         """The precision of the network, as a context."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.machine.amp == "bf16")
+        return autocast(self.device, self.machine.amp)
 
 
 def samples_with_count(run: Run) -> list[Sample]:

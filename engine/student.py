@@ -25,9 +25,8 @@ from engine.predictor import Predictor
 from engine.results import label_map
 from engine.run import START
 from engine.trainer import Batch, train
-from models import STUDENT
 from models.backbones import load_pretrained
-from models.mask_rcnn import MaskRCNN, StudentConfig, save_student
+from models.mask_rcnn import MaskRCNN, StudentConfig, is_student, save_student
 from models.wsid_net import load_network
 from utils import checkpoint, digest, distributed, files, provenance
 from utils.cli import InputError, make_folder, path_of
@@ -67,7 +66,7 @@ def train_student(run: StudentRun) -> Path:
     """
     samples, teacher = [sample for sample in run.samples if sample.count is not None], run.teacher
     result = run.out / "weights.pt"
-    distributed.run_on_main(_require_place, result, teacher)
+    distributed.run_on_main(checkpoint.require_own, result, is_student, teacher)
     if not any(sample.count for sample in samples):
         raise InputError("no photograph has a count above 0; name a source in --data that has them, as in labels.csv")
     with distributed.context_on_main(files.lock_folder, make_folder(run.out)):
@@ -86,18 +85,6 @@ def train_student(run: StudentRun) -> Path:
             teacher = folder / "weights.pt"
         distributed.run_on_main(lambda: checkpoint.save(checkpoint.load(teacher), result))
     return result
-
-
-def _require_place(path: Path, teacher: Path) -> None:
-    """InputError when the file ``path`` would be overwritten with a student, though it is the teacher or no student."""
-    if not path.exists():
-        return
-    try:
-        kind = checkpoint.load(path).get("kind")
-    except (InputError, AttributeError):  # a damaged file is no loss
-        return
-    if kind != STUDENT or path.samefile(teacher):
-        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
 
 
 def label_photographs(run: StudentRun, teacher: Path, samples: list[Sample], folder: Path) -> Path:

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,18 @@ def _update_average(decay: float, averages: list[Tensor], weights: list[Tensor],
         average.lerp_(current, share)
 
 
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    """The precision of a network that is trained or that makes labels, as a context; amp: of a ``Machine``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16")
+
+
 class _Step(nn.Module):
     """The losses of one batch as the forward of a module, which DistributedDataParallel needs."""
 
     def __init__(self, model: nn.Module, losses: Losses, device: torch.device, amp: str) -> None:
         super().__init__()
         self.model, self.losses = model, losses
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=amp == "bf16")
+        self.autocast = partial(autocast, device, amp)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         with self.autocast():

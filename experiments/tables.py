@@ -314,9 +314,10 @@ def train_first(preset: Preset, setup: Setup, base: Path, labels: Path, row: Row
     if not row.pts:
         longer = replace(schedule, epochs=schedule.epochs + pts.iterations * pts.schedule.epochs)
         preset = replace(preset, saliency=replace(preset.saliency, schedule=longer))
-    own, base_ = labels.resolve(), base.resolve()
-    # Relative, so that the folder can be moved.
-    made_of = (str(own.relative_to(base_) if own.is_relative_to(base_) else own), preset.network)
+    place, home = labels.resolve(), base.resolve()
+    if place.is_relative_to(home):
+        place = place.relative_to(home)  # the folder can be moved
+    made_of = (str(place), preset.network)
     words = " ".join(f"{name} {value}" for name, value in row.changes.items()) or "full"
     name = folder_name(words + ("" if row.pts else " no pts"), *made_of, preset.branches, preset.saliency, pts)
     out = make_folder(base / name)

@@ -21,7 +21,6 @@ INSTANCE_COST, COUNT_WEIGHT = 0.25, 0.1
 GRID = 160  # side of the square on which hypotheses are compared, pixels
 WINDOW, MARGIN = 56, 0.1  # side of the grid on which a mask is refined; around its box, a fraction of the box's sides
 
-
 Place = tuple[slice, slice]  # rows and columns of a photograph
 
 
@@ -86,12 +85,10 @@ def refined(found: Detections, side: int) -> Detections:
         return found
     image = np.ascontiguousarray(found.image.transpose(1, 2, 0))
     windows, masks = [], []
-    for index, box in enumerate(found.boxes):
+    for box, mask in zip(found.boxes, pasted(found, side, (side, side)), strict=True):
         margin = MARGIN * (box[2:] - box[:2])
         (x0, y0), (x1, y1) = np.floor(box[:2] - margin).astype(int), np.ceil(box[2:] + margin).astype(int)
         window = x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, side), min(y1, side)
-        mask = np.zeros((side, side), np.float32)
-        place, mask[place] = _placed(found, index, side, (side, side))
         colours, probability = (_resized(part[y0:y1, x0:x1]) for part in (image, mask))
         aligned = refine_mask(colours, probability)
         masks.append(aligned if aligned.max() >= MASK_THRESH else probability)  # no instance is lost

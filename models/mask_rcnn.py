@@ -287,6 +287,11 @@ def save_student(net: MaskRCNN, path: Path, settings: Mapping[str, Any] | None =
     checkpoint.save({"kind": STUDENT, "config": asdict(net.config), "training": training, "state": state}, path)
 
 
+def is_student(saved: Mapping[str, Any]) -> bool:
+    """Whether ``saved``, the content of a weights file, is of ``save_student``."""
+    return saved.get("kind") == STUDENT
+
+
 def student_of(saved: Mapping[str, Any]) -> MaskRCNN:
     """The MaskRCNN in what ``save_student`` wrote and ``utils.checkpoint.load`` has read."""
     net = MaskRCNN(StudentConfig(**saved["config"]))

@@ -110,11 +110,11 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
     ],
     ("models/classifier.py", "test_classifier.py", "third_power"): [("enabled=False", "enabled=True")],
     ("engine/student.py", "test_student.py", "no_other_network"): [
-        ("kind != STUDENT or", ""),
-        ("or path.samefile(teacher)", ""),
+        ("result, is_student, teacher)", "result, lambda saved: True, teacher)"),
+        ("result, is_student, teacher)", "result, is_student)"),
     ],
     ("engine/results.py", "test_infer.py", "while_it_is_computed or last_line or full_disk or two_settings"): [
-        ("self.states[path] if path in self.states else", ""),
+        ("self.states.get(path) or", ""),
         ('own[entry["image_id"]] = entry', 'own.setdefault(entry["image_id"], entry)'),
         ("if file.write(line) != len(line):", "file.write(line)\n            if False:"),
         ("if not self.journal.exists():", "if False:"),

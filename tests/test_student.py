@@ -35,7 +35,7 @@ from models import mask_rcnn
 from models.detections import GRID, Detections, best_set, disjoint, pasted, ranked, refined, saliency_of
 from models.mask_rcnn import MaskRCNN, StudentConfig, mask_scores, save_student, targets_of
 from models.wsid_net import NetConfig, WSIDNet, load_network, save_weights
-from utils import digest, files, provenance
+from utils import checkpoint, digest, files, provenance
 from utils.cli import InputError, make_folder
 
 NET = ("--backbone", "mobilenetv2_100", "--size", "64", "--channels", "32", "--gpu", "-1", "--workers", "0")
@@ -329,7 +329,7 @@ def test_all_images_at_once_give_the_detections_of_torchvision():
         masks = theirs["masks"][:, 0]
         scores, order = mask_scores(theirs["scores"], masks).sort(descending=True)
         for one, other in zip(ours, (theirs["boxes"][order], scores, masks[order], probs)):
-            assert np.allclose(one, other, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 class Copies(TorchDispatchMode):
@@ -552,7 +552,9 @@ def test_no_other_network_is_overwritten(tmp_path, capsys, labelled, kind):
     if kind != "the teacher":
         save_student(MaskRCNN(CONFIG), teacher := tmp_path / "teacher.pt")
     if kind == "a student":  # of an earlier call of the same command
-        student._require_place(out / "weights.pt", teacher)
+        checkpoint.require_own(out / "weights.pt", mask_rcnn.is_student, teacher)
+        assert call(train_student.main, "--data", data, "--teacher", "no.pt", "--out", out, *NET) == 2
+        assert "no.pt" in capsys.readouterr().err
     else:
         assert call(train_student.main, "--data", data, "--teacher", teacher, "--out", out, *NET) == 2
         assert (out / "weights.pt").read_bytes() == before

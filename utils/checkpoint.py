@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,23 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Any:
         raise InputError(f"cannot read the weights {path} ({error.strerror}); check the path and its rights") from error
     except Exception as error:  # a damaged file raises any of pickle's, zipfile's and torch's errors
         raise InputError(f"{path} is not a readable weights file; train or copy it again") from error
+
+
+def require_own(path: Path, is_own: Callable[[dict[str, Any]], bool], source: Path | None = None) -> None:
+    """InputError when a training would overwrite ``path`` with its result though it holds something else.
+
+    is_own: whether the content of the file is such a result. source: the file that the training starts from, which it
+    may not replace either. A damaged file is no loss.
+    """
+    if not path.exists():
+        return
+    try:
+        saved = load(path)
+    except InputError:
+        return
+    is_source = source is not None and source.exists() and path.samefile(source)
+    if is_source or not (isinstance(saved, dict) and is_own(saved)):
+        raise InputError(f"{path} would be overwritten, which this training has not made; give another --out")
 
 
 def is_finite(state: Any) -> bool:
