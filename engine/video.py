@@ -4,6 +4,7 @@ The file is read twice: for the predictions, which are linked to tracks, and to 
 are kept. Between the two the masks lie run-length encoded in a file, so memory does not grow with the length of a clip.
 """
 
+import itertools
 import json
 import os
 import sqlite3
@@ -85,7 +86,8 @@ def process_clip(
     status = os.stat(path)
     identity = digest.of_value([predictor.identity(), asdict(settings), status.st_size, status.st_mtime_ns])
     before = _info(tracks)
-    if before.get("identity") == identity and files.is_complete(video) and labels.is_dir():
+    expected = [video, *(labels / _frame_name(index) for index in range(before.get("length", 0)))]
+    if before.get("identity") == identity and all(map(files.is_complete, expected)):
         print(f"{path} is finished and skipped; delete {tracks} to compute it anew")
         return [video, labels, tracks], [InputError(text) for text in before["problems"]]
     with suppress(OSError):
@@ -96,12 +98,13 @@ def process_clip(
         problems = _problems(clip, broken, length)
         store.number_tracks(min(settings.min_frames, length - len(broken)))
         drawn = _draw(clip, store, video, labels, length)
+        _delete_from(labels, length)
         if not drawn:
             problems.append(
                 f"OpenCV has none of the codecs {', '.join(CODECS)} here, so {video} was not written; install "
                 "opencv-python-headless"
             )
-        info = {"identity": identity, "problems": problems}
+        info = {"identity": identity, "length": length, "problems": problems}
         files.write_atomically(tracks, lambda file: _write_tracks(file, info, clip, labels.name, store, length))
     return [*([video] if drawn else []), labels, tracks], [InputError(text) for text in problems]
 
@@ -265,6 +268,15 @@ def _frame_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
+def _delete_from(labels: Path, length: int) -> None:
+    """Delete the label maps of frames that a former, longer clip of the same name had."""
+    for index in itertools.count(length):
+        try:
+            (labels / _frame_name(index)).unlink()
+        except OSError:
+            break
+
+
 def _write_tracks(file: BinaryIO, info: dict[str, Any], clip: Clip, folder: str, store: MaskStore, length: int) -> None:
     """Write the tracks as YouTube-VIS does, track by track and frame by frame; ``info`` alone on the first line."""
     height, width = clip.size
@@ -311,6 +323,6 @@ def _info(tracks: Path) -> dict[str, Any]:
     """The info of a finished file of tracks, from its first line; {} where there is none."""
     with suppress(OSError, ValueError, KeyError), open(tracks, encoding="utf-8") as file:
         info = json.loads(file.readline().rstrip(",\n") + "}")["info"]
-        if isinstance(info, dict) and isinstance(info.get("problems"), list):
+        if isinstance(info, dict) and isinstance(info.get("problems"), list) and isinstance(info.get("length"), int):
             return info
     return {}

@@ -350,9 +350,13 @@ def test_a_clip_beside_a_photograph(discs, tmp_path, capsys):
     capsys.readouterr()
     assert call("--img", clip, "--out", out) == 0
     assert "clip.mp4 is finished and skipped" in capsys.readouterr().out
+    (out / "clip" / "000013.png").unlink()
+    assert call("--img", clip, "--out", out) == 0
+    assert "skipped" not in capsys.readouterr().out and len(list((out / "clip").iterdir())) == 20
     write_clip(clip, frames=6)
     assert call("--img", clip, "--out", out) == 0
     assert tracks_of(out / "clip_tracks.json")["videos"][0]["length"] == 6
+    assert sorted(path.name for path in (out / "clip").iterdir()) == [f"{index:06d}.png" for index in range(6)]
 
 
 @pytest.mark.parametrize("suffix, codec", [(".avi", "MJPG"), (".mkv", "mp4v"), (".mov", "mp4v"), (".webm", "VP80")])
