@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -172,8 +173,9 @@ def train(
             part.compile()
     step_of: nn.Module = _Step(model, losses, device, machine.amp)
     if distributed.world_size() > 1:
-        # The branches do not use the backbone's last convolution, which the classifier does.
-        step_of = DistributedDataParallel(step_of, find_unused_parameters=True)
+        # Filters of one input channel, as depthwise ones, have the same layout whatever their strides say.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        step_of = DistributedDataParallel(step_of)
     loader = training_loader(
         dataset,
         batch_size=schedule.batch_size,

@@ -70,7 +70,8 @@ class Backbone(nn.Module):
     """One network of the registry as a feature pyramid.
 
     Attributes: ``channels`` and ``strides``, the five widths and strides of f1..f5 (strides 2, 4, 8, 16 and
-    ``output_stride``); ``head_channels``, the width of what ``forward_head`` returns.
+    ``output_stride``); ``head_channels``, the width of what ``forward_head`` returns. head: whether that is used; else
+    the layers behind f5 are not trained.
 
     Raises InputError for a name that is not in the registry.
     """
@@ -78,7 +79,7 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, output_stride: int = 16) -> None:
+    def __init__(self, name: str, output_stride: int = 16, *, head: bool = False) -> None:
         super().__init__()
         if name not in BACKBONES:
             raise InputError(f"unknown backbone {name}; choose one of {', '.join(BACKBONES)}")
@@ -88,6 +89,9 @@ class Backbone(nn.Module):
         self.strides: list[int] = [min(info["reduction"], output_stride) for info in self.net.feature_info]
         self.head_channels: int = self.net.num_features
         source = BACKBONES[name]
+        if not head:
+            for parameter in list(self.net.parameters())[self._end_of(5) :]:
+                parameter.requires_grad_(False)
         self.register_buffer("mean", torch.tensor(source.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(source.std).view(1, 3, 1, 1), persistent=False)
 
@@ -107,17 +111,19 @@ class Backbone(nn.Module):
 
         Low levels are generic and, as the largest maps, most of the cost of a backward pass.
         """
-        if not levels:
-            return
-        ends = [info["module"] + "." for info in self.net.feature_info]
-        parameters = dict(self.net.named_parameters())
-        inside = [i for i, name in enumerate(parameters) if name.startswith(ends[levels - 1])]
+        if levels:
+            for parameter in list(self.net.parameters())[: self._end_of(levels)]:
+                parameter.requires_grad_(False)
+
+    def _end_of(self, level: int) -> int:
+        """How many of the network's parameters, in their order, belong to f1..f<level>."""
+        names = [name for name, _ in self.net.named_parameters()]
+        modules = [info["module"] + "." for info in self.net.feature_info]
+        inside = [i for i, name in enumerate(names) if name.startswith(modules[level - 1])]
         if inside:
-            end = inside[-1] + 1
-        else:  # the level is the output of an activation: it ends where the next one begins
-            end = next(i for i, name in enumerate(parameters) if name.startswith(ends[levels]))
-        for parameter in list(parameters.values())[:end]:
-            parameter.requires_grad_(False)
+            return inside[-1] + 1
+        # The level is the output of an activation: it ends where the next one begins.
+        return next(i for i, name in enumerate(names) if name.startswith(modules[level]))
 
     def fold_batch_norms(self) -> None:
         """Fold every batch norm into the convolution before it, for inference.

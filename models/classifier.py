@@ -20,7 +20,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone_name: str, output_stride: int = 16) -> None:
         super().__init__()
-        self.backbone = Backbone(backbone_name, output_stride)
+        self.backbone = Backbone(backbone_name, output_stride, head=True)
         self.head = nn.Conv2d(self.backbone.head_channels, NUM_CLASSES, 1, bias=False)
 
     def class_maps(self, image: Tensor) -> Tensor:

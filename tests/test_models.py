@@ -264,6 +264,33 @@ def test_saliency_net_is_trainable_and_bounded():
     assert [branch[0].dilation[0] for branch in net.aspp] == [6, 12, 18, 24]
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"mixing": False},
+        *({"attention": order} for order in MutualAttention.ORDERS),
+        *({"canny": canny} for canny in ("none", "only")),
+        {"enhancement": False},
+        {"backbone": "tf_efficientnet_lite0"},  # with layers behind f5
+    ],
+)
+def test_every_parameter_that_is_trained_has_a_gradient(switches):
+    """Several processes wait for the gradients of all parameters."""
+    config = NetConfig(**SMALL | switches)
+    nets = config.build_branches(), config.build_saliency(), Classifier(config.backbone)
+    image = torch.rand(2, 3, 64, 64)
+    output = nets[0](image, torch.zeros(2, 1, 64, 64))
+    for net, value in zip(
+        nets, (output.boundary.sum() + output.offsets.sum(), nets[1](image), nets[2](image)), strict=True
+    ):
+        value.sum().backward()
+        without = [
+            name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None
+        ]
+        assert not without
+
+
 def test_a_weights_file_holds_the_whole_network(tmp_path):
     torch.manual_seed(0)
     net = WSIDNet(NetConfig(**SMALL), FusionConfig(power=7.0)).eval()
