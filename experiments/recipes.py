@@ -152,8 +152,7 @@ def train_student_on(setup: Setup, config: StudentTrainingConfig, out: Path, tea
 def train_preset(setup: Setup, preset: Preset, out: Path) -> Path:
     """All stages of a preset. Returns out/weights.pt; InputError when another training has made that file."""
     path, note = out / "weights.pt", f"experiments.recipes {preset.name}"
-    if path.exists() and checkpoint.load(path).get("note") != note:
-        raise InputError(f"{path} would be overwritten, which this recipe has not made; give another --out")
+    distributed.run_on_main(checkpoint.require_own, path, lambda saved: saved.get("note") == note)
     teacher = out / "wsid_net"
     labels = setup.data.pseudo_labels or train_labels(setup, preset, teacher)
     weights = train_network(setup, preset, teacher, labels)
