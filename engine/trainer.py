@@ -146,7 +146,6 @@ def train(
     saved = checkpoint.load_newest(folder / "checkpoint.pt", device)
     if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
         if average:
             average.load_state_dict(saved["average"])
@@ -155,6 +154,11 @@ def train(
             model.load_state_dict(average.module.state_dict())
         print(f"{name}: already trained ({total} iterations)")
         return
+    if saved:
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except ValueError as error:  # other parameters were trained
+            raise InputError(f"another version of this code began {folder}; delete it to begin anew") from error
     remedy = f"lower --lr, and give another --out or delete {folder}"
 
     def save(step: int) -> None:

@@ -112,6 +112,22 @@ def test_sigterm_saves_and_the_same_call_continues(samples, tmp_path):
     assert same(run_training(samples, tmp_path / "stopped"), whole)
 
 
+def test_a_training_of_other_parameters_is_finished_or_begun_anew(samples, tmp_path):
+    def forget_a_parameter(folder):
+        saved = checkpoint.load(folder / "checkpoint.pt")
+        saved["optimizer"]["param_groups"][0]["params"].pop()
+        checkpoint.save(saved, folder / "checkpoint.pt")
+
+    whole = run_training(samples, tmp_path / "whole")
+    forget_a_parameter(tmp_path / "whole")
+    assert same(run_training(samples, tmp_path / "whole"), whole)
+    with pytest.raises(InputError, match="the loss is nan"):
+        run_training(samples, tmp_path / "half", failing(4, lambda loss: loss * float("nan")))
+    forget_a_parameter(tmp_path / "half")
+    with pytest.raises(InputError, match="another version of this code began .*half; delete it to begin anew"):
+        run_training(samples, tmp_path / "half")
+
+
 def test_sigterm_of_a_script_is_exit_code_143(photographs, tmp_path):
     code = (
         "import os, signal, sys; sys.argv = ['train']\n"
