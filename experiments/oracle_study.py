@@ -1,13 +1,18 @@
 """Oracle study: the network's outputs are replaced by the ground truth, one after another.
 
     python -m experiments.oracle_study --data data/val --gpu -1
-    python -m experiments.oracle_study --weights runs/mine/weights.pt --data data/val --fusion grouping=count
+    python -m experiments.oracle_study --weights weights/wsid_net.pt --data data/val --fusion grouping=count
 
-The row that gains most names the part that limits the method. S is the saliency, B the boundary, V the offsets, T the
-number of objects, which scales the scores and, with grouping=count, is the number of instances. What is missing when
-all four are true is lost by the fusion and by the resolution of the stride-4 grid.
+The row that gains most names the part that limits the method. Of a WSID-Net, S is the saliency, B the boundary, V the
+offsets, T the number of objects, which scales the scores and, with grouping=count, is the number of instances. What is
+missing when all four are true is lost by the fusion and by the resolution of the stride-4 grid.
+
+Of a student network, "count" tells it the number of objects, as ``infer.py --count`` does; "scores" gives every
+hypothesis its IoU with the instance that it fits best, 0 where that is below 0.5; "masks" gives those that fit one the
+mask of that instance. What is missing when all three are true are the instances that no hypothesis fits.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import cv2
@@ -19,20 +24,27 @@ from datasets.images import read_image
 from datasets.labels import collect_into
 from datasets.masks import VOID
 from datasets.sources import read_ground_truth
-from engine.metrics import ImageResult, match_instances, summarize
-from engine.post_processing import Maps
+from engine.metrics import IOU_THRESHOLDS, ImageResult, mask_ious, match_instances, summarize
+from engine.post_processing import Maps, Prediction, to_arrays
 from engine.predictions import check_size
-from engine.predictor import BUNDLED_WSID_NET, Predictor, default_weights
+from engine.predictor import Predictor
 from engine.report import format_table
 from models.count_head import one_hot_count
-from models.wsid_net import WSIDNet
+from models.detections import Detections, ranked
 from utils.cli import InputError, Parser, add_gpu_option, path_of, select_device
 from utils.progress import tqdm
 from utils.script import report_problems, run
 
 BASELINE = "predicted"
 REPLACED = ("T", "V", "B", "S", "VT", "BVT", "ST", "SBT", "SBVT")
-ROWS = {BASELINE: ""} | {f"{', '.join(names)} true": names for names in REPLACED}
+REPLACED_STUDENT = (
+    ("count",),
+    ("masks",),
+    ("masks", "count"),
+    ("scores",),
+    ("scores", "count"),
+    ("masks", "scores", "count"),
+)
 FIELDS = {"S": "saliency", "B": "boundary", "V": "offsets", "T": "count_probs"}
 
 
@@ -74,11 +86,65 @@ def with_truth(maps: Maps, gt: np.ndarray, replaced: str) -> Maps:
     return maps._replace(**{FIELDS[name]: torch.as_tensor(true[name]).to(maps.saliency) for name in replaced})
 
 
+def hypotheses_with_truth(
+    found: Detections, ious: np.ndarray, gt: np.ndarray, replaced: Sequence[str], side: int
+) -> Detections:
+    """The hypotheses of one photograph with their "scores" or "masks", where ``replaced`` names them, from the truth.
+
+    ious: [n,g], of the n hypotheses with the g instances of ``gt``, uint8 [H,W], in the order of their labels.
+    side: of the input square of the network.
+    """
+    best, owner = ious.max(1, initial=0), np.unique(gt[true_saliency(gt)])[ious.argmax(1)]
+    fits = best >= IOU_THRESHOLDS[0]
+    if "masks" in replaced:
+        boxes, masks = found.boxes.copy(), found.masks.copy()
+        for index in np.flatnonzero(fits):
+            boxes[index], masks[index] = true_hypothesis(gt == owner[index], side, masks.shape[1])
+        # Those that fit nothing fit nothing before they are refined, and the true ones are aligned.
+        found, best = found._replace(boxes=boxes, masks=masks, image=None), fits.astype(np.float32)
+    if "scores" in replaced:
+        found = found._replace(scores=np.where(fits, best, 0).astype(np.float32))
+    return found
+
+
+def true_hypothesis(mask: np.ndarray, side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """An instance, bool [H,W], as a network of ``side`` pixels describes it: its box, float32 [4], (x0, y0, x1, y1) in
+    pixels of the input square, the last ones included, and its mask there, float32 [cells,cells] in 0..1."""
+    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
+    inside = mask[top : bottom + 1, left : right + 1].astype(np.float32)
+    height, width = mask.shape
+    box = np.array([left / width, top / height, right / width, bottom / height], np.float32) * side
+    return box, cv2.resize(inside, (cells, cells), interpolation=cv2.INTER_AREA)
+
+
+def study(predictor: Predictor, image: np.ndarray, gt: np.ndarray) -> dict[str, ImageResult]:
+    """The result of one photograph with each of the replacements, {row of the table: result}.
+
+    image: uint8 RGB [H,W,3]; gt: uint8 [H,W] with at least one instance.
+    """
+    (output,) = predictor.network([predictor.prepare(image)])
+    found: dict[Sequence[str], Prediction]
+    if isinstance(output, Maps):
+        found = {names: predictor.instances(with_truth(output, gt, names), gt.shape) for names in ("", *REPLACED)}
+    else:
+        output = to_arrays(output)
+        side, count = predictor.net.config.size, len(np.unique(gt[true_saliency(gt)]))
+        ious, _ = mask_ious(ranked(output, side, gt.shape).masks, gt)
+        found = {
+            names: predictor.instances(
+                hypotheses_with_truth(output, ious, gt, names, side), gt.shape, count=count * ("count" in names)
+            )
+            for names in ((), *REPLACED_STUDENT)
+        }
+    return {
+        f"{', '.join(names)} true" if names else BASELINE: match_instances(instances.masks, instances.scores, gt)
+        for names, instances in found.items()
+    }
+
+
 def get_args_parser() -> Parser:
     parser = Parser(prog="python -m experiments.oracle_study", description=__doc__)
-    parser.add_argument(
-        "--weights", type=path_of, help="of a WSID-Net; default: those of runs/default, else the bundled ones"
-    )
+    parser.add_argument("--weights", type=path_of, help="default: those of runs/default, else the bundled ones")
     parser.add_argument("--data", default="data/val", metavar="PATH[@SPLIT]", help="photographs with instance masks")
     parser.add_argument("--fusion", nargs="+", default=[], metavar="NAME=VALUE", help="as for infer.py")
     add_gpu_option(parser)
@@ -87,11 +153,8 @@ def get_args_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_args_parser().parse_args(argv)
-    weights = args.weights or default_weights(BUNDLED_WSID_NET)
-    predictor = Predictor(weights, select_device(args.gpu), settings=args.fusion)
-    if not isinstance(predictor.net, WSIDNet):
-        raise InputError(f"{predictor.weights} holds a student network, without S, B and V; name those of a WSID-Net")
-    results: dict[str, list[ImageResult]] = {row: [] for row in ROWS}
+    predictor = Predictor(args.weights, select_device(args.gpu), settings=args.fusion)
+    results: dict[str, list[ImageResult]] = defaultdict(list)
     problems: list[InputError] = []
     samples = read_ground_truth(args.data, collect_into(problems))
     for sample in tqdm(samples, "oracle study", unit="img", mininterval=2):
@@ -102,12 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except InputError as error:
             problems.append(error)
             continue
-        (maps,) = predictor.network([predictor.prepare(image)])
-        assert isinstance(maps, Maps)
-        for row, replaced in ROWS.items():
-            found = predictor.instances(with_truth(maps, gt, replaced), gt.shape)
-            results[row].append(match_instances(found.masks, found.scores, gt))
-    if not results[BASELINE]:
+        for row, result in study(predictor, image, gt).items():
+            results[row].append(result)
+    if not results:
         raise InputError(f"none of {len(problems)} photographs can be measured; the first: {problems[0]}")
     print(format_table({row: summarize(result) for row, result in results.items()}))
     return report_problems(problems)

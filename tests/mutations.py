@@ -346,6 +346,12 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("coarse[:, 1:] != coarse[:, :-1]", "coarse[:, 1:] != coarse[:, 1:]"),
         ("centre[:, None] - position[:, owned]", "position[:, owned] - centre[:, None]"),
     ],
+    ("experiments/oracle_study.py", "test_experiments.py", "oracle_study_of_a_student"): [
+        ("np.where(fits, best, 0)", "np.where(fits, best, 0.1)"),
+        ("image=None), fits", "image=None), best * fits"),
+        ('count * ("count" in names)', "0"),
+        ("[left / width, top / height, right", "[top / height, left / width, right"),
+    ],
     ("experiments/prm.py", "test_experiments.py", "peaks_are_local"): [
         ("response >= PEAK_THRESH * response.max()", "response >= 0"),
         ("min(response.shape) // 6", "min(response.shape)"),

@@ -16,12 +16,15 @@ from conftest import call, make_data
 
 import evaluate
 from engine.config import LARGEST_SEED, Schedule, override
+from engine.metrics import mask_ious
 from engine.post_processing import Maps
+from engine.predictor import BUNDLED_STUDENT, Predictor
 from engine.presets import BEST, PAPER
 from engine.run import Run
 from experiments import limits, oracle_study, prm, recipes, tables
 from experiments.tables import Row
 from models.classifier import Classifier
+from models.detections import Detections, ranked
 from models.fusion_config import FusionConfig
 from models.mask_rcnn import MaskRCNN
 from models.wsid_net import NetConfig, WSIDNet, load_network, load_weights, save_weights
@@ -593,6 +596,42 @@ def test_prm_and_the_oracle_study_name_what_they_leave_out(val, capsys):
     assert "none of 2 photographs can be measured" in capsys.readouterr().err
     assert call(prm.main, *classifier, "--backbone", "tf_efficientnet_lite0") == 2
     assert "cam.pt does not hold a classifier with tf_efficientnet_lite0" in capsys.readouterr().err
+
+
+def test_the_oracle_study_of_a_student_network():
+    side, gt = 384, np.zeros((72, 97), np.uint8)
+    gt[10:50, 5:35], gt[20:70, 50:90], gt[0:5] = 1, 7, 255
+    box, mask = oracle_study.true_hypothesis(gt == 7, side, 28)
+    assert np.allclose(box, np.array([50 / 97, 20 / 72, 89 / 97, 69 / 72]) * side) and mask.min() == 1
+    # Of the first instance two hypotheses, the better one with the lower score; of the second none that fits.
+    boxes = np.array([[5, 10, 35, 36], [5, 10, 35, 44], [50, 20, 60, 30]]) * np.array([side / 97, side / 72] * 2)
+    found = Detections(
+        boxes.astype(np.float32),
+        np.array([0.9, 0.8, 0.7], np.float32),
+        np.ones((3, 28, 28), np.float32),
+        np.ones(6) / 6,
+    )
+    ious, _ = mask_ious(ranked(found, side, gt.shape).masks, gt)
+    true = {
+        names: oracle_study.hypotheses_with_truth(found, ious, gt, names, side)
+        for names in ((), ("scores",), ("masks",), ("masks", "scores"))
+    }
+    assert true[()] == found
+    assert true["scores",].scores == pytest.approx([ious[0, 0], ious[1, 0], 0]) and ious[1, 0] > ious[0, 0] > 0.5
+    assert true["masks", "scores"].scores.tolist() == [1, 1, 0]
+    aligned = mask_ious(ranked(true["masks",], side, gt.shape).masks, gt)[0]
+    assert aligned[:2, 0].min() > 0.93 > ious[:, 0].max(), "but for its edge, which is on a coarser grid"
+    assert np.array_equal(true["masks",].masks[2], found.masks[2])
+    image = cv2.cvtColor(cv2.imread("samples/cow_and_calf.jpg"), cv2.COLOR_BGR2RGB)
+    predictor = Predictor(BUNDLED_STUDENT, amp="off")
+    masks = predictor.predict(image).masks
+    gt = (masks * np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]).max(0)
+    results = oracle_study.study(predictor, image, gt)
+    assert list(results) == [oracle_study.BASELINE, *(f"{', '.join(n)} true" for n in oracle_study.REPLACED_STUDENT)]
+    best = results["masks, scores, count true"]
+    assert best.instances == len(masks) == len(best.scores) and best.hits[0].all() and best.scores.min() == 1
+    told = oracle_study.study(predictor, image, np.uint8(gt == 1))
+    assert len(told[oracle_study.BASELINE].scores) == len(masks) > 1 == len(told["count true"].scores)
 
 
 def test_true_maps_are_those_of_the_mask():

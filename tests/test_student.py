@@ -419,8 +419,8 @@ def test_what_does_not_apply_to_a_student_network(tmp_path, teacher, capsys):
     assert "is a student network, which torch.export does not take; add --onnx" in capsys.readouterr().err
     assert call(train_branches.main, "--init", teacher, "--out", tmp_path / "run", "--gpu", -1) == 2
     assert "does not hold the weights of a whole WSID-Net" in capsys.readouterr().err
-    assert call(oracle_study.main, "--weights", teacher, "--data", tmp_path, "--gpu", -1) == 2
-    assert "a student network, without S, B and V" in capsys.readouterr().err
+    assert call(oracle_study.main, "--weights", teacher, "--fusion", "power=3", "--gpu", -1) == 2
+    assert "a student network, which has no choice of fusion" in capsys.readouterr().err
 
 
 def test_a_damaged_weights_file_is_one_sentence(teacher):
