@@ -7,9 +7,10 @@ The row that gains most names the part that limits the method. Of a WSID-Net, S 
 offsets, T the number of objects, which scales the scores and, with grouping=count, is the number of instances. What is
 missing when all four are true is lost by the fusion and by the resolution of the stride-4 grid.
 
-Of a student network, "count" tells it the number of objects, as ``infer.py --count`` does; "scores" gives every
-hypothesis its IoU with the instance that it fits best, 0 where that is below 0.5; "masks" gives those that fit one the
-mask of that instance. What is missing when all three are true are the instances that no hypothesis fits.
+Of a student network, "count" is the given number of objects, as with ``infer.py --count``; with true "scores" the
+confidence of every hypothesis is its highest IoU with an instance, 0 where that is below 0.5; with true "masks" the
+mask of a hypothesis with an IoU of at least 0.5 is that of the instance. What is missing when all three are true are
+the instances with which no hypothesis has such an IoU.
 """
 
 from collections import defaultdict
@@ -110,10 +111,10 @@ def hypotheses_with_truth(
 def true_hypothesis(mask: np.ndarray, side: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
     """An instance, bool [H,W], as a network of ``side`` pixels describes it: its box, float32 [4], (x0, y0, x1, y1) in
     pixels of the input square, the last ones included, and its mask there, float32 [cells,cells] in 0..1."""
-    (top, bottom), (left, right) = (np.flatnonzero(mask.any(axis))[[0, -1]] for axis in (1, 0))
-    inside = mask[top : bottom + 1, left : right + 1].astype(np.float32)
-    height, width = mask.shape
-    box = np.array([left / width, top / height, right / width, bottom / height], np.float32) * side
+    left, top, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    inside = mask[top : top + height, left : left + width].astype(np.float32)
+    corners = np.array([left, top, left + width - 1, top + height - 1], np.float32)
+    box = corners / np.array([*mask.shape[::-1]] * 2, np.float32) * side
     return box, cv2.resize(inside, (cells, cells), interpolation=cv2.INTER_AREA)
 
 
@@ -128,8 +129,9 @@ def study(predictor: Predictor, image: np.ndarray, gt: np.ndarray) -> dict[str, 
         found = {names: predictor.instances(with_truth(output, gt, names), gt.shape) for names in ("", *REPLACED)}
     else:
         output = to_arrays(output)
-        side, count = predictor.net.config.size, len(np.unique(gt[true_saliency(gt)]))
+        side = predictor.net.config.size
         ious, _ = mask_ious(ranked(output, side, gt.shape).masks, gt)
+        count = ious.shape[1]
         found = {
             names: predictor.instances(
                 hypotheses_with_truth(output, ious, gt, names, side), gt.shape, count=count * ("count" in names)

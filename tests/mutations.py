@@ -350,7 +350,7 @@ MUTATIONS: dict[tuple[str, str, str], list[tuple[str, str]]] = {
         ("np.where(fits, best, 0)", "np.where(fits, best, 0.1)"),
         ("image=None), fits", "image=None), best * fits"),
         ('count * ("count" in names)', "0"),
-        ("[left / width, top / height, right", "[top / height, left / width, right"),
+        ("mask.shape[::-1]", "mask.shape"),
     ],
     ("experiments/prm.py", "test_experiments.py", "peaks_are_local"): [
         ("response >= PEAK_THRESH * response.max()", "response >= 0"),

@@ -630,8 +630,8 @@ def test_the_oracle_study_of_a_student_network():
     assert list(results) == [oracle_study.BASELINE, *(f"{', '.join(n)} true" for n in oracle_study.REPLACED_STUDENT)]
     best = results["masks, scores, count true"]
     assert best.instances == len(masks) == len(best.scores) and best.hits[0].all() and best.scores.min() == 1
-    told = oracle_study.study(predictor, image, np.uint8(gt == 1))
-    assert len(told[oracle_study.BASELINE].scores) == len(masks) > 1 == len(told["count true"].scores)
+    results = oracle_study.study(predictor, image, np.uint8(gt == 1))
+    assert len(results[oracle_study.BASELINE].scores) == len(masks) > 1 == len(results["count true"].scores)
 
 
 def test_true_maps_are_those_of_the_mask():
